@@ -1,0 +1,122 @@
+"""Layer freezing: train the top of the model, keep the rest as it was.
+
+    theta_i  learns  where i is not frozen            Howard & Ruder 2018, "ULMFiT", arXiv 1801.06146, section 3.3
+
+What a language model knows generally lies low, what a task needs lies high; the top layers alone get most of the way. It is
+the cheapest training of all in compute: the backward pass stops at the lowest layer that learns, so with the last 2 of 30
+blocks 2.8 N operations a token are left of 6.5 N (N: the model's parameters), and the activations of two blocks are all that
+is kept. In file size it is the dearest: all the weights of the layers that learnt.
+
+Freezing adds no module: it says which of the model's own parameters learn (their `requires_grad`). What another technique added
+is never frozen by it. transformers and peft leave this to the user's loop over `named_parameters`. A tied embedding
+counts as frozen if either of its names is.
+Not included: unfreezing layer by layer while training (ULMFiT's gradual unfreezing): call `unwrap` and `wrap(last=n + 1)`.
+
+>>> import minillm
+>>> model = minillm.Transformer(minillm.Config(vocab_size=50, width=8, layers=4, heads=2))
+>>> names = [n for n, p in minillm.freeze.wrap(model, last=1).named_parameters() if p.requires_grad]
+>>> sorted({".".join(n.split(".")[:2]) for n in names})                  # the last block and the final norm
+['layers.3', 'norm.weight']
+"""
+
+import json
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from minillm import files
+from minillm.registry import CannotMerge, freeze, parameters, register, select, thaw, walk
+from minillm.verbs import read
+
+
+class Freeze:
+    """The entry in the table of techniques; there is no module to add."""
+
+    not_neutral = ""
+
+
+def wrap(model, targets=None, *, last=2):
+    """Freeze the modules that `targets` names (any modules; see `registry.select`), with all in them; returns the model.
+
+    By default all but the last `last` blocks, and what comes after the blocks (the final norm, an untied head).
+    ValueError where nothing would be left to learn.
+    """
+    if targets is None:
+        modules = lowest(model, last)
+    else:
+        modules = [site.name for site in select(model, targets, lambda site: True, None, "module")]
+    names = frozenset(name for name, *_ in parameters(model) if any(name.startswith(m + ".") for m in modules))
+    shared = {id(p) for name, *_, p in parameters(model) if name in names}
+    if all(id(p) in shared for *_, p in parameters(model)):
+        raise ValueError(f"targets={targets!r} with last={last} freezes every parameter: nothing would be left to learn")
+    freeze(model, "freeze", lambda name: name in names)
+    return model
+
+
+def lowest(model, last):
+    """The names of all modules up to the last `last` blocks; the blocks are the longest ModuleList."""
+    sites = walk(model)
+    lists = [site for site in sites if isinstance(site.module, nn.ModuleList)]
+    if not lists:
+        raise ValueError(f"this {type(model).__name__} has no list of blocks: name what to freeze in targets=")
+    blocks = max(lists, key=lambda site: len(site.module))
+    if not 0 < last < len(blocks.module):
+        raise ValueError(f"last={last}: {blocks.name!r} has {len(blocks.module)} blocks, so last lies between 1 and {len(blocks.module) - 1}")
+    order = [site.name for site in sites]
+    below = order[: order.index(f"{blocks.name}.{len(blocks.module) - last}")]
+    return [name for name in below if not f"{blocks.name}.".startswith(f"{name}.")]  # not what holds the list itself
+
+
+def unwrap(model):
+    """Let everything learn again that `wrap` froze; returns the model."""
+    stopped(model)
+    return thaw(model, "freeze") or model
+
+
+def stopped(model):
+    """{name: parameter} of what is frozen; an error where nothing is."""
+    found = {name: p for name, owner, key, p in parameters(model) if "freeze" in owner.__dict__.get("_frozen_by", {}).get(key, ())}
+    if not found:
+        raise ValueError("nothing is frozen in this model: minillm.freeze.wrap(model) first")
+    return found
+
+
+def merge(model, **_):
+    """CannotMerge: there is nothing beside the model's own parameters."""
+    raise CannotMerge("freeze cannot be merged: what it trained is the model itself")
+
+
+unmerge = merge
+
+
+def save(model, path):
+    """Write the parameters that were left to learn, and the names of the frozen ones, to a safetensors file."""
+    frozen = stopped(model)
+    tensors = {name: p.detach().contiguous() for name, *_, p in parameters(model) if id(p) not in {id(q) for q in frozen.values()}}
+    with files.atomic(path) as new:
+        safetensors.torch.save_file(tensors, new, {"format": "pt", "technique": "freeze", "frozen": json.dumps(sorted(frozen))})
+
+
+@torch.no_grad()
+def load(model, path):
+    """Copy the parameters of the file into the model and freeze the others; returns the model."""
+    tensors, metadata = read(path)
+    if metadata.get("technique") != "freeze":
+        raise ValueError(f"{path} is not a file of freeze; it says technique {metadata.get('technique')!r}")
+    ours, frozen = {name: p for name, *_, p in parameters(model)}, set(json.loads(metadata["frozen"]))
+    for name, t in tensors.items():
+        if name not in ours or ours[name].shape != t.shape:
+            here = f"has {tuple(ours[name].shape)}" if name in ours else "lacks it"
+            raise ValueError(f"{path} does not fit this model: {name!r} is {tuple(t.shape)} in the file, the model {here}")
+    missing = frozen - set(ours)
+    if missing:
+        raise ValueError(f"{path} freezes {sorted(missing)[0]!r}, which this model lacks ({len(missing)} such)")
+    for name, t in tensors.items():
+        ours[name].copy_(t)
+    freeze(model, "freeze", lambda name: name in frozen)
+    return model
+
+
+register("freeze", Freeze)
+Freeze.__module__ = __name__

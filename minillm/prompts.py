@@ -1,0 +1,92 @@
+"""Prompt tuning: learn a few vectors that stand before the text; the model stays as it is.
+
+    model([P; embed(x)])                    Lester et al. 2021, arXiv 2104.08691, section 2: P is (p, e), all that is learnt
+
+    code      paper    at birth
+    P         P_e      rows of the embedding, drawn at random from the vocabulary (the paper's "sampled vocabulary")
+    length    p        the paper uses 1 to 150; 20 is where its curves flatten
+
+The vectors are rows of the embedding for ids that the tokenizer never gives: vocabulary, vocabulary + 1, ... `prepare` (which
+minillm's generate, train and evaluate call for every technique) puts these p ids before every row, with a label of -100 and a
+mask of True. So they are tokens like others: the lengths, positions, masks and the key/value cache are right by themselves.
+A model called by hand without these ids does not see the prompt. That is also why wrapping changes no output.
+
+Cost: p * e parameters, the fewest of all methods here, and p more tokens of context in every call, for training too: the
+gradient has to run through the whole frozen model. It cannot be merged: text that shows no placeholder has no rows to use.
+
+peft concatenates the vectors inside a wrapper of the model, and has to correct masks, labels and positions for each model
+class; logits come back longer by p there, and here as well.
+Not included: a reparameterising network (P-tuning), and vectors for each layer (prefix tuning).
+
+>>> import torch, minillm
+>>> model = minillm.Transformer(minillm.Config(vocab_size=50, width=8, layers=1, heads=2))
+>>> ids = torch.tensor([[3, 1, 4]])
+>>> before = model(ids)
+>>> torch.equal(minillm.prompts.wrap(model, length=2)(ids), before)       # nothing changes without the placeholders
+True
+>>> minillm.prepare(model, ids)[0].tolist()
+[[50, 51, 3, 1, 4]]
+"""
+
+import torch
+import torch.nn.functional as F
+
+from minillm.registry import Patch, walk
+from minillm.verbs import attach, verbs
+
+
+class SoftPrompt(Patch):
+    outermost = True  # the placeholders are not rows of the table: a patch of the table never sees them
+
+    def __init__(self, site, length=20):
+        super().__init__()
+        if length < 1:
+            raise ValueError(f"length={length}: a soft prompt has at least one vector")
+        width, self.vocabulary = site.shape
+        self.length = length
+        self.P = site.new(length, width)
+        with torch.no_grad():
+            some = torch.randint(self.vocabulary, (length,)).to(self.P.device)
+            self.P.copy_((site.layer or site.module)(some))
+
+    @classmethod
+    def accepts(cls, site):
+        return site.leaf is not None and site.leaf.lookup
+
+    def forward(self, below, ids):
+        soft = ids - self.vocabulary  # (b, t); 0 .. length-1 at placeholders, negative at tokens
+        is_soft = (soft >= 0) & (soft < self.length)
+        x = below(torch.where(is_soft, 0, ids))  # (b, t, e)
+        return torch.where(is_soft[..., None], F.embedding(soft * is_soft, self.P.to(x.dtype)), x)
+
+    def prepare(self, ids, labels, mask):
+        def before(rows, fill):
+            return None if rows is None else F.pad(rows, (self.length, 0), value=fill)  # (b, t) -> (b, p + t)
+
+        # Padding on the left lies between prompt and text then; it has no position and is not attended to, so no harm is done.
+        placeholders = self.vocabulary + torch.arange(self.length, device=ids.device)
+        ids = torch.cat([placeholders.expand(len(ids), -1), ids], 1)
+        return ids, before(labels, -100), before(mask, True)
+
+    def config(self):
+        return dict(length=self.length)
+
+    def extra_repr(self):
+        return f"length={self.length}, width={self.P.shape[1]}"
+
+
+def wrap(model, targets=None, *, length=20):
+    """Give the model's token embedding `length` learnt rows; in place, returns the model. Only they learn afterwards.
+
+    `targets` names the token embedding; by default it is the first embedding of the model. The start is drawn with torch's
+    global generator: torch.manual_seed makes it the same again.
+    """
+    return attach(SoftPrompt, model, targets, default=first_embedding, what="embedding", length=length)
+
+
+def first_embedding(model):
+    first = next((site.name for site in walk(model) if SoftPrompt.accepts(site)), None)
+    return lambda site: site.name == first
+
+
+unwrap, merge, unmerge, save, load = verbs("prompts", SoftPrompt)

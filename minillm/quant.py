@@ -1,0 +1,67 @@
+"""int8 weights: each output channel is stored as integers from -127 to 127 and one scale.
+
+    q = round(W / s),   s = max |W| / 127  by row,   W ~ s q       Dettmers et al. 2022, "LLM.int8()", arXiv 2208.07339, section 2:
+                                                                 symmetric absmax quantization, here of the weight alone
+    code     paper             shape        dtype
+    q        X_i8              (out, in)    int8
+    scale    1 / s_x (theirs   (out, 1)     the model's
+             is the inverse)
+
+Since s belongs to a row, it moves out of the sum: W x ~ s * (q x), and no dense W is ever made. Rounding moves a weight by at most
+s / 2, which is 1/254 of the largest weight of its row: the row's largest weight sets the error of all others, and that is why
+one scale a row is used and not one a matrix.
+
+Cost: 1 byte a weight and one scale a row: a quarter of float32. The model computes in its own float type; on a CPU a token is
+faster where reading the weights is what takes the time, once the conversion is fused (see `benchmarks/`). LLM.int8() also quantizes x,
+row by row, and leaves the columns of x with outliers in 16 bits; bitsandbytes does this on CUDA. Not included: that, zero points,
+4 bits and calibration.
+
+>>> from torch import nn; import torch, minillm
+>>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+>>> W = model[0].weight.clone()
+>>> q = minillm.quant.wrap(model)[0]
+>>> q.q.dtype, bool((abs(q.dense() - W) <= q.scale / 2 * 1.0001).all())
+(torch.int8, True)
+"""
+
+import torch
+import torch.nn.functional as F
+
+from minillm.registry import Format
+from minillm.verbs import attach, verbs
+
+
+class Int8(Format):
+    not_neutral = "rounding to 8 bits"
+
+    @classmethod
+    def accepts(cls, site):
+        return site.leaf is not None
+
+    def pack(self, W):
+        W = W.T if self.leaf.lookup else W  # a row is an output channel; of an embedding, a token
+        scale = W.abs().amax(1, keepdim=True).float() / 127  # (out, 1)
+        scale = scale.where(scale > 0, 1.0).to(W.dtype)  # a row of zeros stays one
+        self.register_buffer("q", (W / scale).round().clamp(-127, 127).to(torch.int8))
+        self.register_buffer("scale", scale)
+
+    def dense(self):
+        W = self.q * self.scale
+        return W.T if self.leaf.lookup else W
+
+    def forward(self, x):
+        if self.leaf.lookup:
+            return F.embedding(x, self.q) * F.embedding(x, self.scale)  # (b, t, width) * (b, t, 1)
+        y = F.linear(x, self.q.to(x.dtype)) * self.scale[:, 0]
+        return y if self.bias is None else y + self.bias
+
+
+def wrap(model, targets=None):
+    """Store the leaves that `targets` names (see `registry.select`) in int8; in place, returns the model.
+
+    By default every linear leaf but the output head and tied matrices.
+    """
+    return attach(Int8, model, targets)
+
+
+unwrap, merge, unmerge, save, load = verbs("quant", Int8)

@@ -1,0 +1,127 @@
+"""Compressed sparse rows (CSR): store the weights that are not zero, and where they stand.
+
+    row i of W:  values[crow[i] : crow[i+1]]  in the columns  col[crow[i] : crow[i+1]]     Saad 2003, "Iterative Methods for Sparse
+                                                                                      Linear Systems", 2nd ed., section 3.4
+    code      Saad's name    shape        dtype
+    values    AA             (nnz,)       the model's
+    col       JA             (nnz,)       int32
+    crow      IA             (out + 1,)   int32
+
+Cost: 4 bytes for the column beside each value. In float32 it saves memory from 50% zeros on, in bfloat16 from 67%. On a CPU it is
+faster than a dense float32 product from about 75% zeros. No accuracy is lost: what is stored is W, so prune and merge first.
+
+torch has `torch.sparse_csr_tensor`, but a Parameter of that kind breaks `.to`, deepcopy and safetensors. So three ordinary buffers
+are kept, and the sparse view is made at each call (some microseconds). The product is one operator of our own, so that torch.compile
+sees a leaf and not torch's sparse internals, and so that a bfloat16 model can be computed in float32, which is what the CPU has.
+Not included: a gradient for the values, blocks, and CUDA's 2:4 pattern.
+
+>>> from torch import nn; import torch, minillm
+>>> model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(2, 8)
+>>> pruned = minillm.prune.merge(minillm.prune.wrap(model, sparsity=0.75))(x)
+>>> torch.allclose(minillm.sparse.wrap(model)(x), pruned, atol=1e-6), model[0].values.numel()
+(True, 16)
+"""
+
+import warnings
+
+import torch
+
+from minillm.registry import Format, dense, hidden_linears, select
+from minillm.verbs import attach, verbs
+
+
+with warnings.catch_warnings(action="ignore"):  # torch says once a process that the layout is in beta
+    torch.zeros(1, 1).to_sparse_csr()
+
+
+def view(crow, col, values, shape):
+    """The torch sparse matrix (out, in) over the three buffers, which are not copied."""
+    with torch.sparse.check_sparse_tensor_invariants(False):
+        return torch.sparse_csr_tensor(crow, col, values, shape)
+
+
+@torch.library.custom_op("minillm::csr_matmul", mutates_args=())
+def csr_matmul(crow: torch.Tensor, col: torch.Tensor, values: torch.Tensor, x: torch.Tensor, out: int) -> torch.Tensor:
+    """x (n, in) times Wᵀ -> (n, out)."""
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    W = view(crow, col, values.float() if half else values, (out, x.shape[1]))
+    y = (W @ x[0].to(W.dtype))[None] if len(x) == 1 else (W @ x.to(W.dtype).T).T  # a vector is three times as fast
+    return y.to(x.dtype).contiguous()
+
+
+@csr_matmul.register_fake
+def _(crow, col, values, x, out):
+    return x.new_empty(x.shape[0], out)
+
+
+def _setup(ctx, inputs, output):
+    crow, col, values, x, out = inputs
+    ctx.save_for_backward(crow, col, values)
+    ctx.shape = (out, x.shape[1])
+
+
+def _backward(ctx, grad):
+    return None, None, None, csr_matmul_transposed(*ctx.saved_tensors, grad, *ctx.shape), None
+
+
+@torch.library.custom_op("minillm::csr_matmul_transposed", mutates_args=())
+def csr_matmul_transposed(crow: torch.Tensor, col: torch.Tensor, values: torch.Tensor, grad: torch.Tensor, out: int, into: int) -> torch.Tensor:
+    """grad (n, out) times W -> (n, in)."""
+    W = view(crow, col, values, (out, into)).to_dense()
+    return grad.to(W.dtype).mm(W).to(grad.dtype)
+
+
+@csr_matmul_transposed.register_fake
+def _(crow, col, values, grad, out, into):
+    return grad.new_empty(grad.shape[0], into)
+
+
+csr_matmul.register_autograd(_backward, setup_context=_setup)
+
+
+class CSR(Format):
+    variable = ("col", "values")
+
+    def pack(self, W):
+        crow = torch.cat([W.new_zeros(1, dtype=torch.long), (W != 0).sum(1).cumsum(0)])
+        rows, columns = W.nonzero(as_tuple=True)  # sorted by row
+        self.register_buffer("crow", crow.to(torch.int32))
+        self.register_buffer("col", columns.to(torch.int32))
+        self.register_buffer("values", W[rows, columns])
+
+    def dense(self):
+        out, into = self.shape
+        rows = torch.repeat_interleave(torch.arange(out, device=self.col.device), self.crow.diff().long())
+        W = self.values.new_zeros(out, into)
+        W[rows, self.col.long()] = self.values
+        return W
+
+    def forward(self, x):
+        rows = x.flatten(0, -2)  # (..., in) -> (n, in)
+        y = csr_matmul(self.crow, self.col, self.values, rows, self.shape[0]).unflatten(0, x.shape[:-1])
+        return y if self.bias is None else y + self.bias
+
+    def check(self, where):
+        out, into = self.shape
+        n = self.values.numel()
+        if (self.crow[0] != 0 or self.crow[-1] != n or self.col.numel() != n or bool((self.crow.diff() < 0).any())
+                or bool(((self.col < 0) | (self.col >= into)).any())):
+            raise ValueError(f"{where}: crow, col and values contradict each other for a ({out}, {into}) matrix")
+
+
+def wrap(model, targets=None, *, anyway=False):
+    """Store the leaves that `targets` names (see `registry.select`) in CSR; in place, returns the model.
+
+    By default every linear leaf but the output head and tied matrices. ValueError, unless `anyway`, where CSR would need more bytes
+    than the dense matrix: prune and merge first.
+    """
+    for site in () if anyway else select(model, targets, CSR.accepts, hidden_linears(model)):
+        W, _ = dense(site.module)
+        zeros, break_even = (W == 0).float().mean().item(), 1 - W.element_size() / (W.element_size() + 4)
+        if zeros < break_even:
+            raise ValueError(f"{site.name!r} has {zeros:.0%} zeros; CSR is smaller than {W.dtype} from {break_even:.0%} on. Prune and merge "
+                             "first, or say anyway=True")
+    return attach(CSR, model, targets)
+
+
+unwrap, merge, unmerge, save, load = verbs("sparse", CSR)

@@ -1,0 +1,226 @@
+"""The training loop, whole.
+
+    theta <- AdamW(theta, gradient of the mean cross-entropy per learnt token)     Loshchilov & Hutter 2019, arXiv 1711.05101
+
+One function, read from top to bottom: batches, the loss, accumulation, clipping, the schedule, the log, evaluation, early
+stopping, checkpoints. What learns is what has `requires_grad`: the techniques decide that by `wrap`, not the loop.
+
+- The loss of an optimizer step is the sum over all its micro-batches divided by the number of tokens that all of them learn, so
+  `accumulate=k` is the same step as a batch k times as large. (A mean of means weighs short examples more; trl and
+  torchtune both had to mend this.)
+- A checkpoint holds what learns, the optimizer's state, the step, the place in the data and the random state, in one safetensors file
+  that is written beside its name and then renamed. `resume=True` goes on from the newest, and every later loss is the same to
+  the last bit. Frozen weights are not in it: load the same model and wrap it the same way first.
+- transformers' Trainer does this and far more behind callbacks and 100 arguments. Not included: mixed precision by autocast (a
+  bfloat16 model with float32 adapters needs none), sharding, several devices.
+"""
+
+import contextlib
+import itertools
+import json
+import math
+import pathlib
+import re
+import time
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+
+from minillm import data, files
+from minillm.registry import prepare
+from minillm.verbs import read
+
+SCHEDULES = {  # the share of the learning rate at x, from 0 (the end of the warm-up) to 1 (the last step)
+    "constant": lambda x: 1.0,
+    "linear": lambda x: 1 - x,
+    "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
+}
+
+
+def rate(step, steps, schedule="cosine", warmup=0):
+    """The share of the peak learning rate at `step` (from 0): it rises over `warmup` steps, then follows the schedule."""
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule={schedule!r} is unknown; known: {', '.join(SCHEDULES)}")
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return SCHEDULES[schedule]((step - warmup) / max(1, steps - warmup))
+
+
+def groups(model, lr, weight_decay=0.0, rates=None):
+    """AdamW's parameter groups: what learns, by its learning rate and whether it decays (vectors, as biases and norms, do not).
+
+    rates: {regular expression: factor}; a parameter whose name is matched from its start or after a dot learns at
+    factor * lr. An expression that matches nothing that learns is an error.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not named:
+        raise ValueError("nothing in this model learns: every parameter is frozen (requires_grad is False)")
+    factors = dict.fromkeys((name for name, _ in named), 1.0)
+    for pattern, factor in (rates or {}).items():
+        matching = [name for name in factors if re.search(rf"(?:^|\.)(?:{pattern})", name)]
+        if not matching:
+            raise ValueError(f"rates: {pattern!r} matches no parameter that learns; there are: {', '.join(list(factors)[:8])}")
+        factors.update(dict.fromkeys(matching, factor))
+    sets = {}
+    for name, p in named:
+        sets.setdefault((factors[name] * lr, weight_decay if p.dim() > 1 else 0.0), []).append(p)
+    return [dict(params=params, lr=peak, peak=peak, weight_decay=decay) for (peak, decay), params in sets.items()]
+
+
+def loss_sum(model, ids, labels, mask=None):
+    """(the summed cross-entropy over the learnt labels, their number) of a batch (b, t), for minillm's models and others."""
+    ids, labels, mask = prepare(model, ids, labels, mask)
+    count = int((labels[:, 1:] != -100).sum())
+    if hasattr(model, "loss"):
+        return model.loss(ids, labels, mask, reduction="sum"), count
+    output = model(ids) if mask is None else model(ids, attention_mask=mask)
+    logits = getattr(output, "logits", output)  # (b, t, vocab)
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum"), count
+
+
+def train(model, examples, *, steps, lr, batch_size=8, accumulate=1, schedule="cosine", warmup=0, weight_decay=0.0, betas=(0.9, 0.999),
+          clip=1.0, rates=None, seed=0, pad=0, evaluate=None, every=None, patience=None, checkpoints=None, save_every=None, keep=2,
+          resume=False, log=None, progress=True, name="train"):
+    """Train what learns in the model on a list of `data.Example`; returns the log, a dict for each step.
+
+    Each of the `steps` takes `accumulate` batches of `batch_size` examples, in an order that `seed` alone decides, clips the
+    gradient's norm at `clip` (None: never), and steps AdamW at the rate of the schedule. `evaluate(model)` returns a number, lower being
+    better, `every` so many steps; after `patience` of these without a better one the training ends. `checkpoints` is a
+    directory that gets a file each `save_every` steps, of which the last `keep` stay; `log` a file of JSON lines.
+
+    ValueError where nothing learns, or where the loss is no longer a number; the checkpoints before that stay.
+    """
+    device = next(model.parameters()).device
+    optimizer = torch.optim.AdamW(groups(model, lr, weight_decay, rates), betas=betas)
+    batches = data.batches(examples, batch_size, seed, pad)
+    settings = dict(steps=steps, lr=lr, batch_size=batch_size, accumulate=accumulate, schedule=schedule, warmup=warmup,
+                    weight_decay=weight_decay, clip=clip, seed=seed, examples=len(examples))
+    history, best, waited = [], math.inf, 0
+    was_training = model.training
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
+        torch.manual_seed(seed)
+        if checkpoints is not None:
+            stack.enter_context(files.lock(checkpoints))
+            if resume and (path := newest(checkpoints)):
+                history = restore(path, model, optimizer, batches, settings)
+        if log is not None:
+            lines = stack.enter_context(journal(log, history))
+        bar = stack.enter_context(tqdm(total=steps, initial=len(history), desc=name, unit="step", disable=not progress, leave=False))
+        values = [record["evaluation"] for record in history if "evaluation" in record]
+        for value in values:
+            best, waited = (value, 0) if value < best else (best, waited + 1)
+        model.train()
+        stream = iter(batches)
+        for step in range(len(history), steps):
+            if patience is not None and waited >= patience:
+                break
+            began = time.perf_counter()
+            share = rate(step, steps, schedule, warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * share
+            micro = [tuple(None if t is None else t.to(device) for t in batch) for batch in itertools.islice(stream, accumulate)]
+            learnt = sum(int((labels[:, 1:] != -100).sum()) for _, labels, _ in micro)
+            total = 0.0
+            for ids, labels, mask in micro:
+                part, _ = loss_sum(model, ids, labels, mask)
+                (part / learnt).backward()
+                total += part.item()
+            norm = torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], clip or math.inf).item()
+            if not math.isfinite(total) or not math.isfinite(norm):
+                raise ValueError(f"step {step}: the loss is {total / learnt} and the gradient's norm {norm}; a lower learning rate than {lr} may help")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            seconds = time.perf_counter() - began
+            tokens = sum(ids.numel() if mask is None else int(mask.sum()) for ids, _, mask in micro)
+            record = dict(step=step, loss=total / learnt, rate=lr * share, norm=norm, tokens=tokens, seconds=seconds)
+            if evaluate is not None and every and (step + 1) % every == 0:
+                record["evaluation"] = value = float(evaluate(model))
+                model.train()
+                best, waited = (value, 0) if value < best else (best, waited + 1)
+            history.append(record)
+            if log is not None:
+                lines.write(json.dumps(record) + "\n")
+                lines.flush()
+            bar.set_postfix_str(f"loss {record['loss']:.3f}, {tokens / seconds:,.0f} tokens/s", refresh=False)
+            bar.update()
+            if checkpoints is not None and ((step + 1) % (save_every or steps) == 0 or step + 1 == steps):
+                checkpoint(checkpoints, model, optimizer, batches, settings, history, keep)
+    model.train(was_training)
+    return history
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------------------
+
+
+def learning(model, optimizer):
+    """[(name, parameter)] of what the optimizer steps."""
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [(name, p) for name, p in model.named_parameters() if id(p) in stepped]
+
+
+def checkpoint(directory, model, optimizer, batches, settings, history, keep):
+    """Write `step-N.safetensors`, then remove all but the last `keep`."""
+    tensors = {"random": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    for name, p in learning(model, optimizer):
+        tensors[f"model.{name}"] = p.detach().contiguous()
+        for key, value in optimizer.state[p].items():
+            tensors[f"optimizer.{key}.{name}"] = value.contiguous()
+    told = {"settings": settings, "history": history, "batches": batches.state_dict()}
+    path = pathlib.Path(directory) / f"step-{len(history):08d}.safetensors"
+    with files.atomic(path) as new:
+        safetensors.torch.save_file(tensors, new, {"format": "pt", "training": json.dumps(told)})
+    for old in saved(directory)[:-keep]:
+        old.unlink()
+    return path
+
+
+def saved(directory):
+    """The checkpoints in a directory, oldest first."""
+    return sorted(pathlib.Path(directory).glob("step-*.safetensors"))
+
+
+def newest(directory):
+    return next(reversed(saved(directory)), None)
+
+
+@torch.no_grad()
+def restore(path, model, optimizer, batches, settings):
+    """Put everything back as it was when the checkpoint was written; returns the log up to there."""
+    tensors, metadata = read(path)
+    if "training" not in metadata:
+        raise ValueError(f"{path} is not a checkpoint of minillm.train")
+    told = json.loads(metadata["training"])
+    differ = {key: (told["settings"].get(key), value) for key, value in settings.items() if told["settings"].get(key) != value}
+    if differ:
+        raise ValueError(f"{path} was written with other settings: " + ", ".join(f"{k}={a!r} then, {b!r} now" for k, (a, b) in differ.items()))
+    named = learning(model, optimizer)
+    ours = {f"model.{name}": tuple(p.shape) for name, p in named}
+    theirs = {key: tuple(t.shape) for key, t in tensors.items() if key.startswith("model.")}
+    if ours != theirs:
+        odd = sorted(set(ours.items()) ^ set(theirs.items()))
+        raise ValueError(f"{path} does not fit what learns in this model; {len(odd)} differ, first {odd[0][0]!r}. Wrap it as it was wrapped then")
+    for name, p in named:
+        p.copy_(tensors[f"model.{name}"])
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            value = tensors[f"optimizer.{key}.{name}"]
+            optimizer.state[p][key] = value if key == "step" else value.to(p.device)
+    torch.set_rng_state(tensors["random"])
+    if "random.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["random.cuda"])
+    batches.load_state_dict(told["batches"])
+    return told["history"]
+
+
+@contextlib.contextmanager
+def journal(path, history):
+    """The log file, holding the lines of the steps that are already done."""
+    with files.atomic(path) as new:
+        new.write_text("".join(json.dumps(record) + "\n" for record in history))
+    with open(path, "a") as lines:
+        yield lines

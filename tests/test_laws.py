@@ -1,0 +1,323 @@
+"""The laws of docs/design.md, for every technique in the table, every ordered pair of them, on every kind of leaf and model.
+
+A technique is found by being registered; `test_every_technique_is_registered` finds one that is not.
+"""
+
+import copy
+import importlib
+import inspect
+import itertools
+import pathlib
+import pickle
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import close, law
+from models import IDS, MODELS, build, logits
+
+import minillm
+from minillm.registry import TECHNIQUES, CannotMerge, Format, Patch, leaf, parameters, walk
+
+NAMES = list(minillm.techniques())
+FORMATS = [name for name, cls in TECHNIQUES.items() if issubclass(cls, Format)]
+PAIRS = [pair for pair in itertools.permutations(NAMES, 2) if not set(pair) <= set(FORMATS)]  # two formats: an error, tested below
+OPTIONS = {"lora": dict(r=4), "adapters": dict(size=4), "prompts": dict(length=3), "freeze": dict(last=1), "sparse": dict(anyway=True)}
+LOSSY = [name for name in FORMATS if TECHNIQUES[name].not_neutral]
+
+every_model = pytest.mark.parametrize("kind", MODELS)
+
+
+def kind_of(name):
+    return Format if issubclass(TECHNIQUES[name], Format) else Patch if issubclass(TECHNIQUES[name], Patch) else None
+
+
+def wrap(model, name):
+    """Wrap with the defaults (smaller sizes), from a seed of the technique's own."""
+    torch.manual_seed(sum(map(ord, name)))
+    return minillm.techniques()[name].wrap(model, **OPTIONS.get(name, {}))
+
+
+@torch.no_grad()
+def learn(model, name):
+    """Move all that the technique has to learn, as training would."""
+    torch.manual_seed(sum(map(ord, name)) + 1)
+    own = [p for layer in minillm.layers(model).values() if name in layer.patches for p in layer.patches[name].parameters()]
+    if name == "freeze":
+        own = [p for *_, p in parameters(model) if p.requires_grad]
+    for p in own:
+        p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+def attach(model, *names):
+    for name in names:
+        learn(wrap(model, name), name)
+    return model
+
+
+def state(model):
+    return {name: t.clone() for name, t in model.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def forgets(*names):
+    """Whether what is stored after these is rounded, so that the original bits are gone."""
+    return any(name in LOSSY for name in names)
+
+
+# --- 1, 2: at birth -----------------------------------------------------------------------------------------------------------
+
+
+@every_model
+def test_neutral_at_birth_and_frozen_below(kind):
+    for name in NAMES:
+        for first in [None, *(a for a, b in PAIRS if b == name)]:
+            model = attach(build(kind), *([first] if first else []))
+            ids = minillm.prepare(model, IDS)[0]
+            before, bits = logits(model, ids), {id(p): p.clone() for p in model.parameters()}
+            wrap(model, name)
+            what = f"{name} over {first} on {kind}"
+            if not TECHNIQUES[name].not_neutral:
+                close("1 neutral", logits(model, ids), before, what)
+            trained = [n for n in (first, name) if n and any(True for m in patches(model, n) for _ in m.parameters())]
+            if trained:
+                owned = {id(p) for n in trained for m in patches(model, n) for p in m.parameters()}
+                learning = {id(p) for p in model.parameters() if p.requires_grad}
+                law("2 frozen", learning == owned, f"{what}: not just what it added learns")
+                optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+                logits(model).square().mean().backward()
+                optimizer.step()
+                moved = [p for p in model.parameters() if id(p) in bits and id(p) not in owned and not torch.equal(p, bits[id(p)])]
+                law("2 frozen", not moved, f"{what}: the base moved")
+
+
+def patches(model, name):
+    return [layer.patches[name] for layer in minillm.layers(model).values() if name in layer.patches]
+
+
+def test_what_is_not_neutral_says_why():
+    for name, cls in TECHNIQUES.items():
+        model = build("Linear")
+        before = logits(model)
+        after = logits(wrap(model, name), IDS)
+        law("1 neutral", torch.allclose(before, after, atol=1e-6) == (not cls.not_neutral), f"{name} declares {cls.not_neutral!r}")
+
+
+@every_model
+def test_a_step_of_training_reaches_all_that_learns(kind):
+    for name in NAMES:
+        model = attach(build(kind), name)
+        logits(model).square().mean().backward()
+        for key, p in model.named_parameters():
+            if p.requires_grad:
+                law("2 frozen", p.grad is not None and p.grad.abs().sum() > 0, f"{name} on {kind}: {key} gets no gradient")
+
+
+# --- 3: fold equals forward ---------------------------------------------------------------------------------------------------
+
+
+@every_model
+def test_fold_equals_forward(kind):
+    for names in [(n,) for n in NAMES] + PAIRS:
+        model = attach(build(kind), *names)
+        for where, layer in minillm.layers(model).items():
+            what = f"{names} on {kind} at {where}"
+            try:
+                W, b = layer.dense()
+            except (CannotMerge, AttributeError):
+                continue
+            how = leaf(layer.base)
+            x = torch.randint(24, (5,)) if how.lookup else torch.randn(5, W.shape[1], requires_grad=True)
+            learnt = [p for p in layer.patches.parameters()] + ([] if how.lookup else [x])
+            y, folded = layer(x), how.compute(x, W, b)
+            close("3 fold", folded, y, what)
+            if learnt:
+                weight = torch.randn_like(y)
+                ours, theirs = (torch.autograd.grad((out * weight).sum(), learnt) for out in (y, folded))
+                for p, q in zip(ours, theirs):
+                    close("3 fold", q, p, f"{what}: gradient", 1e-4)
+            shown = layer.weight
+            law("3 fold", torch.equal(shown, W.T if how.transposed else W), f"{what}: Layer.weight is the folded one")
+
+
+# --- 4: formats and patches commute -------------------------------------------------------------------------------------------
+
+
+@every_model
+def test_format_and_patch_commute(kind):
+    for a, b in PAIRS:
+        if kind_of(a) is not Format or kind_of(b) is not Patch:
+            continue
+        one, two = attach(build(kind), a, b), attach(build(kind), b, a)
+        for p, q in zip(patches(one, b), patches(two, b)):  # a mask chooses by the weights it sees: give both the same
+            q.load_state_dict(p.state_dict())
+        close("4 commute", logits(one), logits(two), f"{a} and {b} on {kind}", 1e-6)
+
+
+def test_two_formats_are_an_error_that_names_both():
+    for a, b in itertools.permutations(FORMATS, 2):
+        with pytest.raises(ValueError, match=rf"already stored as {a}.*minillm\.{a}\.unwrap"):
+            wrap(wrap(build("Linear"), a), b)
+
+
+# --- 5: merge, unmerge, unwrap ------------------------------------------------------------------------------------------------
+
+
+@every_model
+def test_unwrap_gives_the_original_back(kind):
+    for names in [(n,) for n in NAMES] + PAIRS:
+        model = build(kind)
+        modules, before, learns = list(map(id, model.modules())), state(model), [p.requires_grad for p in model.parameters()]
+        for name in names:
+            wrap(model, name)
+        for name in names:  # the first wrapped goes first: the order must not matter
+            minillm.techniques()[name].unwrap(model)
+        what = f"{names} on {kind}"
+        law("5 unwrap", list(map(id, model.modules())) == modules, f"{what}: the modules are the same objects")
+        law("5 unwrap", [p.requires_grad for p in model.parameters()] == learns, f"{what}: what learns is the same")
+        if forgets(*names):
+            law("5 unwrap", before.keys() == model.state_dict().keys(), f"{what}: the names are the same")
+        else:
+            law("5 unwrap", same(state(model), before), f"{what}: bit for bit")
+
+
+@every_model
+def test_merge_equals_forward_and_unmerge_gives_it_back(kind):
+    for names in [(n,) for n in NAMES] + PAIRS:
+        name, beneath = names[-1], names[0] if len(names) > 1 else None
+        if kind_of(name) is not Patch:
+            continue
+        technique, what = minillm.techniques()[name], f"merge of {names} on {kind}"
+        model = attach(build(kind), *names)
+        wrapped, before = logits(model), state(model)
+        stands_below = any(list(layer.patches)[0] != name for layer in minillm.layers(model).values() if name in layer.patches)
+        try:
+            technique.merge(model)
+        except CannotMerge:
+            law("5 merge", TECHNIQUES[name].fold is Patch.fold, f"{what}: only what has no fold cannot be merged")
+            law("5 merge", same(state(model), before), f"{what}: a refused merge changes nothing")
+            continue
+        except ValueError as error:
+            law("5 merge", stands_below and beneath in str(error), f"{what}: {error}")
+            continue
+        close("5 merge", logits(model), wrapped, what, 0.05 if forgets(*names) else 1e-5)
+        law("5 merge", not patches(model, name), f"{what}: the patch is gone")
+        technique.unmerge(model)
+        law("5 merge", same(state(model), before), f"{what}: unmerge gives all back, bit for bit")
+        law("5 merge", torch.equal(logits(model), wrapped), f"{what}: and computes the same")
+        technique.merge(model)
+        technique.unwrap(model)
+        alone = attach(build(kind), *([beneath] if beneath else []))
+        law("5 merge", same(state(model), state(alone)), f"{what}: unwrapping what was merged gives the original back")
+
+
+# --- 6: files -----------------------------------------------------------------------------------------------------------------
+
+FRESH = """
+import pickle, sys
+import torch
+from models import build, logits
+import minillm
+for kind, files, expected in pickle.load(open(sys.argv[1], "rb")):
+    model = build(kind)
+    for name, path in files:
+        minillm.techniques()[name].load(model, path)
+    assert torch.equal(logits(model), expected), (kind, files)
+"""
+
+
+def test_save_and_load_in_a_fresh_process(tmp_path):
+    jobs = []
+    for kind in MODELS:
+        try:
+            build(kind)
+        except pytest.skip.Exception:
+            continue
+        for names in [(n,) for n in NAMES] + PAIRS:
+            model = attach(build(kind), *names)
+            files = []
+            for name in names:
+                files.append((name, str(tmp_path / f"{len(jobs)}-{name}.safetensors")))
+                minillm.techniques()[name].save(model, files[-1][1])
+            jobs.append((kind, files, logits(model).detach()))
+    (tmp_path / "jobs").write_bytes(pickle.dumps(jobs))
+    here = pathlib.Path(__file__).parent
+    done = subprocess.run([sys.executable, "-c", FRESH, str(tmp_path / "jobs")], capture_output=True, text=True,
+                          env={**__import__("os").environ, "PYTHONPATH": f"{here}:{here.parent}"})
+    assert not done.returncode, done.stderr[-3000:]
+    for _ in jobs:
+        law("6 files", True, "")
+
+
+# --- 7: what PyTorch does with modules ------------------------------------------------------------------------------------------
+
+
+@every_model
+def test_deepcopy_state_dict_and_bfloat16(kind):
+    for names in [(n,) for n in NAMES] + PAIRS:
+        what = f"{names} on {kind}"
+        model = attach(build(kind), *names)
+        expected = logits(model)
+        twin = copy.deepcopy(model)
+        law("7 modules", torch.equal(logits(twin), expected), f"deepcopy of {what}")
+        for name in reversed(names):
+            minillm.techniques()[name].unwrap(twin)
+        law("7 modules", torch.equal(logits(model), expected), f"{what}: unwrapping the copy leaves the original")
+        other = build(kind)
+        for name in names:
+            wrap(other, name)
+        other.load_state_dict(model.state_dict())
+        law("7 modules", torch.equal(logits(other), expected), f"state_dict of {what}")
+        off = (logits(model.bfloat16()).float() - expected).norm() / expected.norm()
+        law("7 modules", off < 0.1, f"bfloat16 of {what}: off by {off:.3f} of the norm")
+
+
+@every_model
+def test_compile_without_graph_breaks(kind):
+    for names in [(n,) for n in NAMES] + (PAIRS if kind == "Linear" else []):
+        model = attach(build(kind), *names)
+        ids = minillm.prepare(model, IDS)[0]
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        close("7 compile", logits(compiled, ids), logits(model, ids), f"{names} on {kind}")
+
+
+@pytest.mark.cuda
+@every_model
+def test_on_cuda(kind):
+    for names in [(n,) for n in NAMES] + PAIRS:
+        model = attach(build(kind), *names)
+        expected = logits(model)
+        close("7 cuda", logits(model.cuda()).cpu(), expected, f"{names} on {kind}", 1e-4)
+        there = attach(build(kind).cuda(), *names)
+        law("7 cuda", all(t.is_cuda for t in there.state_dict().values()), f"{names} on {kind}: wrapped on the device")
+        law("7 cuda", bool(logits(there).isfinite().all()), f"{names} on {kind}")
+
+
+# --- the table ------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_technique_is_registered():
+    for module in pkgutil.walk_packages(minillm.__path__, "minillm."):
+        if module.name == "minillm.__main__":
+            continue
+        for _, cls in inspect.getmembers(importlib.import_module(module.name), inspect.isclass):
+            if issubclass(cls, (Patch, Format)) and cls not in (Patch, Format):
+                assert cls in TECHNIQUES.values(), f"{cls.__name__} of {module.name} is not registered: its file ends with verbs(...)"
+    for name, module in minillm.techniques().items():
+        for verb in ("wrap", "unwrap", "merge", "unmerge", "save", "load"):
+            assert callable(getattr(module, verb)) and getattr(module, verb).__doc__, f"{name}.{verb}"
+
+
+def test_the_walk_never_enters_a_patch():
+    for a, b in PAIRS:
+        model = build("llama")
+        names = [site.name for site in walk(model)]
+        attach(model, a, b)
+        assert [site.name for site in walk(model)] == names, (a, b)

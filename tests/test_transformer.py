@@ -1,0 +1,153 @@
+"""The transformer against its definitions: causality, cache, padding, the loss, and how tokens are chosen."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import build
+
+import minillm
+from minillm.transformer import Cache, cross_entropy_sum, left_pad, rope_table, rotate, sample
+
+families = pytest.mark.parametrize("kind", ["gpt2", "llama"])
+
+
+@families
+def test_a_token_sees_only_those_before_it(kind):
+    model, ids = build(kind), torch.randint(24, (1, 8))
+    other = ids.clone()
+    other[0, 5] = (ids[0, 5] + 1) % 24
+    a, b = model(ids), model(other)
+    torch.testing.assert_close(a[:, :5], b[:, :5])
+    assert not torch.allclose(a[:, 5:], b[:, 5:])
+
+
+@families
+def test_the_cache_gives_what_the_whole_sequence_gives(kind):
+    model, ids = build(kind), torch.randint(24, (2, 12))
+    whole = model(ids)
+    for parts in ([1] * 12, [5, 1, 6], [12]):
+        cache, pieces, at = Cache(model.config, 2, 12), [], 0
+        for t in parts:
+            pieces.append(model(ids[:, at : at + t], cache=cache))
+            at += t
+        torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-5, atol=1e-5)
+
+
+@families
+def test_padding_changes_nothing(kind):
+    model = build(kind)
+    rows = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3]]
+    ids, mask = left_pad(rows, pad=7)
+    batch = model(ids, mask)
+    for row, logits in zip(rows, batch):
+        torch.testing.assert_close(logits[-len(row):], model(torch.tensor([row]))[0], rtol=1e-5, atol=1e-5)
+    together = model.generate(rows, 6)
+    for row, new in zip(rows, together):
+        assert model.generate([row], 6)[0].tolist() == row + new[-6:].tolist()
+    right = torch.tensor([[9, 2, 7, 7]])
+    torch.testing.assert_close(model(right, right != 7)[:, :2], model(right[:, :2]), rtol=1e-5, atol=1e-5)
+
+
+@families
+def test_soft_prompts_are_right_in_cached_generation_with_padding(kind):
+    model = minillm.prompts.wrap(build(kind), length=3)
+    rows = [[3, 1, 4, 1, 5], [9, 2]]
+    for row, new in zip(rows, model.generate(rows, 4)):
+        ids = torch.tensor([row])
+        for _ in range(4):
+            longer, _, _ = minillm.prepare(model, ids)
+            ids = torch.cat([ids, model(longer)[:, -1:].argmax(-1)], 1)
+        assert new[-4:].tolist() == ids[0, -4:].tolist()
+
+
+@families
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_loss_is_cross_entropy_over_the_labels_and_so_is_its_gradient(kind, tied):
+    make = {"gpt2": minillm.Config.gpt2, "llama": minillm.Config}[kind]
+    model = minillm.Transformer(make(24, 16, 2, 2, positions=32, tied=tied))
+    ids = torch.randint(24, (3, 9))
+    labels = ids.masked_fill(torch.rand(3, 9) < 0.4, -100)
+    plain = F.cross_entropy(model(ids)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    expected = torch.autograd.grad(plain, list(model.parameters()))
+    loss = model.loss(ids, labels)
+    torch.testing.assert_close(loss, plain)
+    for ours, theirs in zip(torch.autograd.grad(loss * 2, list(model.parameters())), expected):
+        torch.testing.assert_close(ours, 2 * theirs, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(model.loss(ids, labels), plain)
+        count = (labels[:, 1:] != -100).sum()
+        torch.testing.assert_close(model.loss(ids, labels, reduction="sum"), plain * count)
+
+
+def test_the_loss_is_the_same_in_any_chunks():
+    head, h, y = torch.nn.Linear(6, 11), torch.randn(10, 6, requires_grad=True), torch.randint(11, (10,))
+    whole = torch.autograd.grad(F.cross_entropy(head(h), y, reduction="sum"), [h, *head.parameters()])
+    for chunk in (1, 3, 10, 100):
+        for ours, theirs in zip(torch.autograd.grad(cross_entropy_sum(h, y, head, chunk), [h, *head.parameters()]), whole):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_rotation_keeps_lengths_and_depends_on_the_distance_alone():
+    q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
+
+    def product(i, j):
+        turn = [rotate(x, *rope_table(torch.tensor([[p]]), 8, 10000.0)) for x, p in ((q, i), (k, j))]
+        return (turn[0] * turn[1]).sum()
+
+    torch.testing.assert_close(product(3, 1), product(13, 11), rtol=1e-4, atol=1e-5)
+    assert (product(3, 1) - product(4, 1)).abs() > 1e-3
+    x = torch.randn(1, 2, 5, 8)
+    torch.testing.assert_close(rotate(x, *rope_table(torch.arange(5)[None], 8, 10000.0)).norm(dim=-1), x.norm(dim=-1))
+
+
+def test_sampling_keeps_what_each_filter_says():
+    logits = torch.tensor([[0.5, 0.2, 0.15, 0.1, 0.05]]).log().expand(4000, -1)
+
+    def kept(**options):
+        return set(sample(logits, 1.0, generator=torch.Generator().manual_seed(0), **options).tolist())
+
+    assert kept() == {0, 1, 2, 3, 4}
+    assert kept(top_k=2) == {0, 1}
+    assert kept(top_p=0.6) == {0, 1} and kept(top_p=0.5) == {0} and kept(top_p=0.0001) == {0}
+    assert kept(min_p=0.25) == {0, 1, 2} and kept(min_p=0.5) == {0}
+    assert set(sample(logits, 0).tolist()) == {0}
+    counts = torch.bincount(sample(logits, 2.0, generator=torch.Generator().manual_seed(0)), minlength=5) / 4000
+    expected = (logits[0] / 2).softmax(0)
+    assert (counts - expected).abs().max() < 0.03
+
+
+def test_generation_stops_streams_and_pads():
+    model = build("llama")
+    free = model.generate([[3, 1, 4], [1, 5, 9]], 8)
+    assert free.shape == (2, 11)
+    stop = int(free[0, 5])
+    seen = []
+    ended = model.generate([[3, 1, 4], [1, 5, 9]], 8, stop=stop, pad=0, stream=lambda tokens: seen.append(tokens.tolist()))
+    first = (free[0, 3:] == stop).nonzero()[0, 0] + 4
+    assert ended[0, :first].tolist() == free[0, :first].tolist() and not ended[0, first:].any()
+    assert [list(row) for row in zip(*seen)] == ended[:, 3:].tolist()
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda m: m(torch.tensor([[3, 24]])), "ids run from 3 to 24.*24 entries"),
+    (lambda m: m(torch.tensor([[-1, 2]])), "ids run from -1 to 2"),
+    (lambda m: m(torch.zeros(1, 33, dtype=torch.long)), "33 tokens is beyond this model's 32 positions"),
+    (lambda m: m.generate([[1, 2]], 31), "max_new_tokens=31.*32 positions"),
+    (lambda m: m.generate([[]], 3), "prompt is empty"),
+    (lambda m: m.loss(torch.zeros(1, 4, dtype=torch.long), torch.full((1, 4), -100)), "no label is left"),
+    (lambda m: m.loss(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 3, dtype=torch.long)), "differ in shape"),
+    (lambda m: minillm.Config(24, 16, 2, 3, kv_heads=2), "heads=3"),
+    (lambda m: minillm.Config(24, 16, 2, 2, activation="swish"), "activation='swish'.*silu"),
+    (lambda m: minillm.Config(24, 18, 2, 6), "head_size=3 is odd"),
+])
+@families
+def test_errors_name_the_culprit(kind, call, message):
+    with pytest.raises((ValueError, IndexError), match=message):
+        call(build(kind))
+
+
+def test_the_prompts_placeholders_stay_valid_and_other_ids_do_not():
+    model = minillm.prompts.wrap(build("llama"), length=2)
+    model(torch.tensor([[24, 25, 3]]))
+    with pytest.raises(IndexError, match="26"):
+        model(torch.tensor([[26, 3]]))
