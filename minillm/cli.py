@@ -31,9 +31,9 @@ def parser():
         sub.set_defaults(run=run)
         return sub
 
-    def model(sub, default=None):
-        sub.add_argument("--model", default=default, required=default is None, help="tiny, smollm2, a Hugging Face directory or a .gguf file")
-        sub.add_argument("--adapter", action="append", default=[], metavar="FILE", help="what a technique saved; may be given several times")
+    def model(sub):
+        sub.add_argument("--model", default="tiny", help="tiny, smollm2, a Hugging Face directory or a .gguf file")
+        sub.add_argument("--adapter", action="append", default=[], metavar="FILE", help="what a technique saved; repeatable")
 
     def task(sub):
         sub.add_argument("--task", choices=data.TASKS, default="language", help="what to learn from Python's own documentation")
@@ -48,7 +48,7 @@ def parser():
         sub.add_argument(f"--{name}", type=int, help=text)
 
     sub = command(run_train, "train one technique and save what it learnt")
-    model(sub, "tiny")
+    model(sub)
     task(sub)
     sub.add_argument("--data", metavar="FILE", help="your own .txt, .jsonl or .csv, instead of --task")
     sub.add_argument("--technique", default="lora", choices=list(techniques()), help="what to wrap the model with")
@@ -66,14 +66,14 @@ def parser():
     sub.add_argument("--out", required=True, metavar="FILE", help="where to save what was learnt (.safetensors)")
 
     sub = command(run_eval, "measure a model on held-out text")
-    model(sub, "tiny")
+    model(sub)
     task(sub)
     sub.add_argument("--text", metavar="FILE", help="perplexity of this text, instead of --task")
     sub.add_argument("--length", type=int, default=256, help="tokens of a window")
     sub.add_argument("--windows", type=int, help="at most so many windows")
 
     sub = command(run_generate, "continue a prompt, as it comes")
-    model(sub, "tiny")
+    model(sub)
     sub.add_argument("prompt")
     sub.add_argument("--chat", action="store_true", help="the prompt is a user's message; use the model's chat template")
     sub.add_argument("--max-new-tokens", type=int, default=64)
@@ -84,7 +84,7 @@ def parser():
     sub.add_argument("--seed", type=int, default=0)
 
     sub = command(run_show, "the model as a tree, and what it costs")
-    model(sub, "tiny")
+    model(sub)
     sub.add_argument("--cost", action="store_true", help="also what training needs and the time a token takes")
 
     sub = command(run_fetch, "get a model once and keep it in the cache")

@@ -55,8 +55,8 @@ def measure(name, settings):
         torch.set_num_threads(settings["threads"])
     program = report.peak_memory()
     model, tokenizer = hub.load(settings["model"])
-    parts = {split: data.task(settings["task"], tokenizer, split, limit=settings["limit"] if split != "train" else None, length=settings["length"])
-             for split in ("train", "validation", "test")}
+    parts = {split: data.task(settings["task"], tokenizer, split, length=settings["length"], limit=limit)
+             for split, limit in (("train", None), ("validation", settings["limit"]), ("test", settings["limit"]))}
 
     def quality(model, split, windows=settings["windows"]):
         return score(model, tokenizer, parts[split], settings["length"], windows)
@@ -99,8 +99,8 @@ def fit(name, model, part, tokenizer, settings, lr, steps):
     torch.manual_seed(settings["seed"])
     if name in techniques():
         techniques()[name].wrap(model)
-    train.train(model, part.examples, steps=steps, lr=lr, batch_size=settings["batch_size"], warmup=max(1, steps // 10), seed=settings["seed"],
-                pad=tokenizer.pad or 0, progress=settings["progress"], name=f"{name} at {lr:.2g}")
+    train.train(model, part.examples, steps=steps, lr=lr, batch_size=settings["batch_size"], warmup=max(1, steps // 10),
+                seed=settings["seed"], pad=tokenizer.pad or 0, progress=settings["progress"], name=f"{name} at {lr:.2g}")
     return model
 
 
@@ -164,9 +164,10 @@ def picture(rows, path, title=""):
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for i, row in enumerate(rows):
-        for axes, x in ((left, max(1, row["trainable"])), (right, row["peak_bytes"] / 1e6)):
-            axes.errorbar(x, row["after"]["value"], fmt="o", color=f"C{i}", label=row["technique"],
-                          yerr=[[max(0.0, row["after"]["value"] - row["after"]["low"])], [max(0.0, row["after"]["high"] - row["after"]["value"])]])
+        after = row["after"]
+        interval = [[max(0.0, after["value"] - after["low"])], [max(0.0, after["high"] - after["value"])]]
+        for axes, x in ((left, row["trainable"]), (right, row["peak_bytes"] / 1e6)):
+            axes.errorbar(x, after["value"], yerr=interval, fmt="o", color=f"C{i}", label=row["technique"])
             axes.plot(x, row["int8"]["value"], "v", color=f"C{i}", alpha=0.5)
     left.set(xscale="symlog", xlabel="trainable parameters", ylabel=f"{rows[0]['metric']}, held-out text")
     right.set(xlabel="peak memory beyond the program, MB")

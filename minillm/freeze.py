@@ -61,10 +61,11 @@ def lowest(model, last):
     if not lists:
         raise ValueError(f"this {type(model).__name__} has no list of blocks: name what to freeze in targets=")
     blocks = max(lists, key=lambda site: len(site.module))
-    if not 0 < last < len(blocks.module):
-        raise ValueError(f"last={last}: {blocks.name!r} has {len(blocks.module)} blocks, so last lies between 1 and {len(blocks.module) - 1}")
+    n = len(blocks.module)
+    if not 0 < last < n:
+        raise ValueError(f"last={last}: {blocks.name!r} has {n} blocks, so last lies between 1 and {n - 1}")
     order = [site.name for site in sites]
-    below = order[: order.index(f"{blocks.name}.{len(blocks.module) - last}")]
+    below = order[: order.index(f"{blocks.name}.{n - last}")]
     return [name for name in below if not f"{blocks.name}.".startswith(f"{name}.")]  # not what holds the list itself
 
 

@@ -65,7 +65,9 @@ def _backward(ctx, grad):
 
 
 @torch.library.custom_op("minillm::csr_matmul_transposed", mutates_args=())
-def csr_matmul_transposed(crow: torch.Tensor, col: torch.Tensor, values: torch.Tensor, grad: torch.Tensor, out: int, into: int) -> torch.Tensor:
+def csr_matmul_transposed(
+    crow: torch.Tensor, col: torch.Tensor, values: torch.Tensor, grad: torch.Tensor, out: int, into: int
+) -> torch.Tensor:
     """grad (n, out) times W -> (n, in)."""
     W = view(crow, col, values, (out, into)).to_dense()
     return grad.to(W.dtype).mm(W).to(grad.dtype)
@@ -119,8 +121,8 @@ def wrap(model, targets=None, *, anyway=False):
         W, _ = dense(site.module)
         zeros, break_even = (W == 0).float().mean().item(), 1 - W.element_size() / (W.element_size() + 4)
         if zeros < break_even:
-            raise ValueError(f"{site.name!r} has {zeros:.0%} zeros; CSR is smaller than {W.dtype} from {break_even:.0%} on. Prune and merge "
-                             "first, or say anyway=True")
+            raise ValueError(f"{site.name!r} has {zeros:.0%} zeros; CSR is smaller than {W.dtype} from {break_even:.0%} on. "
+                             "Prune and merge first, or say anyway=True")
     return attach(CSR, model, targets)
 
 

@@ -130,7 +130,8 @@ def train(model, examples, *, steps, lr, batch_size=8, accumulate=1, schedule="c
                 total += part.item()
             norm = torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], clip or math.inf).item()
             if not math.isfinite(total) or not math.isfinite(norm):
-                raise ValueError(f"step {step}: the loss is {total / learnt} and the gradient's norm {norm}; a lower learning rate than {lr} may help")
+                raise ValueError(f"step {step}: the loss is {total / learnt} and the gradient's norm {norm}; "
+                                 f"a lower learning rate than {lr} may help")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -198,13 +199,15 @@ def restore(path, model, optimizer, batches, settings):
     told = json.loads(metadata["training"])
     differ = {key: (told["settings"].get(key), value) for key, value in settings.items() if told["settings"].get(key) != value}
     if differ:
-        raise ValueError(f"{path} was written with other settings: " + ", ".join(f"{k}={a!r} then, {b!r} now" for k, (a, b) in differ.items()))
+        listed = ", ".join(f"{key}={then!r} then, {now!r} now" for key, (then, now) in differ.items())
+        raise ValueError(f"{path} was written with other settings: {listed}")
     named = learning(model, optimizer)
     ours = {f"model.{name}": tuple(p.shape) for name, p in named}
     theirs = {key: tuple(t.shape) for key, t in tensors.items() if key.startswith("model.")}
     if ours != theirs:
         odd = sorted(set(ours.items()) ^ set(theirs.items()))
-        raise ValueError(f"{path} does not fit what learns in this model; {len(odd)} differ, first {odd[0][0]!r}. Wrap it as it was wrapped then")
+        raise ValueError(f"{path} does not fit what learns in this model; {len(odd)} differ, first {odd[0][0]!r}. "
+                         "Wrap the model as it was wrapped then")
     for name, p in named:
         p.copy_(tensors[f"model.{name}"])
         for key in ("step", "exp_avg", "exp_avg_sq"):

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from minillm import files
-from minillm.registry import CannotMerge, Format, Layer, Patch, dense, freeze, hidden_linears, hint, leaf, register, select, thaw, ties, walk
+from minillm.registry import (CannotMerge, Format, Layer, Patch, dense, freeze, hidden_linears, hint, leaf, register, select, thaw,
+                              ties, walk)
 
 log = logging.getLogger("minillm")
 
@@ -173,8 +174,9 @@ def merge(cls, model, keep=True, tolerance=0.5):
         base = rebased(site.module, wanted, bias)
         error, change = (dense(base)[0].to(W.dtype) - wanted).norm().item(), (wanted - W).norm().item()
         if error > tolerance * change + 1e-6 * wanted.norm().item():
-            raise ValueError(f"merging {name} into {site.name!r} ({storage(base)}) would lose it: the rounding is {error / change:.2f} of the "
-                             f"change, more than tolerance={tolerance}. Merge into a dense base (unwrap the format first), or keep the patch")
+            raise ValueError(f"merging {name} into {site.name!r} ({storage(base)}) would lose it: the rounding is {error / change:.2f} "
+                             f"of the change, more than tolerance={tolerance}. Merge into a dense base (unwrap the format first), or "
+                             "keep the patch")
         worst = max(worst, error / change if change else 0.0)
         if keep:
             base.__dict__["merged_from"] = (name, patch, site.module)
@@ -266,7 +268,8 @@ def load(cls, model, path):
     configs, sites = json.loads(metadata["sites"]), {site.name: site for site in walk(model)}
     for where in configs:
         if where not in sites or not cls.accepts(sites[where]):
-            raise ValueError(f"{path} has {name} for {where!r}, which this model lacks; {hint(where, [s for s in sites.values() if cls.accepts(s)])}")
+            possible = [site for site in sites.values() if cls.accepts(site)]
+            raise ValueError(f"{path} has {name} for {where!r}, which this model lacks; {hint(where, possible)}")
     extra = [site.name for site, _ in patches_of(name, model) if site.name not in configs]
     if extra:
         raise ValueError(f"the model has {name} at {extra[0]!r} ({len(extra)} such), which {path} lacks: unwrap it first")
