@@ -22,8 +22,11 @@ from minillm.registry import CannotMerge, Format, Layer, Patch, layers, prepare,
 from minillm.transformer import Cache, Config, Transformer
 from minillm import freeze, prompts, lora, adapters
 from minillm import quant, prune, sparse
+from minillm import compare, data, evaluate, hub, report, train
+from minillm.hub import load, save
+from minillm.show import show
 
 __all__ = [
-    "Cache", "CannotMerge", "Config", "Format", "Layer", "Patch", "Transformer", "adapters", "freeze", "layers", "lora", "prepare",
-    "prompts", "prune", "quant", "sparse", "techniques", "untie",
+    "Cache", "CannotMerge", "Config", "Format", "Layer", "Patch", "Transformer", "adapters", "compare", "data", "evaluate", "freeze", "hub",
+    "layers", "load", "lora", "prepare", "prompts", "prune", "quant", "report", "save", "show", "sparse", "techniques", "train", "untie",
 ]

@@ -38,7 +38,7 @@ def compare(model="tiny", task="language", names=None, *, length=128, seed=0, th
     for name in names:
         if name not in RATES:
             raise ValueError(f"technique {name!r} is not one that trains; known: {', '.join(RATES)}")
-    data.task(task, None, None)  # an unknown task is an error before hours of work
+    data.check(task)  # now, not after hours of work
     settings = dict(SIZES.get(str(model), SIZES["smollm2"]), **{k: v for k, v in sizes.items() if v is not None})
     settings |= dict(model=str(model), task=task, length=length, seed=seed, threads=threads, progress=progress)
     hub.load(model)  # makes the tiny model, or says now what is missing
