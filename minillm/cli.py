@@ -1,4 +1,4 @@
-"""The command line: `minillm compare | train | eval | generate | show | fetch`."""
+"""The command line: `minillm compare | train | eval | generate | show | export | fetch`."""
 
 import argparse
 import ast
@@ -87,6 +87,11 @@ def parser():
     model(sub)
     sub.add_argument("--cost", action="store_true", help="also what training needs and the time a token takes")
 
+    sub = command(run_export, "write the model, with what was learnt merged into it, for other programs")
+    model(sub)
+    sub.add_argument("--out", required=True, help="a directory (Hugging Face layout) or a .gguf file")
+    sub.add_argument("--type", choices=["f32", "f16", "q8_0"], default="f32", help="how a GGUF stores its matrices")
+
     sub = command(run_fetch, "get a model once and keep it in the cache")
     sub.add_argument("name", choices=["smollm2"])
     return top
@@ -172,6 +177,14 @@ def run_show(args):
     print(show(model))
     if args.cost:
         print(report.report(model).table())
+
+
+def run_export(args):
+    model, tokenizer = load(args)
+    for name in dict.fromkeys(read(path)[1]["technique"] for path in args.adapter):
+        techniques()[name].merge(model, keep=False)
+    hub.save(model, args.out, tokenizer=tokenizer, type=args.type)
+    print(f"wrote {args.out}")
 
 
 def run_fetch(args):

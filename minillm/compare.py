@@ -10,6 +10,7 @@ with three rates around a usual one and moves on while the best stands at its ed
 of each other (arXiv 2602.04998).
 """
 
+import concurrent.futures
 import copy
 import json
 import math
@@ -44,8 +45,8 @@ def compare(model="tiny", task="language", names=None, *, length=128, seed=0, th
     hub.load(model)  # makes the tiny model, or says now what is missing
     spawn, rows = multiprocessing.get_context("spawn"), []
     for name in tqdm(names, desc="compare", unit="technique", disable=not progress):
-        with spawn.Pool(1) as pool:
-            rows.append(pool.apply(measure, (name, settings)))
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
+            rows.append(pool.submit(measure, name, settings).result())
     return rows
 
 

@@ -16,7 +16,7 @@ from minillm.tokenizer import BytePair
 from minillm.transformer import Config
 
 NAMES = {
-    r"^token_embd\.": "embed_tokens.", r"^position_embd\.": "embed_positions.", r"^output_norm\.": "norm.", r"^output\.": "lm_head.", r"^blk\.": "layers.",
+    r"^token_embd\.": "embed_tokens.", r"^output_norm\.": "norm.", r"^output\.": "lm_head.", r"^blk\.": "layers.",
     r"\.attn_norm\.": ".input_layernorm.", r"\.ffn_norm\.": ".post_attention_layernorm.", r"\.attn_output\.": ".self_attn.o_proj.",
     r"\.attn_([qkv])\.": r".self_attn.\1_proj.", r"\.ffn_(gate|up|down)\.": r".mlp.\1_proj.",
 }
@@ -87,3 +87,84 @@ def translate(fields, names, path):
         kv_heads=field("attention.head_count_kv", heads), head_size=head_size, ffn=field("feed_forward_length"),
         positions=field("context_length"), eps=field("attention.layer_norm_rms_epsilon"), rope_base=float(field("rope.freq_base", 10000.0)),
         qkv_bias="blk.0.attn_q.bias" in names, out_bias="blk.0.attn_output.bias" in names, tied="output.weight" not in names)
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------------
+
+TYPES = {"f32": "F32", "f16": "F16", "q8_0": "Q8_0"}
+
+
+def save(model, path, tokenizer, type="f32"):
+    """Write a GGUF file that llama.cpp runs, with the tokenizer and its chat template; whole, or not at all.
+
+    type: "f32", "f16", or "q8_0" (8 bits in blocks of 32 with a 16-bit scale). Vectors, and matrices whose rows do not divide by 32,
+    stay in higher precision. ValueError for a model of the GPT-2 family, and for a tokenizer that is not byte-level BPE.
+    """
+    gguf, c = files.need("gguf", "hub"), model.config
+    if type not in TYPES:
+        raise ValueError(f"type={type!r} is unknown; known: {', '.join(TYPES)}")
+    if c.norm != "rms" or not c.gated or not c.rope_base or c.activation != "silu" or c.mlp_bias:
+        raise ValueError("only the Llama family is written as GGUF (RMSNorm, SwiGLU with silu, rotary positions, no biases in the MLP)")
+    if not isinstance(tokenizer, BytePair):
+        kind = "none" if tokenizer is None else tokenizer.__class__.__name__
+        raise ValueError(f"a GGUF carries its tokenizer, which has to be byte-level BPE; this is {kind}")
+    arch = "qwen2" if c.qkv_bias and not c.out_bias else "llama"
+    fields = tokenizer.to_gguf(c.vocab_size)
+    with files.atomic(path) as new:
+        writer = gguf.GGUFWriter(new, arch)
+        writer.add_context_length(c.positions)
+        writer.add_embedding_length(c.width)
+        writer.add_block_count(c.layers)
+        writer.add_feed_forward_length(c.ffn)
+        writer.add_head_count(c.heads)
+        writer.add_head_count_kv(c.kv_heads)
+        writer.add_layer_norm_rms_eps(c.eps)
+        writer.add_rope_freq_base(c.rope_base)
+        writer.add_rope_dimension_count(c.head_size)
+        writer.add_vocab_size(c.vocab_size)
+        if c.head_size * c.heads != c.width:
+            writer.add_key_length(c.head_size)
+            writer.add_value_length(c.head_size)
+        writer.add_file_type({"f32": 0, "f16": 1, "q8_0": 7}[type])
+        for name, value in fields.items():
+            add_field(writer, name, value)
+        for name, t in exported(model, arch):
+            wanted = gguf.GGMLQuantizationType[TYPES[type]] if t.dim() == 2 else gguf.GGMLQuantizationType.F32
+            if wanted is gguf.GGMLQuantizationType.Q8_0 and t.shape[1] % 32:
+                wanted = gguf.GGMLQuantizationType.F16
+            writer.add_tensor(name, gguf.quants.quantize(t.float().contiguous().numpy(), wanted), raw_dtype=wanted)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def add_field(writer, name, value):
+    """One metadata field, by the type of its value."""
+    if isinstance(value, bool):
+        writer.add_bool(name, value)
+    elif isinstance(value, int):
+        writer.add_uint32(name, value)
+    elif isinstance(value, str):
+        writer.add_string(name, value)
+    else:
+        writer.add_array(name, value)
+
+
+def exported(model, arch):
+    """(name, tensor) as llama.cpp names them and lays them out."""
+    heads = {"q_proj": model.config.heads, "k_proj": model.config.kv_heads}
+    for name, p in model.named_parameters():
+        t, leaf = p.detach().cpu(), name.split(".")[-2]
+        if arch == "llama" and leaf in heads:
+            t = t.unflatten(0, (heads[leaf], 2, -1)).transpose(1, 2).flatten(0, 2)  # (h, 2, d/2, ...) -> (h, d/2, 2, ...)
+        for ours, theirs in EXPORTED.items():
+            name = re.sub(ours, theirs, name)
+        yield name, t
+
+
+EXPORTED = {
+    r"^embed_tokens\.": "token_embd.", r"^norm\.": "output_norm.", r"^lm_head\.": "output.", r"^layers\.": "blk.",
+    r"\.input_layernorm\.": ".attn_norm.", r"\.post_attention_layernorm\.": ".ffn_norm.", r"\.self_attn\.o_proj\.": ".attn_output.",
+    r"\.self_attn\.([qkv])_proj\.": r".attn_\1.", r"\.mlp\.(gate|up|down)_proj\.": r".ffn_\1.",
+}

@@ -13,6 +13,7 @@ GPT-2's checkpoints keep q, k and v in one matrix and all matrices transposed (`
 transformers needs a class and a converter for each architecture; the four here (GPT-2, Llama, Qwen2, Mistral) are one Transformer.
 """
 
+import functools
 import hashlib
 import json
 import pathlib
@@ -29,7 +30,7 @@ from torch import nn
 
 from minillm import files
 from minillm import tokenizer as tokenizers
-from minillm.registry import Format, Layer, walk
+from minillm.registry import Format, walk
 from minillm.transformer import Config, Transformer
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -38,9 +39,9 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 def load(source, dtype=None, device=None):
     """(model, tokenizer) of a checkpoint; the model is in eval mode, the tokenizer None where the checkpoint has none.
 
-    source: "smollm2" or "tiny", a directory in the Hugging Face layout, or a .gguf file. dtype: as torch has it, or its name; by default the
-    checkpoint's own, of a GGUF float32. FileNotFoundError where the source is missing, ValueError where it is not whole, or
-    is something that minillm does not compute.
+    source: "smollm2" or "tiny", a directory in the Hugging Face layout, or a .gguf file. dtype: as torch has it, or its name; by
+    default the checkpoint's own, of a GGUF float32. FileNotFoundError where the source is missing, ValueError where it is not
+    whole, or is something that minillm does not compute.
     """
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if source == "tiny":
@@ -50,8 +51,8 @@ def load(source, dtype=None, device=None):
     elif source == "smollm2":
         source = fetched("smollm2")
     path = pathlib.Path(source)
-    if path.suffix in PICKLES or (path.is_dir() and not (path / "config.json").exists() and any(p.suffix in PICKLES for p in path.iterdir())):
-        raise ValueError(f"{path} is or holds a pickle, which may run any code when it is opened; it was not. Ask for the model as safetensors")
+    if path.suffix in PICKLES:
+        raise ValueError(f"{path} is a pickle, which may run any code when it is opened; it was not. Ask for the model as safetensors")
     if path.is_dir():
         return from_directory(path, dtype, device)
     if path.suffix == ".gguf" and path.exists():
@@ -59,7 +60,8 @@ def load(source, dtype=None, device=None):
 
         return gguf.load(path, dtype or torch.float32, device)
     kind = "no such file or directory" if not path.exists() else "neither a directory nor a .gguf file"
-    raise FileNotFoundError(f"{source}: {kind}. load takes 'smollm2', 'tiny', a directory with config.json and model.safetensors, or a .gguf file")
+    raise FileNotFoundError(f"{source}: {kind}. load takes 'smollm2', 'tiny', a directory with config.json and model.safetensors, or "
+                            "a .gguf file")
 
 
 # --- the Hugging Face layout ------------------------------------------------------------------------------------------------
@@ -218,10 +220,14 @@ def gpt2(told, activation, source):
             turned = name.endswith("weight") and re.search(r"\.(c_attn|c_proj|c_fc)\.", name)
             if ".c_attn." in name:
                 for i, letter in enumerate("qkv"):
-                    found[short.replace("c_attn", f"{letter}_proj")] = (name, lambda t, i=i: t.T.split(width)[i] if t.dim() == 2 else t.split(width)[i])
+                    found[short.replace("c_attn", f"{letter}_proj")] = (name, functools.partial(third, i))
             else:
                 found[short] = (name, (lambda t: t.T) if turned else (lambda t: t))
         return found
+
+    def third(i, t):
+        """q, k or v of c_attn: its weight is (in, 3 out), its bias (3 out,)."""
+        return (t.T if t.dim() == 2 else t).split(width)[i]
 
     return config, names
 
@@ -242,38 +248,44 @@ ARCHITECTURES = {
 def describe(config, dtype):
     """The config.json of a Transformer's Config; ValueError where no architecture says it."""
     c = config
-    back = {"silu": "silu", "relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_new" if not c.rope_base else "gelu_pytorch_tanh"}[c.activation]
+    back = {"gelu_tanh": "gelu_pytorch_tanh" if c.rope_base else "gelu_new"}.get(c.activation, c.activation)
     common = dict(vocab_size=c.vocab_size, tie_word_embeddings=c.tied, dtype=str(dtype).removeprefix("torch."))
     biases = (c.qkv_bias, c.out_bias, c.mlp_bias)
-    if (c.norm, c.gated, c.rope_base, *biases, c.kv_heads == c.heads, c.head_size * c.heads == c.width) == ("layer", False, None, True, True, True, True, True):
+    whole_heads = c.head_size * c.heads == c.width
+    if c.norm == "layer" and not c.gated and c.rope_base is None and all(biases) and c.kv_heads == c.heads and whole_heads:
         return dict(architectures=["GPT2LMHeadModel"], model_type="gpt2", n_embd=c.width, n_layer=c.layers, n_head=c.heads, n_inner=c.ffn,
                     n_positions=c.positions, layer_norm_epsilon=c.eps, activation_function=back, attn_pdrop=0.0, embd_pdrop=0.0,
                     resid_pdrop=0.0, **common)
     if c.norm != "rms" or not c.gated or not c.rope_base:
         raise ValueError(f"no architecture of transformers is {config}")
-    told = dict(hidden_size=c.width, num_hidden_layers=c.layers, num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, head_dim=c.head_size,
-                intermediate_size=c.ffn, max_position_embeddings=c.positions, rms_norm_eps=c.eps, hidden_act=back, rope_theta=c.rope_base,
-                rope_parameters=dict(rope_type="default", rope_theta=c.rope_base), **common)
-    if biases == (True, False, False) and c.head_size * c.heads == c.width:
+    told = dict(hidden_size=c.width, num_hidden_layers=c.layers, num_attention_heads=c.heads, num_key_value_heads=c.kv_heads,
+                head_dim=c.head_size, intermediate_size=c.ffn, max_position_embeddings=c.positions, rms_norm_eps=c.eps, hidden_act=back,
+                rope_theta=c.rope_base, rope_parameters=dict(rope_type="default", rope_theta=c.rope_base), **common)
+    if biases == (True, False, False) and whole_heads:
         return dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", use_sliding_window=False, **told)
     if c.qkv_bias != c.out_bias:
         raise ValueError(f"no architecture of transformers has qkv_bias={c.qkv_bias} with out_bias={c.out_bias} and mlp_bias={c.mlp_bias}")
     return dict(architectures=["LlamaForCausalLM"], model_type="llama", attention_bias=c.qkv_bias, mlp_bias=c.mlp_bias, **told)
 
 
-def save(model, path, tokenizer=None, shard_bytes=5_000_000_000):
-    """Write the model to a directory in the Hugging Face layout, in shards of at most `shard_bytes`; whole, or not at all.
+def save(model, path, tokenizer=None, shard_bytes=5_000_000_000, type="f32"):
+    """Write the model as a checkpoint that transformers loads or, to a .gguf path, llama.cpp; whole, or not at all.
 
+    A directory gets the Hugging Face layout, in shards of at most `shard_bytes`. A GGUF is written in `type` (see `gguf.save`).
     ValueError for a model that has techniques attached: merge or unwrap them first, or save them with their own `save`.
     """
     for site in walk(model):
         if site.layer is not None or isinstance(site.module, Format):
             name = site.module.technique if isinstance(site.module, Format) else next(iter(site.layer.patches))
-            raise ValueError(f"{site.name!r} has {name} attached, which a checkpoint cannot hold: minillm.{name}.merge(model) or .unwrap(model) "
-                             f"first, or minillm.{name}.save(model, path) for it alone")
+            raise ValueError(f"{site.name!r} has {name} attached, which a checkpoint cannot hold: minillm.{name}.merge(model) or "
+                             f".unwrap(model) first, or minillm.{name}.save(model, path) for it alone")
     if not isinstance(model, Transformer):
         raise TypeError(f"save writes minillm's Transformer, not {type(model).__name__}; a Hugging Face model has save_pretrained")
     path, dtype = pathlib.Path(path), model.norm.weight.dtype
+    if path.suffix == ".gguf":
+        from minillm import gguf
+
+        return gguf.save(model, path, tokenizer, type)
     model.config.tied = model.lm_head.weight is model.embed_tokens.weight
     told = describe(model.config, dtype)
     for name in ("eos", "bos", "pad"):
@@ -288,7 +300,8 @@ def save(model, path, tokenizer=None, shard_bytes=5_000_000_000):
                 shards.append({})
             shards[-1][name] = t
         single = len(shards) == 1
-        called = ["model.safetensors"] if single else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        n = len(shards)
+        called = ["model.safetensors"] if single else [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
         for name, shard in zip(called, shards):
             safetensors.torch.save_file(shard, new / name, {"format": "pt"})
         if not single:
@@ -310,8 +323,9 @@ def exported(model, kind):
         for name, t in own.items():
             yield name if name.startswith("lm_head") else f"model.{name}", t.contiguous()
         return
-    back = {"embed_tokens.": "wte.", "embed_positions.": "wpe.", "layers.": "h.", "input_layernorm": "ln_1", "post_attention_layernorm": "ln_2",
-            "self_attn.q_proj": "attn.c_attn", "self_attn.o_proj": "attn.c_proj", "up_proj": "c_fc", "down_proj": "c_proj"}
+    back = {"embed_tokens.": "wte.", "embed_positions.": "wpe.", "layers.": "h.", "input_layernorm": "ln_1",
+            "post_attention_layernorm": "ln_2", "self_attn.q_proj": "attn.c_attn", "self_attn.o_proj": "attn.c_proj", "up_proj": "c_fc",
+            "down_proj": "c_proj"}
     for name, t in own.items():
         if ".k_proj." in name or ".v_proj." in name:
             continue
@@ -344,12 +358,16 @@ def verify(directory):
     for name, expected in json.loads((directory / "SHA256").read_text()).items():
         path = directory / name
         if not path.exists() or checksum(path) != expected:
-            raise ValueError(f"{path} is missing or changed since it was fetched; remove {directory} and run: minillm fetch {directory.name}")
+            raise ValueError(f"{path} is missing or changed since it was fetched; remove {directory} and run: "
+                             f"minillm fetch {directory.name}")
 
 
 def checksum(path):
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def fetch(name="smollm2"):

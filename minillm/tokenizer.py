@@ -218,20 +218,17 @@ class BytePair(Tokenizer):
 
         if field("model") != "gpt2":
             raise ValueError(f"the GGUF's tokenizer is {field('model')!r}; known: 'gpt2' (byte-level BPE)")
-        splits = {  # what llama.cpp calls by these names
-            "gpt-2": [],
-            "smollm": [pre_tokenizers.Digits(individual_digits=True)],
-            "llama-bpe": [pre_tokenizers.Split(Regex(LLAMA3_WORDS), behavior="isolated")],
-            "qwen2": [pre_tokenizers.Split(Regex(QWEN2_WORDS), behavior="isolated")],
-        }
-        if field("pre") not in splits:
-            raise ValueError(f"the GGUF's pre-tokenizer is {field('pre')!r}; known: {', '.join(splits)}")
+        if field("pre") not in PRE_TOKENIZERS:
+            raise ValueError(f"the GGUF's pre-tokenizer is {field('pre')!r}; known: {', '.join(PRE_TOKENIZERS)}")
         tokens, kinds = field("tokens"), field("token_type", [1] * len(field("tokens")))
         merges = [tuple(merge.split(" ")) for merge in field("merges")]
         inner = tokenizers.Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges,
                                                 ignore_merges=field("pre") == "llama-bpe"))
-        own = bool(splits[field("pre")]) and field("pre") != "smollm"  # these split words themselves
-        inner.pre_tokenizer = pre_tokenizers.Sequence([*splits[field("pre")], pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not own)])
+        digits, words = PRE_TOKENIZERS[field("pre")]
+        steps = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
+        steps += [pre_tokenizers.Split(Regex(words), behavior="isolated")] if words else []
+        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words is None))
+        inner.pre_tokenizer = pre_tokenizers.Sequence(steps)
         inner.decoder = decoders.ByteLevel()
         if field("pre") == "qwen2":
             from tokenizers import normalizers
@@ -245,6 +242,23 @@ class BytePair(Tokenizer):
             bos = special["bos_token"]
             inner.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, ids["bos_token"])])
         return cls(inner, special, tables.get("tokenizer.chat_template"))
+
+    def to_gguf(self, size):
+        """The fields of a GGUF for a model of `size` tokens; ValueError for what llama.cpp has no name for."""
+        told = json.loads(self.inner.to_str())
+        if told["model"]["type"] != "BPE":
+            raise ValueError(f"a GGUF's tokenizer has to be byte-level BPE; this is {told['model']['type']}")
+        added = {token["id"]: token for token in told["added_tokens"]}
+        tokens = [self.inner.id_to_token(i) for i in range(size)]
+        kinds = [5 if t is None else 3 if added.get(i, {}).get("special") else 4 if i in added else 1 for i, t in enumerate(tokens)]
+        fields = {"model": "gpt2", "pre": pre_tokenizer_name(told["pre_tokenizer"]), "token_type": kinds,
+                  "tokens": [f"[unused {i}]" if t is None else t for i, t in enumerate(tokens)],
+                  "merges": [m if isinstance(m, str) else " ".join(m) for m in told["model"]["merges"]],
+                  "add_bos_token": self.bos is not None and self.encode("a")[0] == self.bos, "add_space_prefix": False}
+        ids = dict(bos_token_id=self.bos, eos_token_id=self.eos, padding_token_id=self._pad)
+        fields |= {name: i for name, i in ids.items() if i is not None}
+        named = {f"tokenizer.ggml.{name}": value for name, value in fields.items()}
+        return named | ({"tokenizer.chat_template": self.chat_template} if self.chat_template else {})
 
     def save(self, directory):
         """Write tokenizer.json and tokenizer_config.json, as transformers reads them."""
@@ -272,6 +286,23 @@ class BytePair(Tokenizer):
         return self.inner.id_to_token(i)
 
 
-# The splits into words before BPE, as these two models' own tokenizer.json states them.
+# The splits into words before BPE, as these models' own tokenizer.json states them.
 LLAMA3_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 QWEN2_WORDS = LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
+PRE_TOKENIZERS = {  # llama.cpp's name: (whether digits stand alone, the words; None: GPT-2's, which ByteLevel has built in)
+    "gpt-2": (False, None),
+    "smollm": (True, None),
+    "llama-bpe": (False, LLAMA3_WORDS),
+    "qwen2": (False, QWEN2_WORDS),
+}
+
+
+def pre_tokenizer_name(told):
+    """llama.cpp's name for the pre-tokenizer of a tokenizer.json."""
+    steps = told.get("pretokenizers", [told]) if told else []
+    digits = any(step["type"] == "Digits" and step["individual_digits"] for step in steps)
+    words = next((step["pattern"].get("Regex") for step in steps if step["type"] == "Split"), None)
+    for name, known in PRE_TOKENIZERS.items():
+        if known == (digits, words) and steps and steps[-1]["type"] == "ByteLevel":
+            return name
+    raise ValueError(f"llama.cpp has no name for this tokenizer's splits; known: {', '.join(PRE_TOKENIZERS)}")

@@ -1,0 +1,310 @@
+"""Checkpoints both ways: bit for bit with ourselves, the same logits as transformers, and errors that name what is wrong."""
+
+import dataclasses
+import json
+import math
+import pickle
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import hugging_face
+from models import IDS, build
+
+import minillm
+from minillm import data, files, hub
+from minillm.tokenizer import SentencePiece
+
+SHAPES = {
+    "llama": minillm.Config(24, 16, 2, 4, kv_heads=2, ffn=32, positions=32),
+    "untied": minillm.Config(24, 16, 2, 4, kv_heads=1, ffn=40, positions=32, tied=False, rope_base=500.0, eps=1e-3),
+    "head size": minillm.Config(24, 16, 2, 2, head_size=12, ffn=32, positions=32, tied=False),
+    "biases": minillm.Config(24, 16, 2, 2, ffn=32, positions=32, qkv_bias=True, out_bias=True, mlp_bias=True),
+    "qwen2": minillm.Config(24, 16, 2, 4, kv_heads=2, ffn=32, positions=32, qkv_bias=True),
+    "gpt2": minillm.Config.gpt2(24, 16, 2, 2, positions=32),
+    "gpt2 wide": minillm.Config.gpt2(24, 16, 2, 4, positions=32, ffn=24, activation="relu", tied=False),
+}
+every_shape = pytest.mark.parametrize("shape", SHAPES)
+
+
+def random_model(shape):
+    model = minillm.Transformer(SHAPES[shape]).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+    return model
+
+
+@every_shape
+def test_what_is_saved_is_loaded_bit_for_bit(tmp_path, shape):
+    model = random_model(shape)
+    hub.save(model, tmp_path / "whole")
+    hub.save(model, tmp_path / "shards", shard_bytes=4000)
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    for path in ("whole", "shards"):
+        again, tokenizer = hub.load(tmp_path / path)
+        assert tokenizer is None and again.config == model.config
+        assert (again.lm_head.weight is again.embed_tokens.weight) == model.config.tied
+        for name, p in model.state_dict().items():
+            assert again.state_dict()[name].equal(p), name
+    half, _ = hub.load(str(tmp_path / "whole"), dtype="bfloat16")
+    assert half.norm.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parity
+@every_shape
+def test_transformers_computes_the_same_with_what_we_save(tmp_path, shape):
+    model = random_model(shape)
+    hub.save(model, tmp_path / "m")
+    theirs = hugging_face().AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32).eval()
+    torch.testing.assert_close(theirs(IDS).logits, model(IDS), rtol=0, atol=1e-4)
+
+
+def hf_configs():
+    llama = dict(vocab_size=24, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+                 max_position_embeddings=32)
+    gpt2 = dict(vocab_size=24, n_embd=16, n_layer=2, n_positions=32)
+    rope = dict(rope_type="default", rope_theta=500.0)
+    return {
+        "llama": ("LlamaConfig", dict(llama, num_key_value_heads=2, tie_word_embeddings=True)),
+        "llama untied": ("LlamaConfig", dict(llama, num_key_value_heads=1, rms_norm_eps=1e-3, rope_parameters=rope)),
+        "llama head_dim": ("LlamaConfig", dict(llama, head_dim=12)),
+        "llama biases": ("LlamaConfig", dict(llama, attention_bias=True, mlp_bias=True)),
+        "llama gelu": ("LlamaConfig", dict(llama, hidden_act="gelu_pytorch_tanh")),
+        "qwen2": ("Qwen2Config", dict(llama, num_key_value_heads=2)),
+        "qwen2 tied": ("Qwen2Config", dict(llama, num_key_value_heads=4, tie_word_embeddings=True)),
+        "mistral": ("MistralConfig", dict(llama, num_key_value_heads=2, sliding_window=None)),
+        "mistral window": ("MistralConfig", dict(llama, num_key_value_heads=2, sliding_window=64)),
+        "gpt2": ("GPT2Config", dict(gpt2, n_head=2)),
+        "gpt2 inner": ("GPT2Config", dict(gpt2, n_head=4, n_inner=24, activation_function="relu")),
+    }
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", hf_configs())
+def test_we_compute_the_same_with_what_transformers_saves(tmp_path, name):
+    transformers = hugging_face()
+    kind, options = hf_configs()[name]
+    theirs = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**options, bos_token_id=0, eos_token_id=0)).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+    theirs.save_pretrained(tmp_path)
+    model, _ = hub.load(tmp_path)
+    torch.testing.assert_close(model(IDS), theirs(IDS).logits, rtol=0, atol=1e-4)
+    hub.save(model, tmp_path / "back")
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype=torch.float32).eval()
+    torch.testing.assert_close(back(IDS).logits, theirs(IDS).logits, rtol=0, atol=1e-4)
+
+
+def test_a_tokenizer_travels_along(tmp_path):
+    tokenizer = SentencePiece.train([data.topics()[:30000]], 500)
+    model = minillm.Transformer(minillm.Config(500, 16, 1, 2))
+    minillm.save(model, tmp_path / "m", tokenizer=tokenizer)
+    _, again = minillm.load(tmp_path / "m")
+    assert again.encode("for x in y:") == tokenizer.encode("for x in y:")
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["eos_token_id"] == tokenizer.eos
+
+
+def test_a_model_with_techniques_is_not_a_checkpoint(tmp_path):
+    for technique in ("lora", "quant"):
+        model = minillm.techniques()[technique].wrap(build("llama"))
+        with pytest.raises(ValueError, match=f"has {technique} attached.*{technique}.merge.*{technique}.save"):
+            hub.save(model, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+    with pytest.raises(TypeError, match="not Linear"):
+        hub.save(torch.nn.Linear(2, 2), tmp_path / "m")
+
+
+def test_a_save_over_an_old_one_is_whole_or_not_at_all(tmp_path, monkeypatch):
+    model = random_model("llama")
+    hub.save(model, tmp_path / "m")
+    old = (tmp_path / "m" / "model.safetensors").read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        hub.save(random_model("untied"), tmp_path / "m")
+    assert (tmp_path / "m" / "model.safetensors").read_bytes() == old
+    assert [p.name for p in tmp_path.iterdir()] == ["m"], "nothing half written is left"
+    monkeypatch.undo()
+    hub.save(random_model("untied"), tmp_path / "m")
+    assert not hub.load(tmp_path / "m")[0].config.tied
+
+
+def damaged(path, **fields):
+    told = json.loads((path / "config.json").read_text())
+    told.update(fields)
+    (path / "config.json").write_text(json.dumps({k: v for k, v in told.items() if v != "gone"}))
+
+
+def tensors(path, change):
+    found = safetensors.torch.load_file(path / "model.safetensors")
+    safetensors.torch.save_file(change(found), path / "model.safetensors")
+
+
+def cut(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+DAMAGE = {
+    "an unknown architecture": (lambda p: damaged(p, architectures=["BloomForCausalLM"]), "'BloomForCausalLM' is unknown; known: Llama"),
+    "an unknown activation": (lambda p: damaged(p, hidden_act="xielu"), "activation 'xielu' is unknown; known: silu"),
+    "scaled rope": (lambda p: damaged(p, rope_scaling={"rope_type": "yarn"}), "rope_scaling is .*yarn.*not implemented"),
+    "scaled rope, new style": (lambda p: damaged(p, rope_parameters={"rope_type": "llama3"}), "rope_type 'llama3' is not implemented"),
+    "a short window": (lambda p: damaged(p, sliding_window=8), "sliding_window=8.*max_position_embeddings"),
+    "a missing field": (lambda p: damaged(p, hidden_size="gone"), "config.json lacks 'hidden_size'"),
+    "no JSON": (lambda p: (p / "config.json").write_text("{"), "config.json is not whole JSON"),
+    "no configuration": (lambda p: (p / "config.json").unlink(), "no config.json"),
+    "no tensors": (lambda p: (p / "model.safetensors").unlink(), "no model.safetensors"),
+    "half a file": (lambda p: cut(p / "model.safetensors", 900), "not a whole safetensors"),
+    "another shape": (lambda p: damaged(p, intermediate_size=48), r"another shape: .*gate_proj.weight is \(32, 16\), should be \(48, 16\)"),
+    "too few layers": (lambda p: damaged(p, num_hidden_layers=1), "it holds beyond it 9 .*layers.1"),
+    "too many layers": (lambda p: damaged(p, num_hidden_layers=3), "it lacks 9 .*layers.2"),
+    "a tensor gone": (lambda p: tensors(p, lambda t: {k: v for k, v in t.items() if "norm" not in k}), "it lacks 5 "),
+    "a head that is not tied": (lambda p: tensors(p, lambda t: {**t, "lm_head.weight": torch.zeros(24, 16)}), "holds two that differ"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_checkpoint_is_an_error_that_names_it(tmp_path, what):
+    hub.save(random_model("llama"), tmp_path / "m")
+    damage, message = DAMAGE[what]
+    damage(tmp_path / "m")
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        hub.load(tmp_path / "m")
+    assert str(tmp_path / "m") in str(error.value)
+
+
+class Bomb:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('a pickle was opened')",)
+
+
+def test_a_pickle_is_never_opened(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+    hub.save(random_model("llama"), tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").rename(tmp_path / "m" / "old")
+    (tmp_path / "m" / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+    (tmp_path / "n").mkdir()
+    (tmp_path / "n" / "config.json").write_bytes((tmp_path / "m" / "config.json").read_bytes())
+    (tmp_path / "n" / "model.safetensors").write_bytes(pickle.dumps(Bomb()))
+    for path, message in (("pytorch_model.bin", "is a pickle.*was not"), ("m", "pytorch_model.bin is a pickle"),
+                          ("n", "not a whole safetensors")):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            hub.load(tmp_path / path)
+
+
+def test_what_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINILLM_CACHE", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="minillm fetch smollm2"):
+        hub.load("smollm2")
+    with pytest.raises(FileNotFoundError, match="nowhere: no such file or directory. load takes 'smollm2', 'tiny'"):
+        hub.load("nowhere")
+    with pytest.raises(ValueError, match="'gpt5' is unknown"):
+        hub.fetch("gpt5")
+
+
+def test_what_was_fetched_is_checked(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINILLM_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "from_hub", lambda directory: (directory / "model.gguf").write_bytes(b"GGUF"))
+    assert hub.fetch("smollm2") == tmp_path / "smollm2" and hub.fetch("smollm2") == tmp_path / "smollm2"
+    (tmp_path / "smollm2" / "model.gguf").write_bytes(b"GGUG")
+    with pytest.raises(ValueError, match="changed since it was fetched"):
+        hub.load("smollm2")
+
+
+STREAMS = """
+import sys, torch
+from minillm import hub, report
+torch.set_num_threads(1)
+before = report.peak_memory()
+model, _ = hub.load(sys.argv[1])
+print(report.peak_memory() - before, report.total_bytes(model))
+"""
+
+
+def test_loading_holds_about_one_copy(tmp_path):
+    config = minillm.Config(4096, 512, 16, 8, ffn=2048)
+    hub.save(minillm.Transformer(config), tmp_path / "m")
+    done = subprocess.run([sys.executable, "-c", STREAMS, str(tmp_path / "m")], capture_output=True, text=True, check=True)
+    grown, held = map(int, done.stdout.split())
+    assert held > 200e6 and grown < 1.4 * held, f"{grown / held:.2f} copies of {held / 1e6:.0f} MB"
+
+
+# --- SmolLM2 ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    if not (files.cache() / "smollm2" / "SHA256").exists():
+        pytest.skip("run: minillm fetch smollm2")
+    return hub.load("smollm2")
+
+
+@pytest.mark.slow
+def test_smollm2_is_the_model_that_transformers_loads(smollm2):
+    model, tokenizer = smollm2
+    score = minillm.evaluate.perplexity(model, tokenizer, data.topics(), length=512, windows=8)
+    if sys.version_info[:2] == (3, 11):  # the text is that version's
+        assert abs(score - 14.693) < 0.01
+    assert score.n == 8 and math.isfinite(score.high)
+    new = model.generate([tokenizer.encode("The capital of France is")], 20)[0].tolist()
+    assert tokenizer.decode(new).startswith("The capital of France is Paris.\n\nThe answer is: 2018-01-22")
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+def test_smollm2_continues_as_in_transformers(smollm2):
+    model, tokenizer = smollm2
+    (path,) = (files.cache() / "smollm2").glob("*.gguf")
+    theirs = hugging_face().AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    chat = tokenizer.chat([{"role": "user", "content": "Who are you?"}], generate=True)
+    for prompt in ("The capital of France is", "def fibonacci(n):", "Water boils at", chat):
+        ids = tokenizer.encode(prompt)
+        ours = model.generate([ids], 24)[0].tolist()
+        new = theirs.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), max_new_tokens=24,
+                              do_sample=False, eos_token_id=None, pad_token_id=2)
+        assert ours == new[0].tolist(), prompt
+
+
+@pytest.mark.parametrize("type, tolerance", [("f32", 0), ("f16", 1e-3), ("q8_0", 0.02)])
+@pytest.mark.parametrize("shape", ["llama", "untied", "head size", "qwen2"])
+def test_a_gguf_comes_back(tmp_path, shape, type, tolerance):
+    pytest.importorskip("gguf")
+    from test_tokenizer import tables
+
+    from minillm.tokenizer import BytePair
+
+    tokenizer = BytePair.from_gguf(tables("smollm"))
+    config = dataclasses.replace(SHAPES[shape], vocab_size=tokenizer.vocab_size, width=32, head_size=16, ffn=64)
+    model = minillm.Transformer(config).eval()
+    hub.save(model, tmp_path / "m.gguf", tokenizer=tokenizer, type=type)
+    again, read = hub.load(tmp_path / "m.gguf")
+    assert dataclasses.replace(again.config, eps=config.eps) == config and again.config.eps == pytest.approx(config.eps)
+    for name, p in model.state_dict().items():
+        q = again.state_dict()[name]
+        assert (q - p).norm() <= tolerance * p.norm() + 1e-7, name
+    text = "for x in range(10):\n    print(x)<|im_end|>"
+    assert read.encode(text) == tokenizer.encode(text) and read.chat_template == tokenizer.chat_template
+    assert (read.eos, read.bos, read.pad) == (tokenizer.eos, tokenizer.bos, tokenizer.pad)
+    whole = (tmp_path / "m.gguf").read_bytes()
+    for size in (3, 100, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "cut.gguf").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="cut.gguf is not a whole GGUF"):
+            hub.load(tmp_path / "cut.gguf")
+
+
+def test_a_gguf_is_refused_for_what_llama_cpp_does_not_run(tmp_path):
+    pytest.importorskip("gguf")
+    for model, tokenizer, message in ((random_model("gpt2"), None, "only the Llama family"), (random_model("llama"), None, "this is none"),
+                                      (random_model("llama"), SentencePiece.train([data.topics()[:30000]], 500), "this is SentencePiece")):
+        with pytest.raises(ValueError, match=message):
+            hub.save(model, tmp_path / "m.gguf", tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="type='q4' is unknown"):
+        hub.save(random_model("llama"), tmp_path / "m.gguf", type="q4")
+    assert not list(tmp_path.iterdir())
