@@ -280,7 +280,7 @@ def save(model, path, tokenizer=None, shard_bytes=5_000_000_000, type="f32"):
             raise ValueError(f"{site.name!r} has {name} attached, which a checkpoint cannot hold: minillm.{name}.merge(model) or "
                              f".unwrap(model) first, or minillm.{name}.save(model, path) for it alone")
     if not isinstance(model, Transformer):
-        raise TypeError(f"save writes minillm's Transformer, not {type(model).__name__}; a Hugging Face model has save_pretrained")
+        raise TypeError(f"save writes minillm's Transformer, not {model.__class__.__name__}; a Hugging Face model has save_pretrained")
     path, dtype = pathlib.Path(path), model.norm.weight.dtype
     if path.suffix == ".gguf":
         from minillm import gguf

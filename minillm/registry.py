@@ -269,8 +269,8 @@ def walk(model):
 
     def visit(parent, prefix):
         base = parent.base if isinstance(parent, Layer) else parent
-        for key, child in base.named_children():
-            if isinstance(child, Patch):
+        for key, child in base._modules.items():  # named_children would show a module that stands in two places only once
+            if child is None or isinstance(child, Patch):
                 continue
             if id(child) in sites:
                 sites[id(child)].places.append((base, key))

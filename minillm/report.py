@@ -67,6 +67,7 @@ def report(model, batch=1, length=128, repeats=5):
     gradients = sum(p.numel() * p.element_size() for p in learning)
     vocabulary = model.config.vocab_size
     device = next(model.parameters()).device
+    length = min(length, getattr(model.config, "positions", length))
     ids = torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(0)).to(device)
     return Report(
         parameters=sum(p.numel() for p in model.parameters()), trainable=sum(p.numel() for p in learning),

@@ -99,8 +99,8 @@ class CSR(Format):
         return W
 
     def forward(self, x):
-        rows = x.flatten(0, -2)  # (..., in) -> (n, in)
-        y = csr_matmul(self.crow, self.col, self.values, rows, self.shape[0]).unflatten(0, x.shape[:-1])
+        rows = x.reshape(-1, self.shape[1])  # (..., in) -> (n, in)
+        y = csr_matmul(self.crow, self.col, self.values, rows, self.shape[0]).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
     def check(self, where):

@@ -31,7 +31,7 @@ def test_train_then_eval_then_generate_with_what_was_learnt(model, tmp_path, cap
     for adapter in ([], ["--adapter", out]):
         assert cli.main(["eval", "--model", model, *adapter, "--text", str(text), "--length", "64"]) == 0
         scores.append(float(capsys.readouterr().out.split()[1]))
-    assert scores[1] < 0.9 * scores[0]
+    assert scores[1] < 0.95 * scores[0]
     assert cli.main(["generate", "--model", model, "--adapter", out, "The for", "--max-new-tokens", "8"]) == 0
     streamed = capsys.readouterr().out
     m, tokenizer = minillm.load(model)
@@ -79,7 +79,7 @@ def test_a_sweep_moves_on_while_its_edge_is_best(monkeypatch):
     monkeypatch.setattr(compare, "fit", lambda name, model, part, tokenizer, settings, lr, steps: lr)
     monkeypatch.setattr(compare, "techniques", lambda: {})
     lr, tried = compare.sweep("lora", None, None, None, dict(sweep_steps=1), lambda lr: abs(torch.tensor(lr / best_at).log()))
-    assert len(tried) == 6 and lr == pytest.approx(0.632, abs=0.01), "0.002 times the square root of 10, five times over"
+    assert len(tried) == 6 and lr == pytest.approx(0.2), "0.002 times the square root of 10, four times over"
 
 
 @pytest.mark.parametrize("task", ["summary", "package"])

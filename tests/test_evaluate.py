@@ -31,6 +31,7 @@ class Letters:
         return "".join(chr(96 + i) for i in ids)
 
 
+@torch.no_grad()
 def test_perplexity_is_the_exponential_of_the_mean_over_windows():
     model, text = build("llama"), "abcdefghijklmnopqrstuvw" * 3
     ids = Letters().encode(text)

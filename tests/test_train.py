@@ -62,8 +62,8 @@ def test_training_learns_what_it_may_and_nothing_else():
     for name in minillm.techniques():
         model = minillm.techniques()[name].wrap(build("llama"), **{"sparse": dict(anyway=True), "freeze": dict(last=1)}.get(name, {}))
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
-        history = quiet(model, steps=30)
-        assert losses(history)[-1] < losses(history)[0], name
+        losses_of_epochs = torch.tensor(losses(quiet(model, steps=30))).view(-1, 6).mean(1)
+        assert losses_of_epochs[-1] < losses_of_epochs[0], name
         for n, p in model.named_parameters():
             assert p.equal(before[n]) != p.requires_grad, f"{name}: {n}"
 
