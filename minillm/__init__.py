@@ -19,7 +19,7 @@ What they stand on: `registry` (Layer, Patch, Format, targets), `transformer`, `
 
 # isort: skip_file  (the order is the order of the table)
 from minillm.registry import CannotMerge, Format, Layer, Patch, layers, prepare, techniques, untie
-from minillm.transformer import Cache, Config, Transformer
+from minillm.transformer import Cache, Config, Transformer, compile
 from minillm import freeze, prompts, lora, adapters
 from minillm import quant, prune, sparse
 from minillm import compare, data, evaluate, hub, report, train
@@ -27,6 +27,7 @@ from minillm.hub import load, save
 from minillm.show import show
 
 __all__ = [
-    "Cache", "CannotMerge", "Config", "Format", "Layer", "Patch", "Transformer", "adapters", "compare", "data", "evaluate", "freeze", "hub",
-    "layers", "load", "lora", "prepare", "prompts", "prune", "quant", "report", "save", "show", "sparse", "techniques", "train", "untie",
+    "Cache", "CannotMerge", "Config", "Format", "Layer", "Patch", "Transformer", "adapters", "compare", "compile", "data",
+    "evaluate", "freeze", "hub", "layers", "load", "lora", "prepare", "prompts", "prune", "quant", "report", "save", "show",
+    "sparse", "techniques", "train", "untie",
 ]

@@ -61,7 +61,7 @@ class LoRA(Patch):
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
         Ax = below.compute(x, self.A.to(y.dtype))  # (..., in) -> (..., r)
-        return y + self.scale * F.linear(Ax, self.B.to(y.dtype))
+        return y + F.linear(self.scale * Ax, self.B.to(y.dtype))  # the scale where it costs r products and not `out`
 
     def fold(self, W, b):
         return W + (self.scale * self.B @ self.A).to(W.dtype), b

@@ -27,7 +27,7 @@ row by row, and leaves the columns of x with outliers in 16 bits; bitsandbytes d
 import torch
 import torch.nn.functional as F
 
-from minillm.registry import Format
+from minillm.registry import Format, linear
 from minillm.verbs import attach, verbs
 
 
@@ -52,7 +52,7 @@ class Int8(Format):
     def forward(self, x):
         if self.leaf.lookup:
             return F.embedding(x, self.q) * F.embedding(x, self.scale)  # (b, t, width) * (b, t, 1)
-        y = F.linear(x, self.q.to(x.dtype)) * self.scale[:, 0]
+        y = linear(x, self.q.to(x.dtype)) * self.scale[:, 0]
         return y if self.bias is None else y + self.bias
 
 

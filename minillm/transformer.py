@@ -13,17 +13,25 @@
 
 Letters in the shapes: b batch, t tokens of this call, s tokens attended to, h heads, g key/value heads, d head size.
 
+Who sees whom is one rule. Every token has a document number (0: padding), and a token sees those of its own document that do not come
+after it, itself included. Its position is how many it sees, less one. Padding, packing (several documents in a row) and
+cached decoding need nothing else. A batch of whole rows needs no mask at all, and gets none: torch's causal kernels are the fast way.
+
 The leaves carry the names of the Hugging Face Llama (`q_proj` ... `down_proj`), in both families, so the targets of any LoRA
 recipe can be written here as they stand. transformers keeps a file for each architecture and lets them repeat each
 other, so that each can be read alone; here one page serves both, and the price is the few `if`s in the constructors.
 Not included: dropout, biases of attention by distance (ALiBi), mixtures of experts, scaled RoPE.
 """
 
+import contextlib
 import dataclasses
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from minillm.registry import linear, prepare
 
 ACTIVATIONS = {
     "silu": F.silu,
@@ -51,6 +59,7 @@ class Config:
     activation: str = "silu"
     gated: bool = True  # SwiGLU's gate
     rope_base: float | None = 10000.0  # None: learned positions
+    window: int | None = None  # a token sees so many, itself included (Mistral's sliding window); None: all before it
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
@@ -76,16 +85,23 @@ class Config:
         return cls(vocab_size, width, layers, heads, **{**family, **biases, **others})
 
 
+class Linear(nn.Linear):
+    """nn.Linear by `registry.linear`, which reads W at the speed of memory where a single row is computed in compiled code."""
+
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
 class Attention(nn.Module):
     """softmax(q kᵀ / sqrt(d) + mask) v, in heads."""
 
     def __init__(self, c):
         super().__init__()
         self.head_size = c.head_size
-        self.q_proj = nn.Linear(c.width, c.heads * c.head_size, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(c.width, c.kv_heads * c.head_size, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(c.width, c.kv_heads * c.head_size, bias=c.qkv_bias)
-        self.o_proj = nn.Linear(c.heads * c.head_size, c.width, bias=c.out_bias)
+        self.q_proj = Linear(c.width, c.heads * c.head_size, bias=c.qkv_bias)
+        self.k_proj = Linear(c.width, c.kv_heads * c.head_size, bias=c.qkv_bias)
+        self.v_proj = Linear(c.width, c.kv_heads * c.head_size, bias=c.qkv_bias)
+        self.o_proj = Linear(c.heads * c.head_size, c.width, bias=c.out_bias)
 
     def forward(self, x, rope=None, mask=None, cache=None):
         def in_heads(y):
@@ -95,7 +111,7 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
-            k, v = cache(k, v)  # (b, g, t, d) -> (b, g, s, d)
+            k, v = write(*cache, k, v)  # (b, g, t, d) -> (b, g, s, d)
         causal = mask is None and q.shape[2] > 1
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (b, h, t, d) -> (b, t, h*d)
@@ -121,9 +137,9 @@ class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.activation = ACTIVATIONS[c.activation]
-        self.gate_proj = nn.Linear(c.width, c.ffn, bias=c.mlp_bias) if c.gated else None
-        self.up_proj = nn.Linear(c.width, c.ffn, bias=c.mlp_bias)
-        self.down_proj = nn.Linear(c.ffn, c.width, bias=c.mlp_bias)
+        self.gate_proj = Linear(c.width, c.ffn, bias=c.mlp_bias) if c.gated else None
+        self.up_proj = Linear(c.width, c.ffn, bias=c.mlp_bias)
+        self.down_proj = Linear(c.ffn, c.width, bias=c.mlp_bias)
 
     def forward(self, x):
         if self.gate_proj is None:
@@ -150,21 +166,20 @@ class Cache:
     def __init__(self, config, batch, length, dtype=torch.float32, device=None):
         shape = (config.layers, batch, config.kv_heads, length, config.head_size)
         self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        self.filled, self.padded = 0, False
-        self.real = torch.zeros(batch, length, dtype=torch.bool, device=device)  # False: padding
+        self.filled, self.masked = 0, False
+        self.documents = torch.zeros(batch, length, dtype=torch.long, device=device)  # of each token; 0: padding, or not yet there
 
-    def layer(self, i, t):
-        """The function that stores layer i's new k and v, (b, g, t, d), and returns all up to here, (b, g, s, d)."""
 
-        def store(k, v):
-            here = slice(self.filled, self.filled + t)
-            self.k[i, :, :, here], self.v[i, :, :, here] = k, v
-            return self.k[i, :, :, : here.stop], self.v[i, :, :, : here.stop]
-
-        return store
+def write(k, v, where, new_k, new_v):
+    """Store the new keys and values (b, g, t, d) at the positions `where` (t,), a tensor: compiled code serves every position."""
+    return k.index_copy_(2, where, new_k), v.index_copy_(2, where, new_v)
 
 
 class Transformer(nn.Module):
+    """ids (b, t) -> logits (b, t, vocab). With `recompute` the blocks keep no activations for the backward pass but compute them again."""
+
+    recompute = compiled = False
+
     def __init__(self, config):
         super().__init__()
         c = self.config = config
@@ -172,7 +187,7 @@ class Transformer(nn.Module):
         self.embed_positions = None if c.rope_base else nn.Embedding(c.positions, c.width)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.norm = NORMS[c.norm](c.width, eps=c.eps)
-        self.lm_head = nn.Linear(c.width, c.vocab_size, bias=False)
+        self.lm_head = Linear(c.width, c.vocab_size, bias=False)
         if c.tied:
             self.lm_head.weight = self.embed_tokens.weight
         self.reset_parameters()
@@ -194,41 +209,52 @@ class Transformer(nn.Module):
     def hidden(self, ids, mask=None, cache=None):
         """ids (b, t) of int64 -> hidden states before the head (b, t, width).
 
-        mask (b, t): True at real tokens, False at padding (None: all real). With a cache, ids are the tokens that follow
-        those it holds. IndexError for ids outside the vocabulary, ValueError for a sequence beyond the positions.
+        mask (b, t): the document of each token, 0 at padding; bool does for a single one (None: the whole row is one). With a cache, ids
+        are the tokens that follow those it holds. IndexError for ids outside the vocabulary, ValueError for a sequence
+        beyond the positions.
         """
-        b, t = ids.shape
+        t, c = ids.shape[1], self.config
         start = cache.filled if cache else 0
-        if start + t > self.config.positions:
-            raise ValueError(f"a sequence of {start + t} tokens is beyond this model's {self.config.positions} positions")
+        if start + t > c.positions:
+            raise ValueError(f"a sequence of {start + t} tokens is beyond this model's {c.positions} positions")
         try:
             x = self.embed_tokens(ids)  # (b, t) -> (b, t, width)
         except IndexError as error:
-            low, high, size = ids.min().item(), ids.max().item(), self.config.vocab_size
+            low, high, size = ids.min().item(), ids.max().item(), c.vocab_size
             raise IndexError(f"the ids run from {low} to {high}, but the vocabulary has {size} entries") from error
 
-        padded = mask is not None and not bool(mask.all()) or cache is not None and start > 0 and cache.padded
-        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        one_token = cache is not None and start > 0 and t == 1
+        static = one_token and self.compiled  # compiled code wants one length of the cache for all steps
+        documents = torch.ones_like(ids) if mask is None else mask.long()
+        masked = mask is not None and not bool((documents == 1).all()) or cache is not None and cache.masked
+        end = start + t
         if cache is not None:
-            cache.real[:, start : start + t] = real
-            cache.padded = padded
-            real = cache.real[:, : start + t]
-        if padded:  # the padding has no position: the first real token stands at 0
-            positions = (real.cumsum(1) - 1).clamp(min=0)[:, start:]  # (b, t)
-        else:
-            positions = torch.arange(start, start + t, device=ids.device)[None]  # (1, t)
+            cache.documents[:, start:end], cache.masked = documents, masked
+            end = cache.documents.shape[1] if static else end
+            documents = cache.documents[:, :end]  # (b, s)
+        where = torch.arange(start, start + t, device=ids.device)
+        positions, mask = where[None], None  # (1, t)
+        if masked or (start and not one_token) or static or c.window and end > c.window:
+            order = torch.arange(end, device=ids.device)
+            visible = (documents[:, None] == documents[:, start : start + t, None]) & (order <= where[:, None])  # (b, t, s)
+            if masked:
+                positions = visible.sum(-1) - 1  # (b, t)
+            if c.window:
+                visible = visible & (order > where[:, None] - c.window)
+            mask = visible[:, None]  # (b, 1, t, s)
         if self.embed_positions is not None:
             x = x + self.embed_positions(positions)
-        rope = rope_table(positions, self.config.head_size, self.config.rope_base) if self.config.rope_base else None
+        rope = rope_table(positions, c.head_size, c.rope_base) if c.rope_base else None
 
-        mask = None  # scaled_dot_product_attention's own causal rule is the fast way; it fits whenever s == t, or t == 1
-        if padded or (start and t > 1):
-            order = torch.arange(start + t, device=ids.device)
-            causal = order <= order[start:, None]  # (t, s)
-            itself = order == order[start:, None]  # a padding row sees itself, for a softmax over nothing is nan
-            mask = (causal & real[:, None] | itself)[:, None]  # (b, 1, t, s)
-        for i, block in enumerate(self.layers):
-            x = block(x, rope, mask, cache.layer(i, t) if cache else None)
+        once = cache is not None and self.compiled and not static  # the prompt: its length is new each time
+        with torch.compiler.set_stance("force_eager") if once else contextlib.nullcontext():
+            for i, block in enumerate(self.layers):
+                if cache is not None:
+                    x = block(x, rope, mask, (cache.k[i, :, :, :end], cache.v[i, :, :, :end], where))
+                elif self.recompute and torch.is_grad_enabled():
+                    x = checkpoint(block, x, rope, mask, use_reentrant=False)
+                else:
+                    x = block(x, rope, mask)
         if cache is not None:
             cache.filled += t
         return self.norm(x)
@@ -264,14 +290,12 @@ class Transformer(nn.Module):
         probability, min_p those at least this share as likely as the likeliest. A row ends after a token of `stop` (an id
         or several) and is filled with `pad`. `stream(tokens)` is called with each step's (b,) tokens as they come.
         """
-        from minillm.registry import prepare  # soft prompts put their placeholders in front
-
         stop = torch.as_tensor([stop] if isinstance(stop, int) else list(stop), dtype=torch.long, device=self.norm.weight.device)
         pad = pad if pad is not None else int(stop[0]) if len(stop) else 0
         if not isinstance(ids, torch.Tensor):
             ids, mask = left_pad(ids, pad)
         ids = ids.to(self.norm.weight.device)
-        inputs, _, mask = prepare(self, ids, None, mask)
+        inputs, _, mask = prepare(self, ids, None, mask)  # soft prompts put their placeholders in front
         b, t = inputs.shape
         if t == 0:
             raise ValueError("nothing to continue: the prompt is empty")
@@ -291,6 +315,20 @@ class Transformer(nn.Module):
                 break
             inputs, mask = tokens[:, None], None
         return torch.cat([ids, torch.stack(new, 1)], 1) if new else ids
+
+
+def compile(model):
+    """Have torch.compile make one block, and use it for all of them, and the head; in place, returns the model.
+
+    A block is a function of its weights, so blocks of one structure share one piece of code: what compiles is 1/layers of the model.
+    Single tokens and training then run compiled; a prompt does not. Techniques may be attached before or after.
+    """
+    if not isinstance(model, Transformer):
+        raise TypeError(f"compile is for minillm's Transformer, not {type(model).__name__}: torch.compile(model) takes any module")
+    for module in (*model.layers, model.lm_head):
+        module.compile()
+    model.compiled = True
+    return model
 
 
 def left_pad(rows, pad=0):
@@ -319,7 +357,7 @@ def sample(logits, temperature=0.0, top_k=None, top_p=None, min_p=None, generato
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
-def cross_entropy_sum(h, labels, head, chunk=512):
+def cross_entropy_sum(h, labels, head, chunk=256):
     """Sum over n of -log softmax(head(h))[label]: h (n, width), labels (n,), `head` any module."""
     learnt = [p for p in head.parameters() if p.requires_grad]
     if torch.is_grad_enabled() and (h.requires_grad or learnt):
@@ -328,7 +366,8 @@ def cross_entropy_sum(h, labels, head, chunk=512):
 
 
 class _CrossEntropySum(torch.autograd.Function):
-    """The gradient is taken chunk by chunk in the forward, where a chunk's logits still exist: backward only scales it.
+    """The gradient, d loss / d logits = softmax(logits) - onehot(label), is taken chunk by chunk in the forward, where a chunk's logits
+    still exist: backward only scales it.
 
     So the head runs once and not twice (as with checkpointing), and keeps (chunk x vocabulary) logits, not (n x vocabulary).
     """
@@ -338,13 +377,16 @@ class _CrossEntropySum(torch.autograd.Function):
         total, grads = h.new_zeros((), dtype=torch.float32), [torch.zeros_like(p) for p in learnt]
         grad_h = torch.empty_like(h)
         for i in range(0, len(h), chunk):
+            y = labels[i : i + chunk, None]  # (c, 1)
             with torch.enable_grad():
                 x = h[i : i + chunk].detach().requires_grad_()
-                part = F.cross_entropy(head(x).float(), labels[i : i + chunk], reduction="sum")
-                grad_h[i : i + chunk], *more = torch.autograd.grad(part, [x, *learnt])
+                logits = head(x)  # (c, vocab)
+            log_p = logits.detach().float().log_softmax(-1)
+            total -= log_p.gather(1, y).sum()
+            d = log_p.exp_().scatter_add_(1, y, -torch.ones_like(y, dtype=log_p.dtype))  # in place: softmax - onehot
+            grad_h[i : i + chunk], *more = torch.autograd.grad(logits, [x, *learnt], d.to(logits.dtype))
             for total_grad, grad in zip(grads, more):
                 total_grad += grad
-            total += part.detach()
         ctx.save_for_backward(grad_h, *grads)
         return total
 

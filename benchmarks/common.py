@@ -1,0 +1,163 @@
+"""What the benchmarks share: every side in a process of its own, all sides in turn, medians, and the machine's own limits.
+
+Times on shared machines move, so nothing is compared across runs: in each round every side measures once, the order turning by one
+from round to round, while the others sleep. A side's figure is the median of its rounds; a ratio is the median of the rounds' ratios. The
+peak of memory is the process's own: the resident set on a CPU, what torch allocated on CUDA.
+"""
+
+import argparse
+import datetime
+import importlib
+import json
+import multiprocessing
+import pathlib
+import platform
+import statistics
+import time
+import warnings
+
+import torch
+from tqdm.auto import tqdm
+
+from minillm import files, hub, report
+
+HERE = pathlib.Path(__file__).parent
+
+
+def arguments(text):
+    parser = argparse.ArgumentParser(description=text)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sides", nargs="+", help="only these")
+    parser.add_argument("--threads", type=int, help="of the CPU; by default all cores")
+    return parser.parse_args()
+
+
+def run(module, sides, args, settings):
+    """{side: [what its measure() returned, one a round]}. Each side is `setup(side, settings) -> measure` in the module."""
+    settings |= dict(device=args.device, threads=args.threads)
+    chosen = {name: side for name, side in sides.items() if not args.sides or name in args.sides}
+    if not chosen:
+        raise SystemExit(f"no side is called {args.sides}; known: {', '.join(sides)}")
+    found, processes, spawn = {name: [] for name in chosen}, {}, multiprocessing.get_context("spawn")
+    try:
+        for name, side in chosen.items():
+            ours, theirs = spawn.Pipe()
+            process = spawn.Process(target=serve, args=(module, side, settings, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            processes[name] = (process, ours)
+            ready = ours.recv()
+            if ready is not None:
+                print(f"{name} is left out: {ready}")
+                del found[name]
+        names = list(found)
+        for i in tqdm(range(args.rounds), unit="round"):
+            for name in names[i % len(names):] + names[:i % len(names)]:
+                processes[name][1].send("measure")
+                found[name].append(processes[name][1].recv())
+    finally:
+        for process, _ in processes.values():
+            process.terminate()
+    return found
+
+
+def serve(module, side, settings, pipe):
+    """A side's process: set up, then measure whenever asked."""
+    warnings.simplefilter("ignore")  # of the libraries that are measured
+    if settings["threads"]:
+        torch.set_num_threads(settings["threads"])
+    try:
+        measure = importlib.import_module(module).setup(side, settings)
+    except ImportError as error:
+        pipe.send(str(error))
+        return
+    pipe.send(None)
+    while pipe.recv():
+        pipe.send({**measure(), "peak_bytes": peak(settings["device"])})
+
+
+def peak(device):
+    return torch.cuda.max_memory_allocated() if device == "cuda" else report.peak_memory()
+
+
+def wait(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def median(rows, key):
+    return statistics.median(row[key] for row in rows)
+
+
+def ratio(rows, base, key):
+    """The median over the rounds of rows / base."""
+    return statistics.median(a[key] / b[key] for a, b in zip(rows, base))
+
+
+def checkpoint():
+    """A directory with SmolLM2 in float32, in the Hugging Face layout, that all sides load."""
+    path = files.cache() / "smollm2-float32"
+    if not (path / "config.json").exists():
+        model, tokenizer = hub.load("smollm2", dtype="float32")
+        hub.save(model, path, tokenizer=tokenizer)
+    return str(path)
+
+
+def limits(device):
+    """The machine's own: bytes read a second, and operations of a matrix product a second, by dtype."""
+
+    def fastest(work, repeats=7):
+        times = []
+        for _ in range(repeats):
+            wait(device)
+            began = time.perf_counter()
+            work()
+            wait(device)
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    many = torch.ones(1 << 27, device=device)  # 512 MiB, beyond any cache
+    found = {"bytes/s": many.numel() * 4 / fastest(many.sum)}
+    n = 8192 if device == "cuda" else 2048
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.randn(n, n, device=device, dtype=dtype)
+        found[f"{str(dtype).removeprefix('torch.')} FLOP/s"] = 2 * n**3 / fastest(lambda: a @ a)
+    return found
+
+
+def keep(name, device, settings, rows, limits):
+    """Write the figures to benchmarks/results, and all kept figures as tables to docs/benchmarks.md."""
+    machine = torch.cuda.get_device_name() if device == "cuda" else f"{processor()}, {torch.get_num_threads()} threads"
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("transformers", "peft", "llama_cpp"):
+        try:
+            versions[package] = importlib.import_module(package).__version__
+        except ImportError:
+            pass
+    kept = dict(benchmark=name, command=f"python -m benchmarks.{name}" + (f" --device {device}" if device != "cpu" else ""),
+                date=str(datetime.date.today()), machine=machine, versions=versions, settings=settings, limits=limits, rows=rows)
+    with files.atomic(HERE / "results" / f"{name}-{device}.json") as new:
+        new.write_text(json.dumps(kept, indent=2) + "\n")
+    parts = ["# Benchmarks\n\nSmolLM2-135M. Written by the commands that stand above the tables, from `benchmarks/results/`; how they measure "
+             "is told in `benchmarks/common.py`. Ratios are medians over the rounds of one run, in which the sides take turns."]
+    for path in sorted((HERE / "results").glob("*.json")):
+        parts.append(section(json.loads(path.read_text())))
+    with files.atomic(HERE.parent / "docs" / "benchmarks.md") as new:
+        new.write_text("\n\n".join(parts) + "\n")
+    print(section(kept))
+
+
+def section(kept):
+    limits = ", ".join(f"{key} {value / 1e9:,.0f} G" for key, value in kept["limits"].items())
+    versions = ", ".join(f"{key} {value}" for key, value in kept["versions"].items())
+    return (f"## {kept['benchmark']}, {kept['machine']}\n\n`{kept['command']}`, {kept['date']}; {versions}. "
+            f"The machine's limits, measured in the same run: {limits}.\n\n{report.table(kept['rows'])}")
+
+
+def processor():
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,100 @@
+"""A LoRA training step on SmolLM2, beside transformers + peft: r=8 on the seven projections, 4 x 128 tokens, AdamW.
+
+All sides start from the same adapter tensors and take the same batches, so their losses have to agree; the table says how far they
+are apart. A LoRA step takes about 4 N operations a token (N: all parameters, the head included), which tells the share of the machine's
+limit. Run: python -m benchmarks.lora_step
+"""
+
+import time
+
+import torch
+
+import minillm
+from benchmarks import common
+
+SIDES = {f"{library} {dtype}{' compiled' * compiled}": dict(library=library, dtype=dtype, compiled=compiled)
+         for dtype in ("float32", "bfloat16") for library, compiled in (("peft", False), ("minillm", False), ("minillm", True))}
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SETTINGS = dict(r=8, alpha=16, batch=4, length=128, lr=1e-4, steps=4, warmup=3)
+
+
+def setup(side, settings):
+    torch.manual_seed(0)
+    dtype, device = getattr(torch, side["dtype"]), settings["device"]
+    if side["library"] == "peft":
+        import peft
+        import transformers
+
+        transformers.AutoTokenizer.from_pretrained(settings["checkpoint"])  # the other side's load brings one too
+        model = transformers.AutoModelForCausalLM.from_pretrained(settings["checkpoint"], dtype=dtype).to(device)
+        told = peft.LoraConfig(r=settings["r"], lora_alpha=settings["alpha"], target_modules=PROJECTIONS, task_type="CAUSAL_LM")
+        model = peft.get_peft_model(model, told).train()
+        adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+        def loss(ids):
+            return model(input_ids=ids, labels=ids).loss
+    else:
+        model, _ = minillm.load(settings["checkpoint"], dtype=dtype, device=device)
+        minillm.lora.wrap(model, PROJECTIONS, r=settings["r"], alpha=settings["alpha"]).train()
+        adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if side["compiled"]:
+            minillm.compile(model)
+
+        def loss(ids):
+            return model.loss(ids, ids)
+
+    for i, (name, p) in enumerate(adapters.items()):  # in both libraries A, then B, in the order of the layers
+        draw = torch.Generator().manual_seed(i)
+        scale = p.shape[1] ** -0.5 if i % 2 == 0 else 0.0
+        p.data.copy_((torch.rand(p.shape, generator=draw) * 2 - 1) * scale)
+    optimizer = torch.optim.AdamW(adapters.values(), lr=settings["lr"])
+    batches = iter(torch.tensor(settings["ids"]).view(-1, settings["batch"], settings["length"]).to(device))
+
+    def step():
+        value = loss(next(batches))
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return value.item()
+
+    began = time.perf_counter()
+    losses = [step() for _ in range(settings["warmup"])]
+    ready = time.perf_counter() - began
+
+    def measure():
+        common.wait(device)
+        began = time.perf_counter()
+        losses.extend(step() for _ in range(settings["steps"]))
+        common.wait(device)
+        seconds = time.perf_counter() - began
+        return {"tokens/s": settings["steps"] * settings["batch"] * settings["length"] / seconds, "losses": list(losses), "warm": ready}
+
+    return measure
+
+
+def main():
+    args = common.arguments(__doc__)
+    settings = dict(SETTINGS, checkpoint=common.checkpoint())
+    _, tokenizer = minillm.load(settings["checkpoint"])
+    ids = tokenizer.encode(minillm.data.topics())
+    settings["ids"] = ids[: settings["batch"] * settings["length"] * (settings["warmup"] + args.rounds * settings["steps"])]
+    limits = common.limits(args.device)
+    found = common.run("benchmarks.lora_step", SIDES, args, settings)
+    size, rows = 134_515_008, []
+    for name, measured in found.items():
+        dtype = SIDES[name]["dtype"]
+        base = found.get(f"peft {dtype}", measured)
+        apart = max(abs(a - b) for a, b in zip(measured[-1]["losses"], base[-1]["losses"]))
+        speed = common.median(measured, "tokens/s")
+        rows.append({
+            "side": name, "tokens/s": f"{speed:,.0f}", "of peft": f"{common.ratio(measured, base, 'tokens/s'):.2f}",
+            "peak MB": f"{measured[-1]['peak_bytes'] / 1e6:,.0f}",
+            "of peft's": f"{measured[-1]['peak_bytes'] / base[-1]['peak_bytes']:.2f}",
+            "of the machine's FLOP/s": f"{speed * 4 * size / limits[f'{dtype} FLOP/s']:.0%}",
+            "first steps, s": f"{measured[0]['warm']:.1f}", "losses apart": f"{apart:.1e}"})
+    del settings["ids"], settings["checkpoint"]
+    common.keep("lora_step", args.device, settings, rows, limits)
+
+
+if __name__ == "__main__":
+    main()
