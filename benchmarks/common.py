@@ -139,8 +139,8 @@ def keep(name, device, settings, rows, limits):
                 date=str(datetime.date.today()), machine=machine, versions=versions, settings=settings, limits=limits, rows=rows)
     with files.atomic(HERE / "results" / f"{name}-{device}.json") as new:
         new.write_text(json.dumps(kept, indent=2) + "\n")
-    parts = ["# Benchmarks\n\nSmolLM2-135M. Written by the commands that stand above the tables, from `benchmarks/results/`; how they measure "
-             "is told in `benchmarks/common.py`. Ratios are medians over the rounds of one run, in which the sides take turns."]
+    parts = ["# Benchmarks\n\nSmolLM2-135M. Written by the commands that stand above the tables, from `benchmarks/results/`; how they "
+             "measure is told in `benchmarks/common.py`. Ratios are medians over the rounds of one run, in which the sides take turns."]
     for path in sorted((HERE / "results").glob("*.json")):
         parts.append(section(json.loads(path.read_text())))
     with files.atomic(HERE.parent / "docs" / "benchmarks.md") as new:
