@@ -49,6 +49,7 @@ class Docstring:
 class Example:
     ids: list
     labels: list
+    documents: list | None = None  # of a packed example: the number of each id's document, from 1
 
 
 @dataclasses.dataclass
@@ -284,6 +285,28 @@ def conversation(messages, tokenizer, length, where):
     return clip(ids, only(ids, offsets, turns), length)
 
 
+# --- packing ----------------------------------------------------------------------------------------------------------------
+
+
+def pack(examples, length):
+    """Several examples to a row of at most `length` ids, so that little is padded: first fit, the longest first.
+
+    A packed row gives the loss of its documents one by one: each sees only itself, from position 0 on, and its first token, which
+    nothing foretells, is not learnt. ValueError for an example longer than a row.
+    """
+    rows = []
+    for example in sorted(examples, key=lambda e: -len(e.ids)):
+        if len(example.ids) > length:
+            raise ValueError(f"an example has {len(example.ids)} ids, more than a row's length={length}")
+        row = next((row for row in rows if len(row.ids) + len(example.ids) <= length), None)
+        if row is None:
+            rows.append(row := Example([], [], []))
+        row.documents += [row.documents[-1] + 1 if row.documents else 1] * len(example.ids)
+        row.ids += example.ids
+        row.labels += [NOT_LEARNT, *example.labels[1:]]
+    return rows
+
+
 # --- batches ----------------------------------------------------------------------------------------------------------------
 
 
@@ -329,10 +352,12 @@ class Batches:
 
 
 def collate(examples, pad=0):
-    """Examples -> (ids, labels, mask), each (b, t)."""
+    """Examples -> (ids, labels, mask), each (b, t); the mask numbers the documents where any example is packed."""
     t = max(len(e.ids) for e in examples)
     ids = torch.tensor([e.ids + [pad] * (t - len(e.ids)) for e in examples])
     labels = torch.tensor([e.labels + [NOT_LEARNT] * (t - len(e.ids)) for e in examples])
+    if any(e.documents for e in examples):
+        return ids, labels, torch.tensor([(e.documents or [1] * len(e.ids)) + [0] * (t - len(e.ids)) for e in examples])
     if all(len(e.ids) == t for e in examples):
         return ids, labels, None
     return ids, labels, torch.arange(t) < torch.tensor([[len(e.ids)] for e in examples])

@@ -63,6 +63,8 @@ class SoftPrompt(Patch):
         def before(rows, fill):
             return None if rows is None else F.pad(rows, (self.length, 0), value=fill)  # (b, t) -> (b, p + t)
 
+        if mask is not None and mask.dtype != torch.bool and bool((mask > 1).any()):
+            raise ValueError("a soft prompt stands before one text, and these rows hold several: give prompts the examples unpacked")
         # Padding on the left lies between prompt and text then; it has no position and is not attended to, so no harm is done.
         placeholders = self.vocabulary + torch.arange(self.length, device=ids.device)
         ids = torch.cat([placeholders.expand(len(ids), -1), ids], 1)

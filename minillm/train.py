@@ -75,6 +75,8 @@ def loss_sum(model, ids, labels, mask=None):
     count = int((labels[:, 1:] != -100).sum())
     if hasattr(model, "loss"):
         return model.loss(ids, labels, mask, reduction="sum"), count
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"{type(model).__name__} has no mask for packed examples: give it the examples unpacked")
     output = model(ids) if mask is None else model(ids, attention_mask=mask)
     logits = getattr(output, "logits", output)  # (b, t, vocab)
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum"), count
@@ -136,7 +138,7 @@ def train(model, examples, *, steps, lr, batch_size=8, accumulate=1, schedule="c
             optimizer.zero_grad(set_to_none=True)
 
             seconds = time.perf_counter() - began
-            tokens = sum(ids.numel() if mask is None else int(mask.sum()) for ids, _, mask in micro)
+            tokens = sum(ids.numel() if mask is None else int((mask > 0).sum()) for ids, _, mask in micro)
             record = dict(step=step, loss=total / learnt, rate=lr * share, norm=norm, tokens=tokens, seconds=seconds)
             if evaluate is not None and every and (step + 1) % every == 0:
                 record["evaluation"] = value = float(evaluate(model))

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from models import build
 
 import minillm
+from minillm import data
+from minillm.train import loss_sum
 from minillm.transformer import Cache, cross_entropy_sum, left_pad, rope_table, rotate, sample
 
 families = pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -151,3 +153,66 @@ def test_the_prompts_placeholders_stay_valid_and_other_ids_do_not():
     model(torch.tensor([[24, 25, 3]]))
     with pytest.raises(IndexError, match="26"):
         model(torch.tensor([[26, 3]]))
+
+
+@families
+def test_a_packed_batch_has_the_loss_and_the_gradient_of_its_documents_one_by_one(kind):
+    model, draw = build(kind), torch.Generator().manual_seed(5)
+    rows = [torch.randint(24, (n,), generator=draw).tolist() for n in (9, 2, 7, 5, 3, 6)]
+    examples = [data.Example(row, [-100, *row[1:]] if i % 2 else list(row)) for i, row in enumerate(rows)]
+    packed = data.pack(examples, 12)
+    assert len(packed) < len(examples) and all(len(e.ids) <= 12 for e in packed)
+    alone, together = [], []
+    for batches, found in (([data.collate([e]) for e in examples], alone), ([data.collate(packed)], together)):
+        model.zero_grad()
+        sums = [loss_sum(model, *batch) for batch in batches]
+        sum(total for total, _ in sums).backward()
+        found += [sum(total.item() for total, _ in sums), sum(n for _, n in sums), [p.grad.clone() for p in model.parameters()]]
+    assert alone[1] == together[1] and alone[0] == pytest.approx(together[0], rel=1e-5)
+    for a, b in zip(alone[2], together[2]):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="several: give prompts the examples unpacked"):
+        loss_sum(minillm.prompts.wrap(model), *data.collate(packed))
+    with pytest.raises(ValueError, match="9 ids, more than a row's length=8"):
+        data.pack(examples, 8)
+
+
+@families
+def test_a_window_hides_what_lies_further_back(kind):
+    model, ids = build(kind), torch.randint(24, (1, 9))
+    model.layers = model.layers[:1]  # of one block: with more, what lies further back comes through the tokens between
+    model.config.window = 3
+    other = ids.clone()
+    other[0, 4] = (ids[0, 4] + 1) % 24
+    changed = ((model(ids) - model(other)).abs().amax(-1) > 1e-6)[0]
+    assert changed.tolist() == [False] * 4 + [True] * 3 + [False] * 2
+    cache = Cache(model.config, 1, 9)
+    pieces = [model(ids[:, i : i + n], cache=cache) for i, n in ((0, 5), (5, 1), (6, 2), (8, 1))]
+    torch.testing.assert_close(torch.cat(pieces, 1), model(ids), rtol=1e-5, atol=1e-5)
+
+
+@families
+def test_recomputed_activations_give_the_same_gradients(kind):
+    """Also where the base is frozen, which a reentrant checkpoint would leave without any."""
+    grads = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = minillm.lora.wrap(build(kind), r=2)
+        for layer in minillm.layers(model).values():
+            torch.nn.init.normal_(layer.patches["lora"].B)
+        model.recompute = recompute
+        ids = torch.arange(12).view(2, 6)
+        model.loss(ids, ids).backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert grads[0] and all(g is not None and torch.allclose(f, g, atol=1e-6) for f, g in zip(*grads))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # inductor's own import
+def test_compiled_generation_gives_the_same_tokens():
+    model, rows = build("llama"), [[3, 1, 4, 1, 5], [9, 2]]
+    minillm.lora.wrap(model, r=2)
+    expected = [model.generate(rows, 6).tolist(), model.generate(rows[:1], 6).tolist()]
+    minillm.compile(model)
+    assert [model.generate(rows, 6).tolist(), model.generate(rows[:1], 6).tolist()] == expected
+    with pytest.raises(TypeError, match="not Linear: torch.compile"):
+        minillm.compile(torch.nn.Linear(2, 2))
