@@ -173,3 +173,13 @@ def test_perplexity_of_a_hugging_face_model_is_its_own_loss():
     ids = torch.tensor([Letters().encode(text)[:20]])
     expected = model(ids, labels=ids).loss.exp().item()
     assert evaluate.perplexity(model, Letters(), text, length=20, windows=1) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_process_counts_its_own_peak_and_not_its_parents():
+    import concurrent.futures
+    import multiprocessing
+
+    big = torch.ones(1 << 28, dtype=torch.uint8)  # 256 MiB here, none of it there
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        theirs = pool.submit(report.peak_memory).result()
+    assert 0 < theirs < report.peak_memory() - big.numel() // 2
