@@ -80,13 +80,10 @@ def from_directory(path, dtype, device):
                 where.update(dict.fromkeys(file.keys(), shard))
         except (safetensors.SafetensorError, OSError) as error:
             raise ValueError(f"{shard} is not a whole safetensors file ({error})") from error
-    handles = {}
 
     def tensor(name):
-        if where[name] not in handles:
-            handles.clear()  # one file is open at a time, so what was read before can leave the memory
-            handles[where[name]] = safetensors.safe_open(where[name], "pt")
-        return handles[where[name]].get_tensor(name)
+        with safetensors.safe_open(where[name], "pt") as file:  # opened for each, so that what was read before leaves the memory
+            return file.get_tensor(name)
 
     if dtype is None:
         written = told.get("dtype") or told.get("torch_dtype")
