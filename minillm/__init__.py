@@ -14,7 +14,7 @@ Making it small:
     sparse      store only what is not zero (CSR)           Saad 2003
 
 What they stand on: `registry` (Layer, Patch, Format, targets), `transformer`, `hub` (checkpoints), `tokenizer`, `data`,
-`train`, `evaluate`, `report`, and `compare`, which runs them all side by side.
+`train`, `distributed` (several processes), `evaluate`, `report`, and `compare`, which runs them all side by side.
 """
 
 # isort: skip_file  (the order is the order of the table)
@@ -22,12 +22,12 @@ from minillm.registry import CannotMerge, Format, Layer, Patch, layers, prepare,
 from minillm.transformer import Cache, Config, Transformer, compile
 from minillm import freeze, prompts, lora, adapters
 from minillm import quant, prune, sparse
-from minillm import compare, data, evaluate, hub, report, train
+from minillm import compare, data, distributed, evaluate, hub, report, train
 from minillm.hub import load, save
 from minillm.show import show
 
 __all__ = [
     "Cache", "CannotMerge", "Config", "Format", "Layer", "Patch", "Transformer", "adapters", "compare", "compile", "data",
-    "evaluate", "freeze", "hub", "layers", "load", "lora", "prepare", "prompts", "prune", "quant", "report", "save", "show",
+    "distributed", "evaluate", "freeze", "hub", "layers", "load", "lora", "prepare", "prompts", "prune", "quant", "report", "save", "show",
     "sparse", "techniques", "train", "untie",
 ]

@@ -4,7 +4,7 @@ import argparse
 import ast
 import sys
 
-from minillm import compare, data, evaluate, files, hub, report, techniques, train
+from minillm import compare, data, distributed, evaluate, files, hub, report, techniques, train
 from minillm.show import show
 from minillm.verbs import read
 
@@ -62,6 +62,9 @@ def parser():
     sub.add_argument("--save-every", type=int, metavar="STEPS")
     sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     sub.add_argument("--log", metavar="FILE", help="a JSON line for each step")
+    sub.add_argument("--pack", action="store_true", help="fill rows of that length with several examples")
+    sub.add_argument("--recompute", action="store_true", help="keep no activations: less memory, a third more time")
+    sub.add_argument("--shard", action="store_true", help="under torchrun: spread the weights over the processes (FSDP2)")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--out", required=True, metavar="FILE", help="where to save what was learnt (.safetensors)")
 
@@ -121,17 +124,24 @@ def run_compare(args):
 
 
 def run_train(args):
+    device = distributed.start()
     model, tokenizer = load(args)
     examples = (data.read(args.data, tokenizer, length=args.length) if args.data
                 else data.task(args.task, tokenizer, "train", length=args.length).examples)
+    if args.pack:
+        examples = data.pack(examples, args.length)
     options = dict(option.split("=", 1) for option in args.option)
     techniques()[args.technique].wrap(model, **{key: literal(value) for key, value in options.items()})
+    model.to(device).recompute = args.recompute
+    if args.shard:
+        distributed.shard(model)
     history = train.train(
         model, examples, steps=args.steps, lr=args.rate or compare.RATES.get(args.technique) or 1e-3, batch_size=args.batch_size,
         schedule=args.schedule, warmup=max(1, args.steps // 20), pad=tokenizer.pad or 0, seed=args.seed, checkpoints=args.checkpoints,
         save_every=args.save_every, resume=args.resume, log=args.log, name=args.technique)
     techniques()[args.technique].save(model, args.out)
-    print(f"loss {history[0]['loss']:.3f} at the first step, {history[-1]['loss']:.3f} at the last; saved {args.out}")
+    if distributed.place()[0] == 0:
+        print(f"loss {history[0]['loss']:.3f} at the first step, {history[-1]['loss']:.3f} at the last; saved {args.out}")
 
 
 def literal(value):

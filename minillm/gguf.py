@@ -105,6 +105,8 @@ def save(model, path, tokenizer, type="f32"):
         raise ValueError(f"type={type!r} is unknown; known: {', '.join(TYPES)}")
     if c.norm != "rms" or not c.gated or not c.rope_base or c.activation != "silu" or c.mlp_bias:
         raise ValueError("only the Llama family is written as GGUF (RMSNorm, SwiGLU with silu, rotary positions, no biases in the MLP)")
+    if c.window:
+        raise ValueError(f"llama.cpp's Llama has no sliding window, and this model has window={c.window}")
     if not isinstance(tokenizer, BytePair):
         kind = "none" if tokenizer is None else tokenizer.__class__.__name__
         raise ValueError(f"a GGUF carries its tokenizer, which has to be byte-level BPE; this is {kind}")

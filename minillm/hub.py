@@ -151,6 +151,7 @@ NEUTRAL = {  # fields that would change the computation, and the values at which
     "scale_attn_weights": (None, True), "add_cross_attention": (None, False), "logit_scale": (None,), "final_logit_softcapping": (None,),
     "attn_logit_softcapping": (None,), "num_experts": (None,), "num_local_experts": (None,), "quantization_config": (None,),
     "pretraining_tp": (None, 1), "layer_norm_elementwise_affine": (None, True), "no_rope_layers": (None,),
+    "use_sliding_window": (None, False),
 }
 
 
@@ -176,22 +177,21 @@ def default_rope(scaling):
     return isinstance(scaling, dict) and scaling.get("rope_type", scaling.get("type")) == "default"
 
 
-def llama(told, activation, source, qkv_bias=None):
-    """Llama, and with biases on q, k and v Qwen2, and Mistral."""
+def llama(told, activation, source, qkv_bias=None, sliding=False):
+    """Llama; with biases on q, k and v Qwen2; with a sliding window Mistral."""
     rope = told.get("rope_parameters") or {}
     if rope.get("rope_type", "default") != "default":
         raise ValueError(f"{source}: rope_type {rope['rope_type']!r} is not implemented (only 'default')")
     positions = told["max_position_embeddings"]
-    sliding = told.get("sliding_window") if told.get("use_sliding_window", True) else None
-    if sliding is not None and sliding < positions:
-        raise ValueError(f"{source}: sliding_window={sliding} is shorter than the {positions} positions, which is not implemented; with "
-                         f"max_position_embeddings set to {sliding} the model is the same up to there")
+    window = told.get("sliding_window", 4096) if sliding else None  # Mistral's own default, where the file is silent
+    if window is not None and window >= positions:
+        window = None  # it sees everything
     bias = told.get("attention_bias", False)
     config = Config(
         told["vocab_size"], told["hidden_size"], told["num_hidden_layers"], told["num_attention_heads"],
         kv_heads=told.get("num_key_value_heads"), head_size=told.get("head_dim"), ffn=told["intermediate_size"], positions=positions,
         eps=told.get("rms_norm_eps", 1e-6), activation=activation, rope_base=float(rope.get("rope_theta", told.get("rope_theta", 10000.0))),
-        qkv_bias=bias if qkv_bias is None else qkv_bias, out_bias=bias if qkv_bias is None else False,
+        window=window, qkv_bias=bias if qkv_bias is None else qkv_bias, out_bias=bias if qkv_bias is None else False,
         mlp_bias=told.get("mlp_bias", False), tied=told.get("tie_word_embeddings", False))
 
     def names(where):
@@ -236,8 +236,8 @@ GPT2_NAMES = {
 }
 ARCHITECTURES = {
     "LlamaForCausalLM": llama,
-    "MistralForCausalLM": llama,
-    "Qwen2ForCausalLM": lambda told, activation, source: llama({"use_sliding_window": False, **told}, activation, source, qkv_bias=True),
+    "MistralForCausalLM": functools.partial(llama, sliding=True),
+    "Qwen2ForCausalLM": functools.partial(llama, qkv_bias=True),
     "GPT2LMHeadModel": gpt2,
 }
 
@@ -258,6 +258,10 @@ def describe(config, dtype):
     told = dict(hidden_size=c.width, num_hidden_layers=c.layers, num_attention_heads=c.heads, num_key_value_heads=c.kv_heads,
                 head_dim=c.head_size, intermediate_size=c.ffn, max_position_embeddings=c.positions, rms_norm_eps=c.eps, hidden_act=back,
                 rope_theta=c.rope_base, rope_parameters=dict(rope_type="default", rope_theta=c.rope_base), **common)
+    if c.window and any(biases):
+        raise ValueError(f"no architecture of transformers has biases with window={c.window} for every layer")
+    if c.window:
+        return dict(architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=c.window, **told)
     if biases == (True, False, False) and whole_heads:
         return dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", use_sliding_window=False, **told)
     if c.qkv_bias != c.out_bias:

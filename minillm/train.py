@@ -11,8 +11,9 @@ stopping, checkpoints. What learns is what has `requires_grad`: the techniques d
 - A checkpoint holds what learns, the optimizer's state, the step, the place in the data and the random state, in one safetensors file
   that is written beside its name and then renamed. `resume=True` goes on from the newest, and every later loss is the same to
   the last bit. Frozen weights are not in it: load the same model and wrap it the same way first.
+- Under torchrun each process computes its share of every batch; the losses stay those of one (see `distributed`).
 - transformers' Trainer does this and far more behind callbacks and 100 arguments. Not included: mixed precision by autocast (a
-  bfloat16 model with float32 adapters needs none), sharding, several devices.
+  bfloat16 model with float32 adapters needs none).
 """
 
 import contextlib
@@ -28,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from minillm import data, files
+from minillm import data, distributed, files
 from minillm.registry import prepare
 from minillm.verbs import read
 
@@ -70,16 +71,15 @@ def groups(model, lr, weight_decay=0.0, rates=None):
 
 
 def loss_sum(model, ids, labels, mask=None):
-    """(the summed cross-entropy over the learnt labels, their number) of a batch (b, t), for minillm's models and others."""
+    """The summed cross-entropy over the learnt labels of a batch (b, t), for minillm's models and others."""
     ids, labels, mask = prepare(model, ids, labels, mask)
-    count = int((labels[:, 1:] != -100).sum())
     if hasattr(model, "loss"):
-        return model.loss(ids, labels, mask, reduction="sum"), count
+        return model.loss(ids, labels, mask, reduction="sum")
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"{type(model).__name__} has no mask for packed examples: give it the examples unpacked")
     output = model(ids) if mask is None else model(ids, attention_mask=mask)
     logits = getattr(output, "logits", output)  # (b, t, vocab)
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum"), count
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum")
 
 
 def train(model, examples, *, steps, lr, batch_size=8, accumulate=1, schedule="cosine", warmup=0, weight_decay=0.0, betas=(0.9, 0.999),
@@ -97,20 +97,23 @@ def train(model, examples, *, steps, lr, batch_size=8, accumulate=1, schedule="c
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(groups(model, lr, weight_decay, rates), betas=betas)
     batches = data.batches(examples, batch_size, seed, pad)
+    rank, world = distributed.place()
     settings = dict(steps=steps, lr=lr, batch_size=batch_size, accumulate=accumulate, schedule=schedule, warmup=warmup,
-                    weight_decay=weight_decay, clip=clip, seed=seed, examples=len(examples))
+                    weight_decay=weight_decay, clip=clip, seed=seed, examples=len(examples), processes=world)
+    summed_loss = distributed.spread(model, loss_sum)
     history, best, waited = [], math.inf, 0
     was_training = model.training
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
-        torch.manual_seed(seed)
+        torch.manual_seed(seed + rank)
         if checkpoints is not None:
-            stack.enter_context(files.lock(checkpoints))
+            if rank == 0:
+                stack.enter_context(files.lock(checkpoints))
             if resume and (path := newest(checkpoints)):
                 history = restore(path, model, optimizer, batches, settings)
-        if log is not None:
+        if log is not None and rank == 0:
             lines = stack.enter_context(journal(log, history))
-        bar = stack.enter_context(tqdm(total=steps, initial=len(history), desc=name, unit="step", disable=not progress, leave=False))
+        bar = stack.enter_context(tqdm(total=steps, initial=len(history), desc=name, unit="step", disable=not progress or rank > 0, leave=False))
         values = [record["evaluation"] for record in history if "evaluation" in record]
         for value in values:
             best, waited = (value, 0) if value < best else (best, waited + 1)
@@ -127,10 +130,12 @@ def train(model, examples, *, steps, lr, batch_size=8, accumulate=1, schedule="c
             learnt = sum(int((labels[:, 1:] != -100).sum()) for _, labels, _ in micro)
             total = 0.0
             for ids, labels, mask in micro:
-                part, _ = loss_sum(model, ids, labels, mask)
-                (part / learnt).backward()
+                part = summed_loss(*distributed.rows((ids, labels, mask)))
+                (part * (world / learnt)).backward()
                 total += part.item()
-            norm = torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], clip or math.inf).item()
+            total = distributed.total(total, device)
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            norm = distributed.whole(torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)).item()
             if not math.isfinite(total) or not math.isfinite(norm):
                 raise ValueError(f"step {step}: the loss is {total / learnt} and the gradient's norm {norm}; "
                                  f"a lower learning rate than {lr} may help")
@@ -141,11 +146,11 @@ def train(model, examples, *, steps, lr, batch_size=8, accumulate=1, schedule="c
             tokens = sum(ids.numel() if mask is None else int((mask > 0).sum()) for ids, _, mask in micro)
             record = dict(step=step, loss=total / learnt, rate=lr * share, norm=norm, tokens=tokens, seconds=seconds)
             if evaluate is not None and every and (step + 1) % every == 0:
-                record["evaluation"] = value = float(evaluate(model))
+                record["evaluation"] = value = distributed.total(float(evaluate(model)), device) / world
                 model.train()
                 best, waited = (value, 0) if value < best else (best, waited + 1)
             history.append(record)
-            if log is not None:
+            if log is not None and rank == 0:
                 lines.write(json.dumps(record) + "\n")
                 lines.flush()
             bar.set_postfix_str(f"loss {record['loss']:.3f}, {tokens / seconds:,.0f} tokens/s", refresh=False)
@@ -166,21 +171,22 @@ def learning(model, optimizer):
 
 
 def checkpoint(directory, model, optimizer, batches, settings, history, keep):
-    """Write `step-N.safetensors`, then remove all but the last `keep`."""
-    tensors = {"random": torch.get_rng_state()}
+    """Write `step-N.safetensors`, then remove all but the last `keep`. Of several processes the first writes."""
+    tensors = {f"random.{rank}": state for rank, state in enumerate(distributed.gathered(torch.get_rng_state()))}
     if torch.cuda.is_available():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
+        tensors |= {f"random.cuda.{rank}": state for rank, state in enumerate(distributed.gathered(torch.cuda.get_rng_state()))}
     for name, p in learning(model, optimizer):
-        tensors[f"model.{name}"] = p.detach().contiguous()
+        tensors[f"model.{name}"] = distributed.whole(p.detach()).contiguous()
         for key, value in optimizer.state[p].items():
-            tensors[f"optimizer.{key}.{name}"] = value.contiguous()
+            tensors[f"optimizer.{key}.{name}"] = distributed.whole(value).contiguous()
     told = {"settings": settings, "history": history, "batches": batches.state_dict()}
     path = pathlib.Path(directory) / f"step-{len(history):08d}.safetensors"
-    with files.atomic(path) as new:
-        safetensors.torch.save_file(tensors, new, {"format": "pt", "training": json.dumps(told)})
-    for old in saved(directory)[:-keep]:
-        old.unlink()
-    return path
+    if distributed.place()[0] == 0:
+        with files.atomic(path) as new:
+            safetensors.torch.save_file(tensors, new, {"format": "pt", "training": json.dumps(told)})
+        for old in saved(directory)[:-keep]:
+            old.unlink()
+    distributed.wait()
 
 
 def saved(directory):
@@ -211,13 +217,14 @@ def restore(path, model, optimizer, batches, settings):
         raise ValueError(f"{path} does not fit what learns in this model; {len(odd)} differ, first {odd[0][0]!r}. "
                          "Wrap the model as it was wrapped then")
     for name, p in named:
-        p.copy_(tensors[f"model.{name}"])
+        p.copy_(distributed.like(tensors[f"model.{name}"], p))
         for key in ("step", "exp_avg", "exp_avg_sq"):
             value = tensors[f"optimizer.{key}.{name}"]
-            optimizer.state[p][key] = value if key == "step" else value.to(p.device)
-    torch.set_rng_state(tensors["random"])
-    if "random.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random.cuda"])
+            optimizer.state[p][key] = value if key == "step" else distributed.like(value, p)
+    rank = distributed.place()[0]
+    torch.set_rng_state(tensors[f"random.{rank}"])
+    if f"random.cuda.{rank}" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors[f"random.cuda.{rank}"])
     batches.load_state_dict(told["batches"])
     return told["history"]
 

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from minillm import files
+from minillm import distributed, files
 from minillm.registry import (CannotMerge, Format, Layer, Patch, dense, freeze, hidden_linears, hint, leaf, register, select, thaw,
                               ties, walk)
 
@@ -251,10 +251,12 @@ def save(cls, model, path):
     modules |= {site.name: site.module for site in walk(model) if isinstance(site.module, Format) and site.module.technique == name}
     if not modules:
         raise ValueError(f"there is no {name} in this model to save; attached: {attached(model)}")
-    tensors = {f"{where}.{key}": t.contiguous() for where, module in modules.items() for key, t in added(module).items()}
+    tensors = {f"{where}.{key}": distributed.whole(t).contiguous() for where, module in modules.items() for key, t in added(module).items()}
     sites = {where: module.config() for where, module in modules.items()}
-    with files.atomic(path) as new:
-        safetensors.torch.save_file(tensors, new, {"format": "pt", "technique": name, "sites": json.dumps(sites)})
+    if distributed.place()[0] == 0:  # of several processes the first writes
+        with files.atomic(path) as new:
+            safetensors.torch.save_file(tensors, new, {"format": "pt", "technique": name, "sites": json.dumps(sites)})
+    distributed.wait()
 
 
 def load(cls, model, path):

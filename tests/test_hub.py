@@ -23,6 +23,7 @@ SHAPES = {
     "head size": minillm.Config(24, 16, 2, 2, head_size=12, ffn=32, positions=32, tied=False),
     "biases": minillm.Config(24, 16, 2, 2, ffn=32, positions=32, qkv_bias=True, out_bias=True, mlp_bias=True),
     "qwen2": minillm.Config(24, 16, 2, 4, kv_heads=2, ffn=32, positions=32, qkv_bias=True),
+    "mistral": minillm.Config(24, 16, 2, 4, kv_heads=2, ffn=32, positions=32, tied=False, window=3),
     "gpt2": minillm.Config.gpt2(24, 16, 2, 2, positions=32),
     "gpt2 wide": minillm.Config.gpt2(24, 16, 2, 4, positions=32, ffn=24, activation="relu", tied=False),
 }
@@ -77,6 +78,7 @@ def hf_configs():
         "qwen2 tied": ("Qwen2Config", dict(llama, num_key_value_heads=4, tie_word_embeddings=True)),
         "mistral": ("MistralConfig", dict(llama, num_key_value_heads=2, sliding_window=None)),
         "mistral window": ("MistralConfig", dict(llama, num_key_value_heads=2, sliding_window=64)),
+        "mistral short window": ("MistralConfig", dict(llama, num_key_value_heads=2, sliding_window=3)),
         "gpt2": ("GPT2Config", dict(gpt2, n_head=2)),
         "gpt2 inner": ("GPT2Config", dict(gpt2, n_head=4, n_inner=24, activation_function="relu")),
     }
@@ -156,7 +158,7 @@ DAMAGE = {
     "an unknown activation": (lambda p: damaged(p, hidden_act="xielu"), "activation 'xielu' is unknown; known: silu"),
     "scaled rope": (lambda p: damaged(p, rope_scaling={"rope_type": "yarn"}), "rope_scaling is .*yarn.*not implemented"),
     "scaled rope, new style": (lambda p: damaged(p, rope_parameters={"rope_type": "llama3"}), "rope_type 'llama3' is not implemented"),
-    "a short window": (lambda p: damaged(p, sliding_window=8), "sliding_window=8.*max_position_embeddings"),
+    "windows in some layers": (lambda p: damaged(p, use_sliding_window=True), "use_sliding_window is True, which is not implemented"),
     "a missing field": (lambda p: damaged(p, hidden_size="gone"), "config.json lacks 'hidden_size'"),
     "no JSON": (lambda p: (p / "config.json").write_text("{"), "config.json is not whole JSON"),
     "no configuration": (lambda p: (p / "config.json").unlink(), "no config.json"),

@@ -1,0 +1,117 @@
+"""One training in several processes, started by torchrun: each computes its rows of every batch.
+
+    gradient = sum over processes of (gradient of its summed loss) / (learnt tokens of the whole batch)
+
+    data parallel     each process holds the model whole; the gradients are summed             (DDP, Li et al. 2020, arXiv 2006.15704)
+    sharded           each holds 1/world of every weight, and has the others' sent to it when   (FSDP2; ZeRO-3, Rajbhandari et al. 2020,
+                      a block's turn comes: `shard(model)` before the training                   arXiv 1910.02054)
+
+Every process draws the whole batch, which is only ids, and takes every world-th row. So the order of the data does not depend on the number
+of processes, the learnt tokens are known without asking the others, and the losses are those of one process. (Both of torch's
+wrappers take the mean over the processes: multiplying by their number makes it the sum.)
+
+accelerate and the Trainer hide this behind a launcher's configuration; here it is two functions that `train` calls.
+Not included: tensor and pipeline parallelism, mixed precision inside FSDP (choose the dtypes yourself, as on one device).
+"""
+
+import atexit
+import os
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+
+def start():
+    """Join the processes that torchrun started, if it did (NCCL with CUDA, else gloo); returns the device of this one."""
+    cuda = torch.cuda.is_available()
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+        atexit.register(dist.destroy_process_group)
+    if not cuda:
+        return torch.device("cpu")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def place():
+    """(this process's number, how many there are): (0, 1) where there is but one."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def shard(model):
+    """Spread every weight of minillm's Transformer over the processes, block by block; in place, returns the model.
+
+    Wrap it with techniques before: they are spread as well. What `save` of a technique and the checkpoints write is whole again.
+    """
+    if not dist.is_initialized():
+        raise RuntimeError("shard needs several processes: start the program with torchrun, and call minillm.distributed.start()")
+    for block in model.layers:
+        fully_shard(block)
+    fully_shard(model)
+    register_fsdp_forward_method(model, "loss")
+    return model
+
+
+class Loss(nn.Module):
+    """loss(model, ids, labels, mask) as a module's forward, which is what DDP wraps."""
+
+    def __init__(self, model, loss):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, *batch):
+        return self.loss(self.model, *batch)
+
+
+def spread(model, loss):
+    """`loss`, as a function of a batch, so that a backward through it leaves the processes with one gradient, their mean."""
+    if place()[1] == 1 or isinstance(model, FSDPModule):
+        return Loss(model, loss)
+    return DistributedDataParallel(Loss(model, loss))
+
+
+def rows(batch):
+    """This process's rows of a batch, a tuple of tensors (b, ...) or None."""
+    rank, world = place()
+    if len(batch[0]) < world:
+        raise ValueError(f"a batch of {len(batch[0])} rows cannot be shared by {world} processes: choose batch_size, and the number "
+                         "of examples, so that the last batch of an epoch has a row for each")
+    return tuple(None if t is None else t[rank::world] for t in batch)
+
+
+def total(value, device):
+    """The sum of a number over the processes."""
+    if place()[1] == 1:
+        return value
+    value = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(value)
+    return value.item()
+
+
+def gathered(value):
+    """The tensor that each process has, in their order."""
+    values = [None] * place()[1]
+    if len(values) == 1:
+        return [value]
+    dist.all_gather_object(values, value)
+    return values
+
+
+def wait():
+    """Until every process is here: what the first has written, the others can then read."""
+    if place()[1] > 1:
+        dist.barrier()
+
+
+def whole(t):
+    """A tensor that may be spread over the processes, whole. Every process has to ask."""
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def like(t, parameter):
+    """A whole tensor, spread as the parameter is."""
+    return distribute_tensor(t, parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else t.to(parameter.device)
