@@ -113,7 +113,8 @@ def train(model, examples, *, steps, lr, batch_size=8, accumulate=1, schedule="c
                 history = restore(path, model, optimizer, batches, settings)
         if log is not None and rank == 0:
             lines = stack.enter_context(journal(log, history))
-        bar = stack.enter_context(tqdm(total=steps, initial=len(history), desc=name, unit="step", disable=not progress or rank > 0, leave=False))
+        shown = progress and rank == 0
+        bar = stack.enter_context(tqdm(total=steps, initial=len(history), desc=name, unit="step", disable=not shown, leave=False))
         values = [record["evaluation"] for record in history if "evaluation" in record]
         for value in values:
             best, waited = (value, 0) if value < best else (best, waited + 1)
