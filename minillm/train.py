@@ -22,6 +22,7 @@ import json
 import math
 import pathlib
 import re
+import shutil
 import time
 
 import safetensors.torch
@@ -109,6 +110,8 @@ def train(model, examples, *, steps, lr, batch_size=8, accumulate=1, schedule="c
         if checkpoints is not None:
             if rank == 0:
                 stack.enter_context(files.lock(checkpoints))
+                for half in pathlib.Path(checkpoints).glob(".step-*"):  # what a run was writing when it was killed
+                    shutil.rmtree(half)
             if resume and (path := newest(checkpoints)):
                 history = restore(path, model, optimizer, batches, settings)
         if log is not None and rank == 0:

@@ -25,6 +25,7 @@ Not included: dropout, biases of attention by distance (ALiBi), mixtures of expe
 
 import contextlib
 import dataclasses
+import math
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +70,14 @@ class Config:
         self.kv_heads = self.kv_heads or self.heads
         self.head_size = self.head_size or self.width // self.heads
         self.ffn = self.ffn or 4 * self.width
+        for field in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_size", "ffn", "positions", "window"):
+            value = getattr(self, field)
+            if not (isinstance(value, int) and value >= 1 or field == "window" and value is None):
+                raise ValueError(f"{field}={value!r} is not a whole number from 1")
+        for field in ("eps", "rope_base"):
+            value = getattr(self, field)
+            if not (isinstance(value, (int, float)) and 0 < value < math.inf or field == "rope_base" and value is None):
+                raise ValueError(f"{field}={value!r} is not a number above 0")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
         if self.rope_base and self.head_size % 2:

@@ -159,45 +159,38 @@ from test_train import examples
 import minillm
 torch.set_num_threads(1)
 model = minillm.lora.wrap(build("llama"), r=2, dropout=0.2)
-minillm.train.train(model, examples(), steps=120, lr=1e-2, batch_size=4, warmup=5, progress=False, checkpoints=sys.argv[1], save_every=1,
+minillm.train.train(model, examples(), steps=400, lr=1e-2, batch_size=4, warmup=5, progress=False, checkpoints=sys.argv[1], save_every=1,
                     resume=True, log=sys.argv[1] + "/log.jsonl")
 """
 
 
 def start(directory):
     here = pathlib.Path(__file__).parent
-    return subprocess.Popen([sys.executable, "-c", RUN, str(directory)], env={**os.environ, "PYTHONPATH": f"{here}:{here.parent}"},
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, "-c", RUN, str(directory)], env={**os.environ, "PYTHONPATH": f"{here}:{here.parent}"})
 
 
 @pytest.mark.slow
 def test_a_process_killed_at_any_moment_goes_on_bit_for_bit(tmp_path):
-    """kill -9 ten times; every checkpoint that is there can be read, and the losses are those of a run that was left alone."""
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "killed").mkdir()
-    assert start(tmp_path / "whole").wait() == 0
-    draw = torch.Generator().manual_seed(1)
-    kills = 0
-    while kills < 10:
-        process = start(tmp_path / "killed")
-        seen = len(saved(tmp_path / "killed"))
-        while not saved(tmp_path / "killed") and process.poll() is None or len(saved(tmp_path / "killed")) == seen == 0:
-            time.sleep(0.01)
-        before = saved(tmp_path / "killed")[-1].name
-        while process.poll() is None and saved(tmp_path / "killed")[-1].name == before:
+    """kill -9 ten times, in the middle of a save among them; what is there can be read, and the losses are those of a run left alone."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir(), killed.mkdir()
+    assert start(whole).wait() == 0
+    draw, halves = torch.Generator().manual_seed(1), 0
+    for kill in range(10):
+        before = [path.name for path in saved(killed)]
+        process = start(killed)
+        while [path.name for path in saved(killed)] == before:  # it has started, and gone on
+            assert process.poll() is None, "it ended before it could be killed"
             time.sleep(0.001)
         time.sleep(float(torch.rand((), generator=draw)) * 0.03)
-        if process.poll() is not None:
-            break
+        while kill % 2 and not list(killed.glob(".step-*")):
+            assert process.poll() is None, "it ended before it could be killed"
         process.send_signal(signal.SIGKILL)
         process.wait()
-        process.stderr.close()
-        kills += 1
-        for path in saved(tmp_path / "killed"):
+        halves += bool(list(killed.glob(".step-*")))
+        for path in saved(killed):
             minillm.verbs.read(path)
-    assert kills == 10
-    last = start(tmp_path / "killed")
-    assert last.wait() == 0, last.stderr.read()
-    last.stderr.close()
-    logs = [[json.loads(line)["loss"] for line in (tmp_path / d / "log.jsonl").read_text().splitlines()] for d in ("whole", "killed")]
-    assert logs[0] == logs[1] and len(logs[0]) == 120
+    assert halves, "no kill met a save"
+    assert start(killed).wait() == 0 and not list(killed.glob(".step-*"))
+    logs = [[json.loads(line)["loss"] for line in (d / "log.jsonl").read_text().splitlines()] for d in (whole, killed)]
+    assert logs[0] == logs[1] and len(logs[0]) == 400
