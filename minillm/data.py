@@ -221,7 +221,7 @@ def read_jsonl(path, text):
         if row.strip():
             try:
                 record = json.loads(row)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {line}: not JSON ({error})") from error
             if not isinstance(record, dict):
                 raise ValueError(f"{path}, line {line}: a record is an object, this is {type(record).__name__}")
@@ -232,6 +232,8 @@ def read_csv(path, text):
     rows = csv.reader(text.splitlines(keepends=True), strict=True)
     try:
         header = next(rows)
+        if len(set(header)) < len(header):
+            raise ValueError(f"{path}, line 1: the header names a field twice: {', '.join(header)}")
         for row in rows:
             if row and len(row) != len(header):
                 raise ValueError(f"{path}, line {rows.line_num}: {len(row)} fields, the header has {len(header)}")
@@ -254,6 +256,8 @@ def parse(record, tokenizer, length, where):
     for field in kind:
         if not isinstance(record[field], list if field == "messages" else str):
             raise ValueError(f"{where}: {field!r} is {type(record[field]).__name__}, not {'a list' if field == 'messages' else 'text'}")
+    if re.search("[\ud800-\udfff]", str([record[field] for field in kind])):  # JSON can say it, UTF-8 cannot
+        raise ValueError(f"{where}: half a character, such as '\\ud800', is no text")
     if kind == ("text",):
         ids = tokenizer.encode(record["text"]) + [tokenizer.eos]
         pieces = [ids[i : i + length] for i in range(0, len(ids), length)]

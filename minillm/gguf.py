@@ -8,6 +8,7 @@ metadata, and one permutation. llama.cpp turns neighbours (x_2i, x_2i+1) in its 
 """
 
 import re
+import struct
 
 import torch
 
@@ -26,6 +27,7 @@ def load(path, dtype, device):
     """(model, tokenizer) of a GGUF file; ValueError where it is not whole or holds something else."""
     gguf = files.need("gguf", "hub")
     try:
+        check(path)
         file = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in file.fields.items()}
         end, size = max((t.data_offset + t.n_bytes for t in file.tensors), default=0), path.stat().st_size
@@ -33,7 +35,17 @@ def load(path, dtype, device):
         raise ValueError(f"{path} is not a whole GGUF file ({type(error).__name__}: {error})") from error
     if end > size:
         raise ValueError(f"{path} is not a whole GGUF file: its tensors end at byte {end:,}, the file at {size:,}")
-    config = translate(fields, {t.name for t in file.tensors}, path)
+    spans = sorted((t.data_offset, t.data_offset + t.n_bytes, t.name) for t in file.tensors)
+    for (_, end, one), (start, _, other) in zip(spans, spans[1:]):
+        if start < end:
+            raise ValueError(f"{path} is not a whole GGUF file: the tensors {one!r} and {other!r} overlap")
+    try:
+        config = translate(fields, {t.name for t in file.tensors}, path)
+        tokenizer = BytePair.from_gguf(fields)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(f"{path}: its metadata is of another kind than it should be ({type(error).__name__}: {error})") from error
     by_name = {t.name: t for t in file.tensors}
     parts = {}
     for name in by_name:
@@ -46,7 +58,48 @@ def load(path, dtype, device):
         heads = turned and (config.heads if ".attn_q." in name else config.kv_heads if ".attn_k." in name else None)
         parts[ours] = lambda name=name, heads=heads: tensor(by_name[name], heads, path)
     model = hub.fill(config, parts, dtype, device, path)
-    return model, BytePair.from_gguf(fields)
+    return model, tokenizer
+
+
+SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # of the metadata's types, in bytes
+TEXT, ARRAY = 8, 9
+
+
+def check(path):
+    """ValueError where a count of the header lies: the reader believes it, and would read nothing for ever."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        def take(form):
+            return struct.unpack(form, file.read(struct.calcsize(form)))[0]
+
+        def skip(n):
+            if n > size - file.tell():
+                raise ValueError(f"byte {file.tell():,} announces {n:,} more, the file has {size:,}")
+            file.seek(n, 1)
+
+        def value(kind):
+            if kind == TEXT:
+                skip(take("<Q"))
+            elif kind == ARRAY:
+                inner, count = take("<I"), take("<Q")
+                if inner in SIZES:
+                    skip(SIZES[inner] * count)
+                for _ in range(0 if inner in SIZES else count):
+                    value(TEXT if inner == TEXT else None)
+            elif kind in SIZES:
+                skip(SIZES[kind])
+            else:
+                raise ValueError(f"byte {file.tell():,} announces a value of unknown type")
+
+        magic, version, tensors, fields = take("<4s"), take("<I"), take("<Q"), take("<Q")
+        if magic != b"GGUF" or version not in (2, 3):
+            raise ValueError(f"it begins with {magic!r}, version {version}")
+        for _ in range(fields):
+            skip(take("<Q"))
+            value(take("<I"))
+        for _ in range(tensors):
+            skip(take("<Q"))
+            skip(8 * take("<I") + 12)
 
 
 def tensor(stored, heads, path):
@@ -57,6 +110,10 @@ def tensor(stored, heads, path):
         t = torch.from_numpy(gguf.quants.dequantize(stored.data, stored.tensor_type).copy())
     except NotImplementedError as error:
         raise ValueError(f"{path}: {stored.name} is of type {stored.tensor_type.name}, which is not implemented") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {stored.name} is not whole ({error})") from error
+    if heads and t.shape[0] % (2 * heads):
+        raise ValueError(f"{path}: {stored.name} has {t.shape[0]} rows, which {heads} heads cannot share")
     return half_split(t, heads) if heads else t
 
 

@@ -85,9 +85,11 @@ def from_directory(path, dtype, device):
         with safetensors.safe_open(where[name], "pt") as file:  # opened for each, so that what was read before leaves the memory
             return file.get_tensor(name)
 
-    if dtype is None:
-        written = told.get("dtype") or told.get("torch_dtype")
-        dtype = getattr(torch, written) if written else tensor(next(iter(where))).dtype
+    written = told.get("dtype") or told.get("torch_dtype")
+    if dtype is None and written is not None:
+        dtype = getattr(torch, str(written), None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"{path}/config.json: dtype is {written!r}, which is no floating-point type of torch")
     model = fill(config, {ours: lambda theirs=theirs, part=part: part(tensor(theirs)) for ours, (theirs, part) in names(where).items()},
                  dtype, device, path)
     has_tokenizer = any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
@@ -106,18 +108,26 @@ def tensor_files(path):
     listed = tokenizers.settings(path, index.name).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise ValueError(f"{index} has no weight_map")
-    for name in set(listed.values()):
+    for name in set(map(str, listed.values())):
         if pathlib.PurePath(name).name != name:
             raise ValueError(f"{index} names {name!r}, which is not a file beside it")
         if not (path / name).exists():
             raise FileNotFoundError(f"{path / name} is missing; {index.name} names it")
-    return [path / name for name in sorted(set(listed.values()))]
+    return [path / name for name in sorted(set(map(str, listed.values())))]
 
 
 def fill(config, parts, dtype, device, source):
-    """The Transformer of `config`, each parameter from the function in `parts` of its name, one after the other."""
-    with torch.device("meta"):
-        model = Transformer(config)
+    """The Transformer of `config`, each parameter from the function in `parts` of its name, one after the other.
+
+    dtype None keeps the type that the tensors have: the first one's, for all.
+    """
+    if config.layers > len(parts):
+        raise ValueError(f"{source} says that it has {config.layers} layers, but it holds {len(parts)} tensors")
+    try:
+        with torch.device("meta"):
+            model = Transformer(config)
+    except RuntimeError as error:
+        raise ValueError(f"{source} describes a model beyond all memory: {config}") from error
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     missing, extra = sorted(set(shapes) - set(parts)), sorted(set(parts) - set(shapes))
     if config.tied and "lm_head.weight" in extra:
@@ -132,14 +142,15 @@ def fill(config, parts, dtype, device, source):
     wrong = []
     for name, shape in shapes.items():
         t = parts[name]()
-        if tuple(t.shape) != shape:
-            wrong.append(f"{name} is {tuple(t.shape)}, should be {shape}")
+        if tuple(t.shape) != shape or not t.is_floating_point():
+            wrong.append(f"{name} is {tuple(t.shape)} of {t.dtype}, should be {shape}")
             continue
+        dtype = dtype or t.dtype
         owner, _, key = name.rpartition(".")
         setattr(model.get_submodule(owner), key, nn.Parameter(t.to(device=device, dtype=dtype, copy=True).contiguous()))
         del t
     if wrong:
-        raise ValueError(f"{source}: {len(wrong)} tensors have another shape: {'; '.join(wrong[:4])}")
+        raise ValueError(f"{source}: {len(wrong)} tensors have another shape or are no floats: {'; '.join(wrong[:4])}")
     if config.tied:
         model.lm_head.weight = model.embed_tokens.weight
     return model.eval()
@@ -157,20 +168,23 @@ NEUTRAL = {  # fields that would change the computation, and the values at which
 
 def translate(told, source):
     """config.json -> (Config, a function of the file's names that returns {our name: (their name, what to do to the tensor)})."""
-    names = told.get("architectures") or [{"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel", "qwen2": "Qwen2ForCausalLM",
-                                           "mistral": "MistralForCausalLM"}.get(told.get("model_type"), told.get("model_type"))]
-    if names[0] not in ARCHITECTURES:
-        raise ValueError(f"{source}: the architecture {names[0]!r} is unknown; known: {', '.join(ARCHITECTURES)}")
+    kinds = {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel", "qwen2": "Qwen2ForCausalLM", "mistral": "MistralForCausalLM"}
+    name = told["architectures"] if told.get("architectures") else kinds.get(str(told.get("model_type")), told.get("model_type"))
+    name = name[0] if isinstance(name, list) else name
+    if str(name) not in ARCHITECTURES:
+        raise ValueError(f"{source}: the architecture {name!r} is unknown; known: {', '.join(ARCHITECTURES)}")
     for field, values in NEUTRAL.items():
         if told.get(field) not in values and not (field == "rope_scaling" and default_rope(told[field])):
             raise ValueError(f"{source}: {field} is {told[field]!r}, which is not implemented (only {values[0]!r})")
-    activation = told.get("hidden_act", told.get("activation_function", "gelu_new" if names[0] == "GPT2LMHeadModel" else "silu"))
-    if activation not in ACTIVATIONS:
+    activation = told.get("hidden_act", told.get("activation_function", "gelu_new" if name == "GPT2LMHeadModel" else "silu"))
+    if str(activation) not in ACTIVATIONS:
         raise ValueError(f"{source}: the activation {activation!r} is unknown; known: {', '.join(ACTIVATIONS)}")
     try:
-        return ARCHITECTURES[names[0]](told, ACTIVATIONS[activation], source)
+        return ARCHITECTURES[name](told, ACTIVATIONS[activation], source)
     except KeyError as error:
         raise ValueError(f"{source} lacks {error}") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{source}: {error}") from error
 
 
 def default_rope(scaling):

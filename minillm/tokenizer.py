@@ -99,9 +99,12 @@ def settings(directory, name):
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not whole JSON: {error}") from error
+    if not isinstance(told, dict):
+        raise ValueError(f"{path} holds {type(told).__name__}, not an object of fields")
+    return told
 
 
 class SentencePiece(Tokenizer):
@@ -180,10 +183,12 @@ class BytePair(Tokenizer):
 
     def __init__(self, inner, special=None, chat_template=None):
         self.inner, self.chat_template = inner, chat_template
+        if not isinstance(chat_template, str | None):
+            raise ValueError(f"the chat template is {chat_template!r}, not a text")
         special = {key: value.get("content") if isinstance(value, dict) else value for key, value in (special or {}).items()}
         for name, key in (("eos", "eos_token"), ("bos", "bos_token"), ("_pad", "pad_token")):
             text = special.get(key)
-            i = None if text is None else inner.token_to_id(text)
+            i = inner.token_to_id(text) if isinstance(text, str) else None
             if text is not None and i is None:
                 raise ValueError(f"{key} is {text!r}, which the vocabulary lacks")
             setattr(self, name, i)
@@ -202,10 +207,13 @@ class BytePair(Tokenizer):
         told = {**settings(directory, "special_tokens_map.json"), **{k: v for k, v in config.items() if v is not None}}
         chat = config.get("chat_template")
         if isinstance(chat, list):  # several templates by name
-            chat = next((one["template"] for one in chat if one.get("name") == "default"), None)
+            chat = next((one.get("template") for one in chat if isinstance(one, dict) and one.get("name") == "default"), None)
         if (directory / "chat_template.jinja").exists():
             chat = (directory / "chat_template.jinja").read_text(encoding="utf-8")
-        return cls(inner, {key: told.get(key) for key in ("eos_token", "bos_token", "pad_token")}, chat)
+        try:
+            return cls(inner, {key: told.get(key) for key in ("eos_token", "bos_token", "pad_token")}, chat)
+        except ValueError as error:
+            raise ValueError(f"{directory}: {error}") from error
 
     @classmethod
     def from_gguf(cls, tables):

@@ -114,8 +114,7 @@ def train(model, examples, *, steps, lr, batch_size=8, accumulate=1, schedule="c
                     shutil.rmtree(half)
             if resume and (path := newest(checkpoints)):
                 history = restore(path, model, optimizer, batches, settings)
-        if log is not None and rank == 0:
-            lines = stack.enter_context(journal(log, history))
+        note = stack.enter_context(journal(log if rank == 0 else None, history))
         shown = progress and rank == 0
         bar = stack.enter_context(tqdm(total=steps, initial=len(history), desc=name, unit="step", disable=not shown, leave=False))
         values = [record["evaluation"] for record in history if "evaluation" in record]
@@ -154,9 +153,7 @@ def train(model, examples, *, steps, lr, batch_size=8, accumulate=1, schedule="c
                 model.train()
                 best, waited = (value, 0) if value < best else (best, waited + 1)
             history.append(record)
-            if log is not None and rank == 0:
-                lines.write(json.dumps(record) + "\n")
-                lines.flush()
+            note(record)
             bar.set_postfix_str(f"loss {record['loss']:.3f}, {tokens / seconds:,.0f} tokens/s", refresh=False)
             bar.update()
             if checkpoints is not None and ((step + 1) % (save_every or steps) == 0 or step + 1 == steps):
@@ -204,39 +201,50 @@ def newest(directory):
 
 @torch.no_grad()
 def restore(path, model, optimizer, batches, settings):
-    """Put everything back as it was when the checkpoint was written; returns the log up to there."""
+    """Put everything back as it was when the checkpoint was written, once all of it is checked; returns the log up to there."""
     tensors, metadata = read(path)
-    if "training" not in metadata:
-        raise ValueError(f"{path} is not a checkpoint of minillm.train")
-    told = json.loads(metadata["training"])
-    differ = {key: (told["settings"].get(key), value) for key, value in settings.items() if told["settings"].get(key) != value}
-    if differ:
+    try:
+        told = json.loads(metadata["training"])
+        then, place, history = told["settings"], {key: int(told["batches"][key]) for key in ("epoch", "position")}, told["history"]
+        differ = {key: (then.get(key), value) for key, value in settings.items() if then.get(key) != value}
+        whole = all(isinstance(record["loss"], float) and record["step"] == i for i, record in enumerate(history))
+        whole = whole and 0 <= place["position"] < len(batches.examples)
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is not a checkpoint of minillm.train ({type(error).__name__}: {error})") from error
+    if differ or not whole:
         listed = ", ".join(f"{key}={then!r} then, {now!r} now" for key, (then, now) in differ.items())
-        raise ValueError(f"{path} was written with other settings: {listed}")
-    named = learning(model, optimizer)
-    ours = {f"model.{name}": tuple(p.shape) for name, p in named}
-    theirs = {key: tuple(t.shape) for key, t in tensors.items() if key.startswith("model.")}
-    if ours != theirs:
-        odd = sorted(set(ours.items()) ^ set(theirs.items()))
-        raise ValueError(f"{path} does not fit what learns in this model; {len(odd)} differ, first {odd[0][0]!r}. "
-                         "Wrap the model as it was wrapped then")
+        raise ValueError(f"{path} was written with other settings: {listed}" if differ else f"{path}: its log is not whole")
+    named, rank, moments = learning(model, optimizer), distributed.place()[0], ("exp_avg", "exp_avg_sq")
+    ours = {f"random.{rank}": torch.get_rng_state()}
     for name, p in named:
-        p.copy_(distributed.like(tensors[f"model.{name}"], p))
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            value = tensors[f"optimizer.{key}.{name}"]
-            optimizer.state[p][key] = value if key == "step" else distributed.like(value, p)
-    rank = distributed.place()[0]
-    torch.set_rng_state(tensors[f"random.{rank}"])
+        ours |= {f"model.{name}": p, f"optimizer.step.{name}": torch.zeros(()), **{f"optimizer.{key}.{name}": p for key in moments}}
+    odd = [key for key, t in ours.items() if key not in tensors or (tensors[key].shape, tensors[key].dtype) != (t.shape, t.dtype)]
+    odd += [key for key in tensors if key not in ours and not key.startswith("random.")]
+    if odd:
+        raise ValueError(f"{path} does not fit what learns in this model; {len(odd)} tensors differ, first {odd[0]!r}. "
+                         "Wrap the model as it was wrapped then")
+    try:
+        torch.set_rng_state(tensors[f"random.{rank}"])
+    except RuntimeError as error:
+        raise ValueError(f"{path}: its random state is none ({error})") from error
     if f"random.cuda.{rank}" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors[f"random.cuda.{rank}"])
-    batches.load_state_dict(told["batches"])
-    return told["history"]
+    for name, p in named:
+        p.copy_(distributed.like(tensors[f"model.{name}"], p))
+        optimizer.state[p]["step"] = tensors[f"optimizer.step.{name}"]
+        for key in moments:
+            optimizer.state[p][key] = distributed.like(tensors[f"optimizer.{key}.{name}"], p)
+    batches.load_state_dict(place)
+    return history
 
 
 @contextlib.contextmanager
 def journal(path, history):
-    """The log file, holding the lines of the steps that are already done."""
+    """A function that adds a line to the log file, which holds those of the steps that are already done. Without a path it does nothing."""
+    if path is None:
+        yield lambda record: None
+        return
     with files.atomic(path) as new:
         new.write_text("".join(json.dumps(record) + "\n" for record in history))
-    with open(path, "a") as lines:
-        yield lines
+    with open(path, "a", buffering=1) as lines:
+        yield lambda record: lines.write(json.dumps(record) + "\n")

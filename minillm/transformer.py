@@ -67,17 +67,20 @@ class Config:
     tied: bool = True  # the head is the embedding
 
     def __post_init__(self):
-        self.kv_heads = self.kv_heads or self.heads
-        self.head_size = self.head_size or self.width // self.heads
-        self.ffn = self.ffn or 4 * self.width
         for field in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_size", "ffn", "positions", "window"):
             value = getattr(self, field)
-            if not (isinstance(value, int) and value >= 1 or field == "window" and value is None):
+            if not (isinstance(value, int) and 1 <= value < 1 << 31 or value is None and getattr(Config, field, 0) is None):
                 raise ValueError(f"{field}={value!r} is not a whole number from 1")
         for field in ("eps", "rope_base"):
             value = getattr(self, field)
-            if not (isinstance(value, (int, float)) and 0 < value < math.inf or field == "rope_base" and value is None):
+            if not (isinstance(value, (int, float)) and 0 < value < math.inf or value is None and field == "rope_base"):
                 raise ValueError(f"{field}={value!r} is not a number above 0")
+        for field in ("gated", "qkv_bias", "out_bias", "mlp_bias", "tied"):
+            if not isinstance(getattr(self, field), bool):
+                raise ValueError(f"{field}={getattr(self, field)!r} is neither true nor false")
+        self.kv_heads = self.kv_heads or self.heads
+        self.head_size = self.head_size or self.width // self.heads
+        self.ffn = self.ffn or 4 * self.width
         if self.heads % self.kv_heads:
             raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
         if self.rope_base and self.head_size % 2:

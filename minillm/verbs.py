@@ -28,7 +28,7 @@ def attach(cls, model, targets=None, default=hidden_linears, what="leaf", **kwar
     """Wrap what `targets` names (see `registry.select`) with cls(site, **kwargs); in place, returns the model."""
     sites = select(model, targets, cls.accepts, default(model), what)
     if issubclass(cls, Format):
-        return store(cls, model, [(site, kwargs) for site in sites])
+        return store(cls, model, sites, lambda site: cls(site, **kwargs))
     for site in sites:
         if site.layer and cls.technique in site.layer.patches:
             raise ValueError(f"{site.name!r} is already wrapped with {cls.technique}: unwrap or merge it first")
@@ -55,10 +55,13 @@ def learns(patch):
     return any(True for _ in patch.parameters())
 
 
-def store(cls, model, chosen):
-    """Replace leaves by a Format. The emptied leaf waits in it as `shell`, outside the module tree, for unwrap."""
+def store(cls, model, sites, make):
+    """Replace leaves by the Format that `make` gives for each site.
+
+    The emptied leaf waits in it as `shell`, outside the module tree, for unwrap.
+    """
     tied = ties(model)
-    for site, _ in chosen:
+    for site in sites:
         if isinstance(site.module, Format):
             raise ValueError(f"{site.name!r} is already stored as {site.module.technique}: "
                              f"minillm.{site.module.technique}.unwrap(model) first gives its dense weight back")
@@ -67,8 +70,8 @@ def store(cls, model, chosen):
                              "it would be a second matrix. minillm.untie(model) first gives each its own")
         if not torch.isfinite(site.module.weight).all():
             raise ValueError(f"the weight of {site.name!r} holds nan or infinity, which {cls.technique} cannot store")
-    for site, kwargs in chosen:
-        shell, new = site.module, cls(site, **kwargs).train(site.module.training)
+    for site in sites:
+        shell, new = site.module, make(site).train(site.module.training)
         stopped = shell.__dict__.setdefault("_frozen_by", {})
         new.__dict__.update(shell=shell, learns=shell.weight.requires_grad or bool(stopped.pop("weight", None)), _frozen_by=stopped)
         shell.weight = None
@@ -267,7 +270,7 @@ def load(cls, model, path):
         holds = metadata.get("technique")
         remedy = f"it holds {holds}: use minillm.{holds}.load" if holds else "it says no technique: was it written by minillm?"
         raise ValueError(f"{path} is not a file of {name}; {remedy}")
-    configs, sites = json.loads(metadata["sites"]), {site.name: site for site in walk(model)}
+    configs, sites = configs_of(metadata, path), {site.name: site for site in walk(model)}
     for where in configs:
         if where not in sites or not cls.accepts(sites[where]):
             possible = [site for site in sites.values() if cls.accepts(site)]
@@ -282,18 +285,46 @@ def load(cls, model, path):
         if where is None:
             raise ValueError(f"{path} has the tensor {key!r}, which belongs to none of its sites")
         parts[where][key.removeprefix(where + ".")] = tensor
-    if issubclass(cls, Format):
-        store(cls, model, [(sites[w], config) for w, config in configs.items() if not isinstance(sites[w].module, cls)])
-        for where, part in parts.items():
-            sites[where].module.fill(part, f"{path}, {where!r}")
-        return model
-    pairs = [(sites[where], cls(sites[where], **config)) for where, config in configs.items()]
-    for site, patch in pairs:
-        ours, theirs = ({k: tuple(t.shape) for k, t in d.items()} for d in (patch.state_dict(), parts[site.name]))
-        if ours != theirs:
-            raise ValueError(f"{path} does not fit this model: {site.name!r} needs {ours}, the file has {theirs}")
-        patch.load_state_dict(parts[site.name])
-    return ring(model, pairs)
+    made = {where: remake(cls, sites[where], config, parts[where], f"{path}, {where!r}") for where, config in configs.items()}
+    if not issubclass(cls, Format):
+        return ring(model, [(sites[where], patch) for where, patch in made.items()])
+    for where in [where for where in made if isinstance(sites[where].module, cls)]:
+        sites[where].module._buffers.update(made.pop(where)._buffers)
+    return store(cls, model, [sites[where] for where in made], lambda site: made[site.name])
+
+
+def remake(cls, site, config, tensors, where):
+    """The Patch or Format that a file holds for a site, which is not touched."""
+    most = max([1 << 16, *(t.numel() for t in tensors.values())])
+    if any(type(value) is int and value > most for value in config.values()):  # memory is asked for only where the file has as much
+        raise ValueError(f"{where}: the settings do not fit the tensors: {config}")
+    try:
+        new = copy.deepcopy(site.module) if isinstance(site.module, cls) else cls(site, **config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {cls.technique} does not take the settings {config} ({error})") from error
+    if isinstance(new, Format):
+        new.fill(tensors, where)
+        return new
+    ours, theirs = (describe(d) for d in (new.state_dict(), tensors))
+    if ours != theirs:
+        raise ValueError(f"{where} does not fit this model, which needs {ours}; the file has {theirs}")
+    new.load_state_dict(tensors)
+    return new
+
+
+def describe(tensors):
+    return {key: f"{tuple(t.shape)} of {'floats' if t.is_floating_point() else 'integers'}" for key, t in tensors.items()}
+
+
+def configs_of(metadata, path):
+    """{site: the arguments of its technique} that a file tells."""
+    try:
+        configs = json.loads(metadata["sites"])
+        if not all(isinstance(config, dict) for config in configs.values()):
+            raise ValueError("settings are objects")
+    except (KeyError, ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} does not say where its tensors belong ({type(error).__name__}: {error})") from error
+    return configs
 
 
 def read(path):
