@@ -5,6 +5,7 @@ Over 1,000 of them, the same in every run.
 
 import json
 import shutil
+import struct
 
 import pytest
 import safetensors.torch
@@ -146,6 +147,45 @@ def test_broken_ggufs(gguf_file, edits):
         assert same(model.embed_tokens.weight.data, held["token_embd.weight"]) and same(model.norm.weight.data, held["output_norm.weight"])
         for i, block in enumerate(model.layers):
             assert same(block.mlp.down_proj.weight.data, held[f"blk.{i}.ffn_down.weight"])
+
+
+def after(raw, text):
+    """Where what follows this text begins."""
+    return raw.index(text) + len(text)
+
+
+GGUF_LIES = {  # where a number stands, the format of the number, what to write there
+    "tensors": lambda raw: (8, "<Q", 1 << 62),
+    "fields": lambda raw: (16, "<Q", 1 << 62),
+    "a long key": lambda raw: (24, "<Q", 1 << 40),
+    "a long text": lambda raw: (after(raw, b"general.architecture") + 4, "<Q", (1 << 64) - 1),
+    "a long array of texts": lambda raw: (after(raw, b"tokenizer.ggml.tokens") + 8, "<Q", 1 << 40),
+    "a long array of numbers": lambda raw: (after(raw, b"tokenizer.ggml.token_type") + 8, "<Q", 1 << 62),
+    "an unknown type of value": lambda raw: (after(raw, b"general.architecture"), "<I", 77),
+    "dimensions": lambda raw: (after(raw, b"blk.0.ffn_up.weight"), "<I", 1 << 30),
+    "a size": lambda raw: (after(raw, b"blk.0.ffn_up.weight") + 4, "<Q", 1 << 50),
+    "an offset beyond the end": lambda raw: (after(raw, b"blk.0.ffn_up.weight") + 24, "<Q", 1 << 50),
+    "an offset in another tensor": lambda raw: (after(raw, b"blk.0.ffn_up.weight") + 24, "<Q", 32),
+}
+
+
+@pytest.mark.parametrize("lie", GGUF_LIES)
+def test_a_gguf_whose_counts_or_offsets_lie(gguf_file, lie):
+    raw, path = bytearray(gguf_file.read_bytes()), gguf_file.with_name("lies.gguf")
+    at, form, number = GGUF_LIES[lie](raw)
+    struct.pack_into(form, raw, at, number)
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match="overlap" if "another" in lie else "lies.gguf is not a whole GGUF file"):
+        hub.load(path)
+
+
+def test_whole_numbers_are_no_weights(checkpoint):
+    path = checkpoint.with_name("integers")
+    shutil.copytree(checkpoint, path)
+    raw = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(raw.replace(b'"F32"', b'"I32"', 1))
+    with pytest.raises(ValueError, match="is .* of torch.int32, should be"):
+        hub.load(path)
 
 
 @pytest.mark.parametrize("technique", ["lora", "prompts", "quant", "sparse"])
