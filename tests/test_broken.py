@@ -154,13 +154,13 @@ def after(raw, text):
     return raw.index(text) + len(text)
 
 
-GGUF_LIES = {  # where a number stands, the format of the number, what to write there
+GGUF_LIES = {  # where a number stands, its format, what to write there
     "tensors": lambda raw: (8, "<Q", 1 << 62),
     "fields": lambda raw: (16, "<Q", 1 << 62),
     "a long key": lambda raw: (24, "<Q", 1 << 40),
     "a long text": lambda raw: (after(raw, b"general.architecture") + 4, "<Q", (1 << 64) - 1),
     "a long array of texts": lambda raw: (after(raw, b"tokenizer.ggml.tokens") + 8, "<Q", 1 << 40),
-    "a long array of numbers": lambda raw: (after(raw, b"tokenizer.ggml.token_type") + 8, "<Q", 1 << 62),
+    "a long array of numbers": lambda raw: (after(raw, b"tokenizer.ggml.token_type") + 4, "<IQ", 0, 1 << 62),
     "an unknown type of value": lambda raw: (after(raw, b"general.architecture"), "<I", 77),
     "dimensions": lambda raw: (after(raw, b"blk.0.ffn_up.weight"), "<I", 1 << 30),
     "a size": lambda raw: (after(raw, b"blk.0.ffn_up.weight") + 4, "<Q", 1 << 50),
@@ -172,8 +172,8 @@ GGUF_LIES = {  # where a number stands, the format of the number, what to write 
 @pytest.mark.parametrize("lie", GGUF_LIES)
 def test_a_gguf_whose_counts_or_offsets_lie(gguf_file, lie):
     raw, path = bytearray(gguf_file.read_bytes()), gguf_file.with_name("lies.gguf")
-    at, form, number = GGUF_LIES[lie](raw)
-    struct.pack_into(form, raw, at, number)
+    at, form, *numbers = GGUF_LIES[lie](raw)
+    struct.pack_into(form, raw, at, *numbers)
     path.write_bytes(raw)
     with pytest.raises(ValueError, match="overlap" if "another" in lie else "lies.gguf is not a whole GGUF file"):
         hub.load(path)
