@@ -167,7 +167,8 @@ def save(model, path, tokenizer, type="f32"):
     if not isinstance(tokenizer, BytePair):
         kind = "none" if tokenizer is None else tokenizer.__class__.__name__
         raise ValueError(f"a GGUF carries its tokenizer, which has to be byte-level BPE; this is {kind}")
-    arch = "qwen2" if c.qkv_bias and not c.out_bias else "llama"
+    # llama.cpp's Llama has room for biases too; its Qwen2 has none for another size of the heads.
+    arch = "qwen2" if c.qkv_bias and not c.out_bias and c.head_size * c.heads == c.width else "llama"
     fields = tokenizer.to_gguf(c.vocab_size)
     with files.atomic(path) as new:
         writer = gguf.GGUFWriter(new, arch)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import pickle
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from conftest import hugging_face
 from models import IDS, build
 
 import minillm
-from minillm import data, files, hub
+from minillm import data, hub
 from minillm.tokenizer import SentencePiece
 
 SHAPES = {
@@ -237,42 +236,6 @@ def test_loading_holds_about_one_copy(tmp_path):
     done = subprocess.run([sys.executable, "-c", STREAMS, str(tmp_path / "m")], capture_output=True, text=True, check=True)
     grown, held = map(int, done.stdout.split())
     assert held > 200e6 and grown < 1.4 * held, f"{grown / held:.2f} copies of {held / 1e6:.0f} MB"
-
-
-# --- SmolLM2 ----------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    if not (files.cache() / "smollm2" / "SHA256").exists():
-        pytest.skip("run: minillm fetch smollm2")
-    return hub.load("smollm2")
-
-
-@pytest.mark.slow
-def test_smollm2_is_the_model_that_transformers_loads(smollm2):
-    model, tokenizer = smollm2
-    score = minillm.evaluate.perplexity(model, tokenizer, data.topics(), length=512, windows=8)
-    if sys.version_info[:2] == (3, 11):  # the text is that version's
-        assert abs(score - 14.693) < 0.01
-    assert score.n == 8 and math.isfinite(score.high)
-    new = model.generate([tokenizer.encode("The capital of France is")], 20)[0].tolist()
-    assert tokenizer.decode(new).startswith("The capital of France is Paris.\n\nThe answer is: 2018-01-22")
-
-
-@pytest.mark.slow
-@pytest.mark.parity
-def test_smollm2_continues_as_in_transformers(smollm2):
-    model, tokenizer = smollm2
-    (path,) = (files.cache() / "smollm2").glob("*.gguf")
-    theirs = hugging_face().AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
-    chat = tokenizer.chat([{"role": "user", "content": "Who are you?"}], generate=True)
-    for prompt in ("The capital of France is", "def fibonacci(n):", "Water boils at", chat):
-        ids = tokenizer.encode(prompt)
-        ours = model.generate([ids], 24)[0].tolist()
-        new = theirs.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), max_new_tokens=24,
-                              do_sample=False, eos_token_id=None, pad_token_id=2)
-        assert ours == new[0].tolist(), prompt
 
 
 @pytest.mark.parametrize("type, tolerance", [("f32", 0), ("f16", 1e-3), ("q8_0", 0.02)])

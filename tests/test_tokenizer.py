@@ -7,7 +7,7 @@ from conftest import hugging_face
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minillm import data, files
+from minillm import data
 from minillm import tokenizer as tokenizers
 from minillm.tokenizer import BytePair, SentencePiece
 
@@ -126,15 +126,3 @@ def test_a_template_can_refuse():
     tokenizer = BytePair.from_gguf({**tables("smollm"), "tokenizer.chat_template": "{{ raise_exception('no system') }}"})
     with pytest.raises(ValueError, match="refuses these messages: no system"):
         tokenizer.chat([{"role": "system", "content": "x"}])
-
-
-@pytest.mark.slow
-@pytest.mark.parity
-def test_smollm2s_ids_are_those_transformers_makes_of_the_same_file():
-    (path,) = (files.cache() / "smollm2").glob("*.gguf")
-    theirs = hugging_face().AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    from minillm import hub
-
-    _, ours = hub.load("smollm2")
-    for text in [*ODD, data.topics()]:
-        assert ours.encode(text) == theirs(text)["input_ids"], text[:40]
