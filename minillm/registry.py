@@ -103,7 +103,11 @@ class Layer(nn.Module):
         kind = leaf(self.base)
         if kind is None:
             return self.base.weight
-        W, _ = self.dense()
+        try:
+            W, _ = self.dense()
+        except CannotMerge as error:
+            raise CannotMerge(f"the model reads the weight of a leaf instead of calling it, and {error}. nn.TransformerEncoder "
+                              "reads it for padded rows in eval: set its use_nested_tensor = False") from error
         return W.T if kind.transposed else W
 
     @property

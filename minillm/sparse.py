@@ -107,7 +107,8 @@ class CSR(Format):
 
     def rows(self):
         """The row of each value, (nnz,)."""
-        return torch.repeat_interleave(torch.arange(self.shape[0], device=self.col.device), self.crow.diff().long())
+        every = torch.arange(self.shape[0], device=self.col.device)
+        return every.repeat_interleave(self.crow.diff().long(), output_size=self.col.numel())
 
     def dense(self):
         W = self.values.new_zeros(self.shape)
