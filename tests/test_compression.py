@@ -152,6 +152,54 @@ def test_prune_names_the_culprit(options, message):
         minillm.prune.wrap(two(), **options)
 
 
+def test_exactly_as_many_are_pruned_as_were_asked_for_also_among_equals():
+    for group, sparsity in itertools.product(("row", "matrix", "model"), (0.0, 0.1, 0.5, 0.9)):
+        model = two()
+        for leaf in (model[0], model[2]):
+            leaf.weight.data.copy_(torch.randint(1, 3, leaf.weight.shape))  # nothing but ones and twos
+        weights = [model[i].weight.detach().clone() for i in (0, 2)]
+        masks = [layer.patches["prune"].mask for layer in minillm.layers(
+            minillm.prune.wrap(copy.deepcopy(model), sparsity=sparsity, group=group)).values()]
+        again = [layer.patches["prune"].mask for layer in minillm.layers(
+            minillm.prune.wrap(model, sparsity=sparsity, group=group)).values()]
+        assert all(a.equal(b) for a, b in zip(masks, again))
+        groups = {"row": [rows for pair in zip(masks, weights) for rows in zip(*pair)], "matrix": list(zip(masks, weights)),
+                  "model": [[torch.cat([t.flatten() for t in part]) for part in (masks, weights)]]}[group]
+        for mask, W in groups:
+            mask, W = mask.flatten(), W.flatten()
+            k = round(sparsity * W.numel())
+            order = sorted(range(W.numel()), key=lambda i: W[i].item())  # a stable sort: of equals the first goes first
+            assert sorted(order[:k]) == (~mask).nonzero().flatten().tolist(), (group, sparsity)
+
+
+def test_pruning_knows_every_dtype_and_refuses_nan():
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        mask = minillm.prune.wrap(two().to(dtype), sparsity=0.5)[0].patches["prune"].mask
+        assert mask.sum(1).tolist() == [3] * 5
+    model = two()
+    model[2].weight.data[1, 1] = float("nan")
+    with pytest.raises(ValueError, match="'2' holds nan"):
+        minillm.prune.wrap(model)
+    assert not minillm.layers(model)
+
+
+def test_a_mask_from_a_file_is_the_files(tmp_path):
+    model, other = two(), two()
+    minillm.prune.save(minillm.prune.wrap(model, sparsity=0.5), tmp_path / "a")
+    minillm.prune.load(other, tmp_path / "a", any_base=True)
+    for i in (0, 2):
+        patch = other[i].patches["prune"]
+        assert patch.mask.equal(model[i].patches["prune"].mask) and patch.config() == dict(sparsity=0.5, group="row")
+
+
+def test_a_mask_reads_the_weight_with_what_lies_beneath():
+    model = minillm.lora.wrap(two(), r=2)
+    nn.init.constant_(model[0].patches["lora"].B, 5.0)
+    W = model[0].weight.detach().abs()
+    mask = minillm.prune.wrap(model, sparsity=0.5)[0].patches["prune"].mask
+    assert (W[mask].view(5, 3).amin(1) >= W[~mask].view(5, 3).amax(1)).all()
+
+
 # --- sparse --------------------------------------------------------------------------------------------------------------------
 
 
@@ -183,3 +231,58 @@ def test_an_empty_matrix_is_still_a_matrix():
     model[0].weight.data.zero_()
     minillm.sparse.wrap(model)
     torch.testing.assert_close(model(torch.randn(2, 3)), model[0].bias.expand(2, -1))
+
+
+def test_csr_reads_only_rows_whose_columns_rise():
+    """A column written twice would count once in the dense weight, and twice in the product."""
+    model = nn.Sequential(nn.Linear(4, 2))
+    model[0].weight.data.copy_(torch.tensor([[0.0, 2, 3, 0], [1, 0, 0, 4]]))
+    leaf = minillm.sparse.wrap(model)[0]
+    right = {key: t.clone() for key, t in leaf.named_buffers()}
+    leaf.fill(right, "file")
+    for col in ([1, 1, 0, 3], [2, 1, 0, 3], [1, 2, 3, 0], [1, 2, 0, 0]):
+        with pytest.raises(ValueError, match="file: the columns of a row do not rise"):
+            leaf.fill({**right, "col": torch.tensor(col, dtype=torch.int32)}, "file")
+    for wrong in (dict(crow=[0, 3, 2]), dict(crow=[1, 2, 4]), dict(crow=[0, 2, 3]), dict(col=[0, 1, 2, 4]), dict(col=[-1, 1, 0, 3]),
+                  dict(col=[0, 1, 3])):
+        (key, value), = wrong.items()
+        with pytest.raises(ValueError, match=r"contradict each other for a \(2, 4\)"):
+            leaf.fill({**right, key: torch.tensor(value, dtype=torch.int32)}, "file")
+
+
+def test_a_merge_that_fills_the_zeros_of_csr_is_refused():
+    model = build("llama")
+    minillm.sparse.wrap(minillm.prune.merge(minillm.prune.wrap(model, sparsity=0.75), keep=False))
+    learnt(minillm.lora.wrap(model, r=2))
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match="q_proj' has 0% zeros.*from 50% on.*[Uu]nwrap sparse first.*anyway=True"):
+        minillm.lora.merge(model)
+    assert all(t.equal(before[key]) for key, t in model.state_dict().items())
+    minillm.lora.merge(minillm.sparse.unwrap(model))
+
+    model = learnt(minillm.lora.wrap(minillm.sparse.wrap(two(), anyway=True), r=2))
+    x = torch.randn(3, 6)
+    expected = model(x)
+    torch.testing.assert_close(minillm.lora.merge(model)(x), expected)
+
+
+def test_anyway_goes_into_the_file(tmp_path):
+    minillm.sparse.save(minillm.sparse.wrap(two(), anyway=True), tmp_path / "a")
+    model = minillm.sparse.load(two(), tmp_path / "a", any_base=True)
+    assert model[0].config() == dict(anyway=True)
+    minillm.lora.merge(learnt(minillm.lora.wrap(model, r=2)))
+
+
+@pytest.mark.parametrize("dtype, zeros", [(torch.float32, 0.5), (torch.bfloat16, 2 / 3), (torch.float64, 1 / 3)])
+def test_csr_breaks_even_where_the_bytes_say(dtype, zeros):
+    for share, fits in ((zeros - 0.02, False), (zeros + 0.02, True)):
+        model = nn.Sequential(nn.Linear(300, 300, dtype=dtype))
+        model[0].weight.data[torch.rand(300, 300) < share] = 0
+        dense = minillm.report.total_bytes(model)
+        stored = minillm.report.total_bytes(minillm.sparse.wrap(copy.deepcopy(model), anyway=True))
+        assert (stored - 301 * 4 < dense) == fits
+        try:
+            minillm.sparse.wrap(model)
+            assert fits
+        except ValueError:
+            assert not fits
