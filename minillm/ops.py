@@ -7,13 +7,15 @@ for this one product (int8 turned to floats, a weight times its mask) it is a wh
 kept from the forward to the backward: more than all that LoRA keeps. The two functions below keep what W is
 made from, and make it again. The price is that small computation a second time.
 
-Each is differentiable twice, since its backward is made of ordinary operations.
+Each is differentiable twice, since its backward is made of ordinary operations. In code that torch.compile makes
+the same is asked for with checkpointing: left alone, the compiler keeps a W that goes into a matrix product.
 """
 
 import contextlib
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 def linear(x, W, b=None):
@@ -33,9 +35,11 @@ def remade_linear(x, make):
 
     `make` returns W (out, in) in the dtype of x, and the same W at every call.
     """
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _Remade.apply(x, make)
-    return linear(x, make())
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return linear(x, make())
+    if torch.compiler.is_compiling():
+        return checkpoint(lambda x: linear(x, make()), x, use_reentrant=False, preserve_rng_state=False)
+    return _Remade.apply(x, make)
 
 
 class _Remade(torch.autograd.Function):
@@ -51,9 +55,14 @@ class _Remade(torch.autograd.Function):
 
 def masked_linear(x, W, mask):
     """x (mask * W)ᵀ, where W may learn: W and mask are kept, and not their product. x (..., in) -> (..., out)."""
-    if torch.is_grad_enabled():
-        return _Masked.apply(x, W, mask)
-    return linear(x, (W * mask).to(x.dtype))
+    def product(x, W):
+        return linear(x, (W * mask).to(x.dtype))
+
+    if not torch.is_grad_enabled():
+        return product(x, W)
+    if torch.compiler.is_compiling():
+        return checkpoint(product, x, W, use_reentrant=False, preserve_rng_state=False)
+    return _Masked.apply(x, W, mask)
 
 
 class _Masked(torch.autograd.Function):
@@ -68,7 +77,8 @@ class _Masked(torch.autograd.Function):
         dx = dy @ (W * mask).to(dy.dtype) if ctx.needs_input_grad[0] else None
         dW = None
         if ctx.needs_input_grad[1]:
-            dW = (dy.flatten(0, -2).T @ x.flatten(0, -2)).to(W.dtype) * mask  # (n, out)ᵀ (n, in) -> (out, in)
+            dW = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])  # (n, out)ᵀ (n, in) -> (out, in)
+            dW = dW.to(W.dtype) * mask
         return dx, dW, None
 
 
