@@ -28,6 +28,7 @@ minillm.registry.CannotMerge: adapters cannot be merged: what it computes is no 
 import torch.nn.functional as F
 from torch import nn
 
+from minillm import options
 from minillm.registry import Patch
 from minillm.verbs import attach, verbs
 
@@ -37,15 +38,16 @@ SUBLAYERS = ("self_attn", "attn", "attention", "mlp", "feed_forward")
 class Bottleneck(Patch):
     def __init__(self, site, size=32, width=None):
         super().__init__()
-        self.size, self.width = size, width or site.width
-        if size < 1:
-            raise ValueError(f"size={size}: the bottleneck needs at least one unit")
+        self.size = size = options.whole("size", size)
+        self.width = site.width if width is None else options.whole("width", width)
         self.down, self.b_down = site.new(size, self.width), site.new(size)
         self.up, self.b_up = site.new(self.width, size), site.new(self.width)
         nn.init.normal_(self.down, std=self.width**-0.5)
 
     @classmethod
     def accepts(cls, site):
+        if any(isinstance(parent, nn.MultiheadAttention) for parent, _ in site.places):
+            return False  # its out_proj is never called: its weight is read, and would pass an adapter by
         return site.leaf is None or not site.leaf.lookup
 
     def forward(self, below, *args, **kwargs):

@@ -1,22 +1,27 @@
 """LoRA: learn a low-rank change of a frozen weight.
 
-    y = W x + b + s B A x,   s = alpha / r          Hu et al. 2021, "LoRA", arXiv 2106.09685, equation 3
+    y = W x + b + s B A d(x),   s = alpha / r          Hu et al. 2021, "LoRA", arXiv 2106.09685, equation 3
 
     code      paper    shape        at birth
     A         A        (r, in)      kaiming uniform, a = sqrt(5): U(-1/sqrt(in), 1/sqrt(in))
     B         B        (out, r)     zero, so that nothing changes
     scale     alpha/r  ()           rank_stabilized: alpha/sqrt(r) (rsLoRA, Kalajdzievski 2023, arXiv 2312.03732)
+    dropout   d                     while training: each input to the branch is 0 with this probability
 
-Cost: r (in + out) parameters a leaf, and as much compute a token, beside in * out for the leaf itself; the gradient and
-AdamW's two states exist only for A and B. Merged, it costs nothing.
+Cost: r (in + out) parameters a leaf, and as much compute a token, beside in * out for the leaf itself; the gradient
+and AdamW's two states exist only for A and B. Merged, it costs nothing.
 
-A is (r, in), as nn.Linear keeps a weight: the initialisation reads the fan-in from the last dimension, and a transposed A
-gets r for it, at r = 8 and in = 768 seven times too large a start. An embedding is a leaf whose input is one-hot, W
-(width, vocabulary): there A x is a lookup of A's columns.
+A is (r, in), as nn.Linear keeps a weight: the initialisation reads the fan-in from the last dimension, and a
+transposed A gets r for it, at r = 8 and in = 768 seven times too large a start. An embedding is a leaf whose input
+is one-hot, W (width, vocabulary): there A x is a lookup of A's columns, d(x) drops the branch of a whole token, and
+the row of `padding_idx` neither changes nor learns.
 
-peft keeps several named adapters on a layer and switches between them, and casts x to float32 where A is float32; here A
-is cast to x's type, so a bfloat16 model runs in bfloat16 and the optimizer still sees float32. Not included: a change of the
-bias, a rank for each leaf (call `wrap` once for each rank, with its targets).
+Dropout is no change of the weight. Where something reads the folded weight while LoRA trains with dropout (a mask
+around it, nn.MultiheadAttention), that is an error; merging is not, since it folds what was learnt.
+
+peft keeps several named adapters on a layer and switches between them, and casts x to float32 where A is float32;
+here A is cast to x's type, so a bfloat16 model runs in bfloat16 and the optimizer still sees float32. Not included:
+a change of the bias, a rank for each leaf (call `wrap` once for each rank, with its targets).
 
 >>> from torch import nn; import torch, minillm
 >>> model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(2, 8)
@@ -33,9 +38,11 @@ True
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
+from minillm import options
 from minillm.registry import Patch
 from minillm.verbs import attach, verbs
 
@@ -44,10 +51,14 @@ class LoRA(Patch):
     def __init__(self, site, r=8, alpha=16.0, rank_stabilized=False, dropout=0.0):
         super().__init__()
         out, into = site.shape
-        if not 0 < r <= min(out, into):
+        r = options.whole("r", r)
+        if r > min(out, into):
             raise ValueError(f"r={r} at {site.name!r}: the rank of a ({out}, {into}) matrix lies between 1 and {min(out, into)}")
-        self.r, self.alpha, self.rank_stabilized, self.dropout = r, alpha, rank_stabilized, dropout
-        self.scale = alpha / (math.sqrt(r) if rank_stabilized else r)
+        self.r, self.alpha = r, options.positive("alpha", alpha)
+        self.rank_stabilized = options.flag("rank_stabilized", rank_stabilized)
+        self.dropout = options.share("dropout", dropout)
+        self.scale = self.alpha / (math.sqrt(r) if rank_stabilized else r)
+        self.lookup, self.padding = site.leaf.lookup, site.padding
         self.A = site.new(r, into)
         self.B = site.new(out, r)
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
@@ -56,15 +67,26 @@ class LoRA(Patch):
     def accepts(cls, site):
         return site.leaf is not None
 
+    @property
+    def random(self):
+        return self.training and self.dropout > 0
+
     def forward(self, below, x):
         y = below(x)
-        if self.dropout and self.training:
+        if self.random and not self.lookup:
             x = F.dropout(x, self.dropout)
-        Ax = below.compute(x, self.A.to(y.dtype))  # (..., in) -> (..., r)
+        Ax = below.compute(x, self.A.to(y.dtype))  # (..., in) -> (..., r); of ids (b, t) -> (b, t, r)
+        if self.padding is not None:
+            Ax = Ax.masked_fill((x == self.padding)[..., None], 0)
+        if self.random and self.lookup:  # of a one-hot input only the 1 can be dropped
+            Ax = Ax * F.dropout(Ax.new_ones(*x.shape, 1), self.dropout)
         return y + F.linear(self.scale * Ax, self.B.to(y.dtype))  # the scale where it costs r products and not `out`
 
     def fold(self, W, b):
-        return W + (self.scale * self.B @ self.A).to(W.dtype), b
+        A = self.A
+        if self.padding is not None:
+            A = A.index_fill(1, torch.tensor(self.padding, device=A.device), 0)
+        return W + (self.scale * self.B @ A).to(W.dtype), b
 
     def config(self):
         return dict(r=self.r, alpha=self.alpha, rank_stabilized=self.rank_stabilized, dropout=self.dropout)
@@ -76,11 +98,10 @@ class LoRA(Patch):
 def wrap(model, targets=None, *, r=8, alpha=16.0, rank_stabilized=False, dropout=0.0):
     """Put LoRA around the leaves that `targets` names (see `registry.select`); in place, returns the model.
 
-    By default every linear leaf but the output head and tied matrices. Only A and B learn afterwards. The dropout (of the
-    branch's input, while training) is off by default: it costs a copy of x for each leaf.
+    By default every linear leaf but the output head and tied matrices. Only A and B learn afterwards. The dropout
+    (of the branch's input, while training) is off by default: it costs a copy of x for each leaf. ValueError for an
+    r that is no rank of one of the leaves, an alpha that is not above 0, and a dropout outside of 0 <= d < 1.
     """
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout={dropout} is not a probability below 1")
     return attach(LoRA, model, targets, r=r, alpha=alpha, rank_stabilized=rank_stabilized, dropout=dropout)
 
 

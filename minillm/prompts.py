@@ -31,6 +31,7 @@ True
 import torch
 import torch.nn.functional as F
 
+from minillm import options
 from minillm.registry import Patch, walk
 from minillm.verbs import attach, verbs
 
@@ -40,10 +41,8 @@ class SoftPrompt(Patch):
 
     def __init__(self, site, length=20):
         super().__init__()
-        if length < 1:
-            raise ValueError(f"length={length}: a soft prompt has at least one vector")
+        self.length = length = options.whole("length", length)
         width, self.vocabulary = site.shape
-        self.length = length
         self.P = site.new(length, width)
         with torch.no_grad():
             some = torch.randint(self.vocabulary, (length,)).to(self.P.device)

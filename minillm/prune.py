@@ -25,29 +25,35 @@ True
 [2, 2, 2, 2, 2, 2, 2, 2]
 """
 
+import numpy as np
 import torch
 
+from minillm import ops, options
 from minillm.registry import Patch, hidden_linears, select
 from minillm.verbs import attach, verbs
+
+GROUPS = ("row", "matrix", "model")
 
 
 class Mask(Patch):
     not_neutral = "pruned weights are gone"
 
-    def __init__(self, site, sparsity=0.5, group="row", threshold=None):
+    def __init__(self, site, sparsity=0.5, group="row", masks=None):
         super().__init__()
-        self.sparsity, self.group = sparsity, group
-        self.register_buffer("mask", self.largest(magnitude(site), threshold))
+        self.sparsity, self.group = options.share("sparsity", sparsity), options.one_of("group", group, GROUPS)
+        mask = masks[site.name] if masks else torch.ones(site.shape, dtype=torch.bool)  # a file fills it
+        self.register_buffer("mask", mask.to(site.new(0).device))
 
-    def largest(self, score, threshold):
-        """True where the score (out, in) is kept."""
-        if threshold is not None:
-            return score > threshold
-        rows = score if self.group == "row" else score.flatten()[None]
-        k = round(self.sparsity * rows.shape[1])
-        order = rows.argsort(dim=1, stable=True)  # equal scores: the first is pruned first, so exactly k are
-        mask = torch.ones_like(rows, dtype=torch.bool).scatter(1, order[:, :k], False)
-        return mask.view(score.shape)
+    def forward(self, below, x):
+        W, b = below.dense()
+        if not torch.is_grad_enabled():
+            return below.compute(x, *self.fold(W, b))
+        x = ops.in_autocast(x)
+        if W.requires_grad:
+            y = ops.masked_linear(x, W, self.mask)
+        else:  # W may be made from a format just now: keep neither it nor its product with the mask
+            y = ops.remade_linear(x, lambda: self.fold(*below.dense())[0].to(x.dtype))
+        return y if b is None else y + b.to(y.dtype)
 
     def fold(self, W, b):
         return W * self.mask, b
@@ -61,26 +67,48 @@ class Mask(Patch):
 
 def magnitude(site):
     """|W| (out, in), as the patches beneath leave it."""
-    W, _ = site.dense()
-    return W.detach().abs()
+    W = site.dense()[0].detach()
+    if W.isnan().any():
+        raise ValueError(f"the weight of {site.name!r} holds nan: prune cannot say how large it is")
+    return W.abs().contiguous()
+
+
+def largest(scores, sparsity):
+    """True where a score is kept: in each row of scores (n, m) exactly round(sparsity * m) are not.
+
+    Of equal scores the first is pruned first, so the same scores give the same mask.
+    """
+    k = round(sparsity * scores.shape[1])
+    if k == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    exact = torch.promote_types(scores.dtype, torch.float32)  # numpy has no bfloat16
+    kth = np.partition(scores.to("cpu", exact).numpy(), k - 1, axis=1)[:, k - 1 : k]  # (n, 1), without sorting all
+    kth = torch.from_numpy(kth).to(scores)
+    less, equal = scores < kth, scores == kth
+    left = k - less.sum(1, keepdim=True)  # how many of the equal ones have to go
+    count = equal.cumsum(1, dtype=torch.int32 if scores.shape[1] < 2**31 else torch.int64)
+    return ~(less | equal & (count <= left))
 
 
 def wrap(model, targets=None, *, sparsity=0.5, group="row"):
-    """Put a mask on the leaves that `targets` names (see `registry.select`): `sparsity` of the weights in each group become zero.
+    """Put a mask on the leaves that `targets` names (see `registry.select`); in place, returns the model.
 
-    By default every linear leaf but the output head and tied matrices. In place, returns the model.
+    `sparsity` of the weights in each group become zero. By default every linear leaf but the output head and tied
+    matrices. ValueError for a sparsity outside of 0 <= s < 1 and an unknown group.
     """
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity={sparsity} is not a share from 0 up to (but not) 1")
-    if group not in ("row", "matrix", "model"):
-        raise ValueError(f"group={group!r} is unknown; known: 'row', 'matrix', 'model'")
-    threshold = None
-    if group == "model":
-        sites = select(model, targets, Mask.accepts, hidden_linears(model))
-        scores = torch.cat([magnitude(site).flatten() for site in sites])
-        k = round(sparsity * scores.numel())
-        threshold = scores.kthvalue(k)[0] if k else -1.0
-    return attach(Mask, model, targets, sparsity=sparsity, group=group, threshold=threshold)
+    options.share("sparsity", sparsity)
+    options.one_of("group", group, GROUPS)
+    sites = select(model, targets, Mask.accepts, hidden_linears(model))
+    scores = {site.name: magnitude(site) for site in sites}
+    if group == "row":
+        masks = {name: largest(score, sparsity) for name, score in scores.items()}
+    elif group == "matrix":
+        masks = {name: largest(score.view(1, -1), sparsity).view(score.shape) for name, score in scores.items()}
+    else:
+        whole = largest(torch.cat([score.flatten() for score in scores.values()])[None], sparsity)[0]
+        parts = whole.split([score.numel() for score in scores.values()])
+        masks = {name: part.view(score.shape) for part, (name, score) in zip(parts, scores.items())}
+    return attach(Mask, model, targets, sparsity=sparsity, group=group, masks=masks)
 
 
 unwrap, merge, unmerge, save, load = verbs("prune", Mask)

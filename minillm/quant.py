@@ -1,20 +1,25 @@
 """int8 weights: each output channel is stored as integers from -127 to 127 and one scale.
 
-    q = round(W / s),   s = max |W| / 127  by row,   W ~ s q       Dettmers et al. 2022, "LLM.int8()", arXiv 2208.07339, section 2:
-                                                                 symmetric absmax quantization, here of the weight alone
-    code     paper             shape        dtype
-    q        X_i8              (out, in)    int8
-    scale    1 / s_x (theirs   (out, 1)     the model's
-             is the inverse)
+    q = round(W / s),   s = max |W| / 127  by row,   W ~ s q       Dettmers et al. 2022, "LLM.int8()", arXiv 2208.07339,
+                                                                   section 2: symmetric absmax quantization, here of
+                                                                   the weight alone
+    code     paper                      shape       dtype
+    q        X_i8                       (out, in)   int8
+    scale    s; theirs is 1 / s         (out, 1)    float32, also where the model is cast to another dtype
 
-Since s belongs to a row, it moves out of the sum: W x ~ s * (q x), and no dense W is ever made. Rounding moves a weight by at most
-s / 2, which is 1/254 of the largest weight of its row: the row's largest weight sets the error of all others, and that is why
-one scale a row is used and not one a matrix.
+Since s belongs to a row, it moves out of the sum: W x ~ s * (q x). The dense W is not made, and training keeps
+neither it nor q in floats for the backward pass, which turns q into floats again (see `ops`). Rounding moves a
+weight by at most s / 2, which is 1/254 of the largest weight of its row: the row's largest weight sets the error
+of all others, and that is why one scale a row is used and not one a matrix.
 
-Cost: 1 byte a weight and one scale a row: a quarter of float32. The model computes in its own float type; on a CPU a token is
-faster where reading the weights is what takes the time, once the conversion is fused (see `benchmarks/`). LLM.int8() also quantizes x,
-row by row, and leaves the columns of x with outliers in 16 bits; bitsandbytes does this on CUDA. Not included: that, zero points,
-4 bits and calibration.
+q x is up to 127 times larger than W x, and the largest float16 is 65,504: so where x is float16 the sum is taken
+in float32. bfloat16 has the range of float32, and q fits its 8 bits exactly: its sums stay in bfloat16, which
+costs no more error than a dense bfloat16 matrix has.
+
+Cost: 1 byte a weight and one scale a row: a quarter of float32. The model computes in its own float type; on a CPU
+a token is faster where reading the weights is what takes the time, once the conversion is fused (see
+`benchmarks/`). LLM.int8() also quantizes x, row by row, and leaves the columns of x with outliers in 16 bits;
+bitsandbytes does this on CUDA. Not included: that, zero points, 4 bits and calibration.
 
 >>> from torch import nn; import torch, minillm
 >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
@@ -27,33 +32,39 @@ row by row, and leaves the columns of x with outliers in 16 bits; bitsandbytes d
 import torch
 import torch.nn.functional as F
 
-from minillm.registry import Format, linear
+from minillm import ops
+from minillm.registry import Format
 from minillm.verbs import attach, verbs
 
 
 class Int8(Format):
     not_neutral = "rounding to 8 bits"
+    float32 = ("scale",)
 
     @classmethod
     def accepts(cls, site):
         return site.leaf is not None
 
     def pack(self, W):
-        W = W.T if self.leaf.lookup else W  # a row is an output channel; of an embedding, a token
-        scale = W.abs().amax(1, keepdim=True).float() / 127  # (out, 1)
-        scale = scale.where(scale > 0, 1.0).to(W.dtype)  # a row of zeros stays one
+        W = (W.T if self.leaf.lookup else W).float()  # a row is an output channel; of an embedding, a token
+        scale = W.abs().amax(1, keepdim=True) / 127  # (out, 1)
+        scale = scale.where(scale > 0, 1.0)  # a row of zeros stays one
         self.register_buffer("q", (W / scale).round().clamp(-127, 127).to(torch.int8))
         self.register_buffer("scale", scale)
 
     def dense(self):
-        W = self.q * self.scale
+        W = (self.q * self.scale).to(self.dtype)
         return W.T if self.leaf.lookup else W
 
     def forward(self, x):
-        if self.leaf.lookup:
-            return F.embedding(x, self.q) * F.embedding(x, self.scale)  # (b, t, width) * (b, t, 1)
-        y = linear(x, self.q.to(x.dtype)) * self.scale[:, 0]
-        return y if self.bias is None else y + self.bias
+        if self.leaf.lookup:  # (b, t, width) * (b, t, 1)
+            return (F.embedding(x, self.q) * F.embedding(x, self.scale)).to(self.dtype)
+        x = ops.in_autocast(x)
+        sums = torch.float32 if x.dtype == torch.float16 else x.dtype
+        with ops.without_autocast(x):
+            qx = ops.remade_linear(x.to(sums), lambda: self.q.to(sums))
+        y = qx * self.scale[:, 0]
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
 
 
 def wrap(model, targets=None):

@@ -28,6 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from minillm.ops import linear
+
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
@@ -41,18 +43,6 @@ class Leaf:
         if not self.lookup:
             return linear(x, W, b)
         return F.embedding(x, W.T) if b is None else F.embedding(x, W.T) + b
-
-
-def linear(x, W, b=None):
-    """x Wᵀ + b: x (..., in), W (out, in) -> (..., out).
-
-    A single row, in code that torch.compile makes for a CPU, is written as multiply and sum: that is fused with what makes W (a
-    conversion from int8) and reads it at the speed of memory, where the library's matrix product reaches a third of it.
-    """
-    if torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() == x.shape[-1]:
-        y = (W * x.flatten()).sum(-1).view(*x.shape[:-1], -1)
-        return y if b is None else y + b
-    return F.linear(x, W, b)
 
 
 LEAVES = {  # a subclass is a leaf as long as it keeps the forward of the class that is named here
@@ -91,6 +81,8 @@ class Layer(nn.Module):
         super().__init__()
         self.base = base
         self.patches = nn.ModuleDict()
+        # In eval nn.TransformerEncoderLayer reads its modules' weights and calls none of them, unless one has a hook.
+        self.register_forward_pre_hook(no_shortcut)
 
     def forward(self, *args, **kwargs):
         return Below(self, len(self.patches))(*args, **kwargs)
@@ -111,7 +103,11 @@ class Layer(nn.Module):
         kind = leaf(self.base)
         if kind is None:
             return self.base.weight
-        W, _ = self.dense()
+        try:
+            W, _ = self.dense()
+        except CannotMerge as error:
+            raise CannotMerge(f"the model reads the weight of a leaf instead of calling it, and {error}. nn.TransformerEncoder "
+                              "reads it for padded rows in eval: set its use_nested_tensor = False") from error
         return W.T if kind.transposed else W
 
     @property
@@ -123,6 +119,10 @@ class Layer(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("base"), name)
+
+
+def no_shortcut(layer, inputs):
+    """Changes nothing: that the Layer has a hook is what counts."""
 
 
 class Below:
@@ -141,6 +141,9 @@ class Below:
         """(W, b), W (out, in), with what lies beneath folded in."""
         W, b = dense(self.layer.base)
         for patch in list(self.layer.patches.values())[: self.depth]:
+            if patch.random:
+                raise ValueError(f"{patch.technique} has a dropout that no folded weight has, and what is around it (a mask, "
+                                 f"nn.MultiheadAttention) computes with the folded weight: wrap {patch.technique} with dropout=0")
             W, b = patch.fold(W, b)
         return W, b
 
@@ -162,6 +165,7 @@ class Patch(nn.Module):
     technique = ""  # its name in the table of techniques
     not_neutral = ""  # why wrapping changes the output at once, if it does
     outermost = False  # stays around the patches that are wrapped later
+    random = False  # whether `forward` draws at random now, as `fold` cannot
 
     @classmethod
     def accepts(cls, site):
@@ -189,23 +193,35 @@ class Format(nn.Module):
     technique = ""
     not_neutral = ""
     variable = ()  # buffers whose size depends on the values of W
+    float32 = ()  # buffers that stay float32, whatever the model computes in
 
     def __init__(self, site):
         super().__init__()
         W, self.bias = dense(site.module)
         self.leaf, self.shape, self.format_name = site.leaf, tuple(W.shape), self.technique
+        self.dtype = W.dtype  # what the model computes in
         self.pack(W.detach())
+
+    def _apply(self, fn, recurse=True):
+        """`.to()`, `.half()` and the like: a cast changes `dtype`, and leaves the buffers in `float32` exact."""
+        exact = {key: self._buffers[key] for key in self.float32}
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        for key, t in exact.items():
+            if self._buffers[key].dtype != t.dtype:
+                self._buffers[key] = t.to(self._buffers[key].device)
+        return self
 
     @classmethod
     def accepts(cls, site):
         return site.leaf is not None and not site.leaf.lookup
 
     def pack(self, W):
-        """Set the buffers from W (out, in)."""
+        """Set the buffers from W (out, in), which may be more exact than `dtype`."""
         raise NotImplementedError
 
     def dense(self):
-        """W (out, in), in the dtype that the model computes in."""
+        """W (out, in), in `dtype`."""
         raise NotImplementedError
 
     @property
@@ -231,6 +247,9 @@ class Format(nn.Module):
 
     def check(self, where):
         """ValueError if the buffers contradict each other."""
+
+    def pays(self, where):
+        """ValueError if what a merge put into it would need fewer bytes dense."""
 
     def config(self):
         return {}
@@ -260,6 +279,11 @@ class Site:
     def shape(self):
         """(out, in) of a leaf."""
         return self.module.shape if isinstance(self.module, Format) else tuple(dense(self.module)[0].shape)
+
+    @property
+    def padding(self):
+        """The id whose row an embedding neither changes nor learns, or None."""
+        return getattr(self.module.__dict__.get("shell", self.module), "padding_idx", None)
 
     @property
     def width(self):

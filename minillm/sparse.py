@@ -1,18 +1,20 @@
 """Compressed sparse rows (CSR): store the weights that are not zero, and where they stand.
 
-    row i of W:  values[crow[i] : crow[i+1]]  in the columns  col[crow[i] : crow[i+1]]     Saad 2003, "Iterative Methods for Sparse
-                                                                                      Linear Systems", 2nd ed., section 3.4
+    row i of W:  values[crow[i] : crow[i+1]]  in the columns  col[crow[i] : crow[i+1]]      Saad 2003, "Iterative
+                                                      Methods for Sparse Linear Systems", 2nd ed., section 3.4
     code      Saad's name    shape        dtype
     values    AA             (nnz,)       the model's
-    col       JA             (nnz,)       int32
+    col       JA             (nnz,)       int32, rising within a row
     crow      IA             (out + 1,)   int32
 
-Cost: 4 bytes for the column beside each value. In float32 it saves memory from 50% zeros on, in bfloat16 from 67%. On a CPU it is
-faster than a dense float32 product from about 75% zeros. No accuracy is lost: what is stored is W, so prune and merge first.
+Cost: 4 bytes for the column beside each value. In float32 it saves memory from 50% zeros on, in bfloat16 from 67%.
+On a CPU it is faster than a dense float32 product from about 75% zeros. No accuracy is lost: what is stored is W,
+so prune and merge first. LoRA fills the zeros: it cannot be merged into a leaf that is stored so, unless `anyway`.
 
-torch has `torch.sparse_csr_tensor`, but a Parameter of that kind breaks `.to`, deepcopy and safetensors. So three ordinary buffers
-are kept, and the sparse view is made at each call (some microseconds). The product is one operator of our own, so that torch.compile
-sees a leaf and not torch's sparse internals, and so that a bfloat16 model can be computed in float32, which is what the CPU has.
+torch has `torch.sparse_csr_tensor`, but a Parameter of that kind breaks `.to`, deepcopy and safetensors. So three
+ordinary buffers are kept, and the sparse view is made at each call (some microseconds). The product is one
+operator of our own, so that torch.compile sees a leaf and not torch's sparse internals, and so that a model in
+half precision (or under autocast) can be computed in float32, which is what the CPU has.
 Not included: a gradient for the values, blocks, and CUDA's 2:4 pattern.
 
 >>> from torch import nn; import torch, minillm
@@ -26,9 +28,9 @@ import warnings
 
 import torch
 
+from minillm import ops, options
 from minillm.registry import Format, dense, hidden_linears, select
 from minillm.verbs import attach, verbs
-
 
 with warnings.catch_warnings(action="ignore"):  # torch says once a process that the layout is in beta
     torch.zeros(1, 1).to_sparse_csr()
@@ -42,16 +44,37 @@ def view(crow, col, values, shape):
 
 @torch.library.custom_op("minillm::csr_matmul", mutates_args=())
 def csr_matmul(crow: torch.Tensor, col: torch.Tensor, values: torch.Tensor, x: torch.Tensor, out: int) -> torch.Tensor:
-    """x (n, in) times Wᵀ -> (n, out)."""
-    half = x.dtype in (torch.float16, torch.bfloat16)
-    W = view(crow, col, values.float() if half else values, (out, x.shape[1]))
-    y = (W @ x[0].to(W.dtype))[None] if len(x) == 1 else (W @ x.to(W.dtype).T).T  # a vector is three times as fast
-    return y.to(x.dtype).contiguous()
+    """x (n, in) times Wᵀ -> (n, out), in the dtype of x."""
+    with ops.without_autocast(x):
+        W = view(crow, col, exact(values), (out, x.shape[1]))
+        v = x.to(W.dtype)
+        y = (W @ v[0])[None] if len(x) == 1 else (W @ v.T).T  # a vector is three times as fast
+        return y.to(x.dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 @csr_matmul.register_fake
 def _(crow, col, values, x, out):
     return x.new_empty(x.shape[0], out)
+
+
+@torch.library.custom_op("minillm::csr_matmul_transposed", mutates_args=())
+def csr_matmul_transposed(
+    crow: torch.Tensor, col: torch.Tensor, values: torch.Tensor, grad: torch.Tensor, out: int, into: int
+) -> torch.Tensor:
+    """grad (n, out) times W -> (n, in), in the dtype of grad."""
+    with ops.without_autocast(grad):
+        W = view(crow, col, exact(values), (out, into)).to_dense()
+        return grad.to(W.dtype).mm(W).to(grad.dtype)
+
+
+@csr_matmul_transposed.register_fake
+def _(crow, col, values, grad, out, into):
+    return grad.new_empty(grad.shape[0], into)
+
+
+def exact(values):
+    """float32 for half precision, whose sparse products the CPU lacks."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 def _setup(ctx, inputs, output):
@@ -64,66 +87,79 @@ def _backward(ctx, grad):
     return None, None, None, csr_matmul_transposed(*ctx.saved_tensors, grad, *ctx.shape), None
 
 
-@torch.library.custom_op("minillm::csr_matmul_transposed", mutates_args=())
-def csr_matmul_transposed(
-    crow: torch.Tensor, col: torch.Tensor, values: torch.Tensor, grad: torch.Tensor, out: int, into: int
-) -> torch.Tensor:
-    """grad (n, out) times W -> (n, in)."""
-    W = view(crow, col, values, (out, into)).to_dense()
-    return grad.to(W.dtype).mm(W).to(grad.dtype)
-
-
-@csr_matmul_transposed.register_fake
-def _(crow, col, values, grad, out, into):
-    return grad.new_empty(grad.shape[0], into)
-
-
 csr_matmul.register_autograd(_backward, setup_context=_setup)
 
 
 class CSR(Format):
     variable = ("col", "values")
 
+    def __init__(self, site, anyway=False):
+        self.anyway = options.flag("anyway", anyway)
+        super().__init__(site)
+
     def pack(self, W):
+        W = W.to(self.dtype)
         crow = torch.cat([W.new_zeros(1, dtype=torch.long), (W != 0).sum(1).cumsum(0)])
         rows, columns = W.nonzero(as_tuple=True)  # sorted by row
         self.register_buffer("crow", crow.to(torch.int32))
         self.register_buffer("col", columns.to(torch.int32))
         self.register_buffer("values", W[rows, columns])
 
+    def rows(self):
+        """The row of each value, (nnz,)."""
+        every = torch.arange(self.shape[0], device=self.col.device)
+        return every.repeat_interleave(self.crow.diff().long(), output_size=self.col.numel())
+
     def dense(self):
-        out, into = self.shape
-        rows = torch.repeat_interleave(torch.arange(out, device=self.col.device), self.crow.diff().long())
-        W = self.values.new_zeros(out, into)
-        W[rows, self.col.long()] = self.values
+        W = self.values.new_zeros(self.shape)
+        W[self.rows(), self.col.long()] = self.values
         return W
 
     def forward(self, x):
+        x = ops.in_autocast(x)
         rows = x.reshape(-1, self.shape[1])  # (..., in) -> (n, in)
         y = csr_matmul(self.crow, self.col, self.values, rows, self.shape[0]).view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def check(self, where):
         out, into = self.shape
-        n = self.values.numel()
-        if (self.crow[0] != 0 or self.crow[-1] != n or self.col.numel() != n or bool((self.crow.diff() < 0).any())
-                or bool(((self.col < 0) | (self.col >= into)).any())):
+        n, counts, col = self.values.numel(), self.crow.diff(), self.col
+        lies = (self.crow[0] != 0 or self.crow[-1] != n or col.numel() != n or bool((counts < 0).any())
+                or bool(((col < 0) | (col >= into)).any()))
+        if lies:
             raise ValueError(f"{where}: crow, col and values contradict each other for a ({out}, {into}) matrix")
+        same_row = self.rows().diff() == 0
+        if bool((same_row & (col.diff() <= 0)).any()):
+            raise ValueError(f"{where}: the columns of a row do not rise: one of them is written twice, or out of order")
+
+    def pays(self, where):
+        zeros = 1 - self.values.numel() / (self.shape[0] * self.shape[1])
+        if not self.anyway:
+            smaller(where, zeros, self.dtype, "Unwrap sparse first, or wrap it with anyway=True")
+
+    def config(self):
+        return dict(anyway=self.anyway)
+
+
+def smaller(where, zeros, dtype, remedy):
+    """ValueError where a matrix with this share of zeros needs more bytes in CSR than dense."""
+    break_even = 1 - dtype.itemsize / (dtype.itemsize + 4)
+    if zeros < break_even:
+        raise ValueError(f"{where!r} has {zeros:.0%} zeros; CSR is smaller than {dtype} from {break_even:.0%} on. {remedy}")
 
 
 def wrap(model, targets=None, *, anyway=False):
     """Store the leaves that `targets` names (see `registry.select`) in CSR; in place, returns the model.
 
-    By default every linear leaf but the output head and tied matrices. ValueError, unless `anyway`, where CSR would need more bytes
-    than the dense matrix: prune and merge first.
+    By default every linear leaf but the output head and tied matrices. ValueError, unless `anyway`, where CSR would
+    need more bytes than the dense matrix: prune and merge first. The same holds for what is merged into CSR later.
     """
+    options.flag("anyway", anyway)
     for site in () if anyway else select(model, targets, CSR.accepts, hidden_linears(model)):
         W, _ = dense(site.module)
-        zeros, break_even = (W == 0).float().mean().item(), 1 - W.element_size() / (W.element_size() + 4)
-        if zeros < break_even:
-            raise ValueError(f"{site.name!r} has {zeros:.0%} zeros; CSR is smaller than {W.dtype} from {break_even:.0%} on. "
-                             "Prune and merge first, or say anyway=True")
-    return attach(CSR, model, targets)
+        smaller(site.name, (W == 0).float().mean().item(), W.dtype,
+                "Prune and merge first, or say anyway=True")
+    return attach(CSR, model, targets, anyway=anyway)
 
 
 unwrap, merge, unmerge, save, load = verbs("sparse", CSR)

@@ -104,6 +104,8 @@ def merge(cls, model, keep=True, tolerance=0.5):
                              "them too. minillm.untie(model) first gives each its own")
         changed = not torch.equal(wanted, W) or bias is not b
         base = rebased(site.module, wanted, bias) if changed else copy.copy(site.module)
+        if changed and isinstance(base, Format):
+            base.pays(site.name)
         error, change = (dense(base)[0].to(W.dtype) - wanted).norm().item(), (wanted - W).norm().item()
         if error > tolerance * change + 1e-6 * wanted.norm().item():
             raise ValueError(f"merging {name} into {site.name!r} ({storage(base)}) would lose it: the rounding is {error / change:.2f} "
@@ -134,7 +136,7 @@ def rebased(base, W, b):
     for table in ("_parameters", "_buffers", "_modules"):
         new.__dict__[table] = dict(base.__dict__[table])
     if isinstance(new, Format):
-        new.pack(W.to(base.dense().dtype))
+        new.pack(W)
     else:
         W = W.T if leaf(base).transposed else W
         new.weight = nn.Parameter(W.to(base.weight.dtype).contiguous(), requires_grad=base.weight.requires_grad)

@@ -3,15 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from models import IDS, build, logits
+from models import IDS, build, logits, two
 from torch import nn
 
 import minillm
 from minillm.registry import CannotMerge, Site
-
-
-def two():
-    return nn.Sequential(nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 4))
 
 
 # --- adapters ------------------------------------------------------------------------------------------------------------------
@@ -115,128 +111,6 @@ def test_freeze_leaves_the_last_blocks_and_what_follows():
 def test_freeze_names_the_culprit(call, message):
     with pytest.raises((ValueError, CannotMerge), match=message):
         call(build("llama"))
-
-
-# --- int8 ----------------------------------------------------------------------------------------------------------------------
-
-
-def test_int8_is_absmax_by_output_channel():
-    leaf = nn.Linear(64, 8)
-    W = leaf.weight.detach().clone()
-    W[3] = 0
-    leaf.weight.data.copy_(W)
-    model = minillm.quant.wrap(nn.Sequential(leaf))
-    s = W.abs().amax(1) / 127
-    q = (W / s.where(s > 0, 1)[:, None]).round()
-    assert model[0].q.equal(q.to(torch.int8)) and model[0].q.abs().amax(1).eq(torch.tensor([127, 127, 127, 0, 127, 127, 127, 127])).all()
-    torch.testing.assert_close(model[0].dense(), q * s[:, None])
-    x = torch.randn(3, 64)
-    torch.testing.assert_close(model(x), F.linear(x, q * s[:, None], leaf.bias))
-    assert minillm.report.bytes_by_format(model)["quant"] == 8 * 64 + 8 * 4
-
-
-def test_int8_of_an_embedding_has_a_scale_for_each_token():
-    model = nn.Sequential(nn.Embedding(10, 6))
-    W = model[0].weight.detach().clone()
-    minillm.quant.wrap(model, ["0"])
-    assert model[0].scale.shape == (10, 1)
-    assert ((model[0](torch.arange(10)) - W).abs() <= W.abs().amax(1, keepdim=True) / 254 * 1.001).all()
-
-
-def test_storing_again_what_was_stored_changes_nothing():
-    model = minillm.quant.wrap(two())
-    q = model[0].q.clone()
-    minillm.quant.wrap(minillm.quant.unwrap(model))
-    assert model[0].q.equal(q)
-
-
-def test_formats_refuse_what_they_cannot_store():
-    model = two()
-    model[0].weight.data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="'0' holds nan"):
-        minillm.quant.wrap(model)
-    assert type(model[2]) is nn.Linear
-    with pytest.raises(ValueError, match="'lm_head' shares its matrix with embed_tokens.*untie"):
-        minillm.quant.wrap(build("gpt2"), ["lm_head"])
-    with pytest.raises(CannotMerge, match="quant is a format.*unwrap"):
-        minillm.quant.merge(minillm.quant.wrap(two()))
-    with pytest.raises(ValueError, match="no quant in this model to unwrap; attached: lora"):
-        minillm.quant.unwrap(minillm.lora.wrap(two(), r=2))
-
-
-# --- pruning -------------------------------------------------------------------------------------------------------------------
-
-
-def test_magnitude_pruning_zeroes_the_smallest():
-    W = torch.tensor([[0.1, -0.5, 0.3, -0.2], [4.0, -3.0, 2.0, 1.0]])
-    expected = {
-        "row": [[0, 1, 1, 0], [1, 1, 0, 0]],
-        "matrix": [[0, 0, 0, 0], [1, 1, 1, 1]],
-        "model": [[0, 0, 0, 0], [1, 1, 1, 1]],
-    }
-    for group, mask in expected.items():
-        model = nn.Sequential(nn.Linear(4, 2, bias=False))
-        model[0].weight.data.copy_(W)
-        minillm.prune.wrap(model, sparsity=0.5, group=group)
-        assert model[0].patches["prune"].mask.int().tolist() == mask, group
-        assert model[0].weight.equal(W * torch.tensor(mask))
-
-
-def test_pruning_over_the_model_takes_more_from_smaller_matrices():
-    model = two()
-    model[0].weight.data.mul_(0.01)
-    minillm.prune.wrap(model, sparsity=0.5, group="model")
-    kept = [int(model[i].patches["prune"].mask.sum()) for i in (0, 2)]
-    assert kept == [5, 20], "half of 30 + 20 weights are left, all of the second matrix among them"
-
-
-def test_what_is_pruned_stays_pruned_in_training():
-    model = minillm.prune.wrap(two(), sparsity=0.5)
-    mask = model[0].patches["prune"].mask
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    before = model[0].weight.clone()
-    model(torch.randn(9, 6)).square().sum().backward()
-    optimizer.step()
-    assert not model[0].weight[~mask].any() and (model[0].weight != before)[mask].all()
-
-
-@pytest.mark.parametrize("options, message", [(dict(sparsity=1.0), "sparsity=1.0"), (dict(group="column"), "group='column'.*'row'")])
-def test_prune_names_the_culprit(options, message):
-    with pytest.raises(ValueError, match=message):
-        minillm.prune.wrap(two(), **options)
-
-
-# --- sparse --------------------------------------------------------------------------------------------------------------------
-
-
-def test_csr_is_the_compressed_rows_of_the_matrix():
-    W = torch.tensor([[0.0, 2.0, 0.0], [0.0, 0.0, 0.0], [1.0, 0.0, 3.0]])
-    model = nn.Sequential(nn.Linear(3, 3))
-    model[0].weight.data.copy_(W)
-    bias = model[0].bias.clone()
-    minillm.sparse.wrap(model)
-    assert model[0].crow.tolist() == [0, 1, 1, 3] and model[0].col.tolist() == [1, 0, 2] and model[0].values.tolist() == [2, 1, 3]
-    for shape in ((3,), (1, 3), (5, 3), (2, 4, 3)):
-        x = torch.randn(shape)
-        torch.testing.assert_close(model(x), x @ W.T + bias)
-    x = torch.randn(4, 3, requires_grad=True)
-    (grad,) = torch.autograd.grad((model(x) * (g := torch.randn(4, 3))).sum(), x)
-    torch.testing.assert_close(grad, g @ W)
-
-
-def test_csr_that_would_be_larger_is_refused():
-    with pytest.raises(ValueError, match="'0' has 0% zeros.*from 50% on.*anyway"):
-        minillm.sparse.wrap(two())
-    model = minillm.prune.merge(minillm.prune.wrap(build("llama"), sparsity=0.75), keep=False)
-    dense_bytes = minillm.report.total_bytes(model)
-    assert minillm.report.total_bytes(minillm.sparse.wrap(model)) < dense_bytes
-
-
-def test_an_empty_matrix_is_still_a_matrix():
-    model = nn.Sequential(nn.Linear(3, 2))
-    model[0].weight.data.zero_()
-    minillm.sparse.wrap(model)
-    torch.testing.assert_close(model(torch.randn(2, 3)), model[0].bias.expand(2, -1))
 
 
 # --- the shared half -----------------------------------------------------------------------------------------------------------

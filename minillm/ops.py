@@ -1,0 +1,98 @@
+"""The product x Wᵀ where W is not kept: W is made from what is stored, in the forward and again in the backward.
+
+    y = x Wᵀ        dx = dy W        dW = dyᵀ x          x (..., in), W (out, in), y (..., out)
+
+For dx autograd keeps the W that the forward used. Where W is a parameter that costs nothing. Where W was made
+for this one product (int8 turned to floats, a weight times its mask) it is a whole dense matrix for each leaf,
+kept from the forward to the backward: more than all that LoRA keeps. The two functions below keep what W is
+made from, and make it again. The price is that small computation a second time.
+
+Each is differentiable twice, since its backward is made of ordinary operations. In code that torch.compile makes
+the same is asked for with checkpointing: left alone, the compiler keeps a W that goes into a matrix product.
+"""
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+def linear(x, W, b=None):
+    """x Wᵀ + b: x (..., in), W (out, in) -> (..., out).
+
+    A single row, in code that torch.compile makes for a CPU, is written as multiply and sum: that is fused with what makes W (a
+    conversion from int8) and reads it at the speed of memory, where the library's matrix product reaches a third of it.
+    """
+    if torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() == x.shape[-1]:
+        y = (W * x.flatten()).sum(-1).view(*x.shape[:-1], -1)
+        return y if b is None else y + b
+    return F.linear(x, W, b)
+
+
+def remade_linear(x, make):
+    """x Wᵀ, where W = make() does not learn: the backward calls `make` again. x (..., in) -> (..., out).
+
+    `make` returns W (out, in) in the dtype of x, and the same W at every call.
+    """
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return linear(x, make())
+    if torch.compiler.is_compiling():
+        return checkpoint(lambda x: linear(x, make()), x, use_reentrant=False, preserve_rng_state=False)
+    return _Remade.apply(x, make)
+
+
+class _Remade(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, make):
+        ctx.make = make
+        return linear(x, make())
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy @ ctx.make(), None
+
+
+def masked_linear(x, W, mask):
+    """x (mask * W)ᵀ, where W may learn: W and mask are kept, and not their product. x (..., in) -> (..., out)."""
+    def product(x, W):
+        return linear(x, (W * mask).to(x.dtype))
+
+    if not torch.is_grad_enabled():
+        return product(x, W)
+    if torch.compiler.is_compiling():
+        return checkpoint(product, x, W, use_reentrant=False, preserve_rng_state=False)
+    return _Masked.apply(x, W, mask)
+
+
+class _Masked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, W, mask):
+        ctx.save_for_backward(x, W, mask)
+        return linear(x, (W * mask).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, W, mask = ctx.saved_tensors
+        dx = dy @ (W * mask).to(dy.dtype) if ctx.needs_input_grad[0] else None
+        dW = None
+        if ctx.needs_input_grad[1]:
+            dW = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])  # (n, out)ᵀ (n, in) -> (out, in)
+            dW = dW.to(W.dtype) * mask
+        return dx, dW, None
+
+
+def in_autocast(x):
+    """x in the dtype that autocast chooses for a matrix product, where autocast is on; else x itself."""
+    if autocasts(x) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
+def without_autocast(x):
+    """A context in which autocast leaves the dtypes of the device of x alone."""
+    return torch.autocast(x.device.type, enabled=False) if autocasts(x) else contextlib.nullcontext()
+
+
+def autocasts(x):
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
