@@ -135,25 +135,33 @@ def generate(model, ids, max_new_tokens=64, *, temperature=0.0, top_k=None, top_
 
 
 def sample(logits, temperature=0.0, top_k=None, top_p=None, min_p=None, generator=None):
-    """One token a row of logits (b, vocab) -> (b,); the options are those of `generate`, already checked.
-
-    The likeliest token passes every filter, so one is always left.
-    """
+    """One token a row of logits (b, vocab) -> (b,); the options are those of `generate`."""
+    check_options(0, temperature, top_k, top_p, min_p)
     if temperature == 0:
         return logits.argmax(-1)
+    p, ids = choices(logits, temperature, top_k, top_p, min_p)
+    drawn = torch.multinomial(p, 1, generator=generator)  # (b, 1); divides by the sum of p itself
+    return (drawn if ids is None else ids.gather(-1, drawn))[:, 0]
+
+
+def choices(logits, temperature, top_k=None, top_p=None, min_p=None):
+    """What `sample` draws from: p (b, k), 0 where a filter drops a token, and the tokens (b, k).
+
+    The sum of p may be below 1. The tokens are None where p is of all of them, in their own order.
+    The likeliest token passes every filter, so one is always left.
+    """
     ids = None
     if top_k is not None or top_p is not None:  # both need the tokens in order, the likeliest first
         vocabulary = logits.shape[-1]
         logits, ids = logits.topk(min(top_k or vocabulary, vocabulary))  # (b, vocab) -> (b, k) each
-    logits = logits - logits.amax(-1, keepdim=True)  # so that a small temperature gives 0 and -inf, never inf
-    p = (logits.double() / temperature).softmax(-1)
+    logits = (logits - logits.amax(-1, keepdim=True)).double()  # 0 at most: no temperature makes it inf
+    p = (logits / temperature).softmax(-1)
     if top_p is not None and top_p < 1:
         before = p.cumsum(-1) - p  # the share that the likelier tokens hold
         p = p.masked_fill(before >= top_p, 0)
     if min_p is not None:
         p = p.masked_fill(p < min_p * p.amax(-1, keepdim=True), 0)
-    drawn = torch.multinomial(p, 1, generator=generator)  # divides by the sum of p itself
-    return (drawn if ids is None else ids.gather(-1, drawn))[:, 0]
+    return p, ids
 
 
 def left_pad(rows, pad=0):
