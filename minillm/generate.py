@@ -169,9 +169,11 @@ def left_pad(rows, pad=0):
     if not len(rows):
         raise ValueError("there is no row of ids to pad: the list is empty")
     t = max(map(len, rows))
-    ids = torch.tensor([[pad] * (t - len(r)) + list(r) for r in rows], dtype=torch.long)
+    ids = torch.tensor([[pad] * (t - len(r)) + list(r) for r in rows])
+    if t and (ids.is_floating_point() or ids.dtype == torch.bool):
+        raise ValueError(f"the rows hold {ids.dtype}: ids are whole numbers")
     mask = torch.tensor([[False] * (t - len(r)) + [True] * len(r) for r in rows])
-    return ids, mask
+    return ids.long(), mask
 
 
 @contextlib.contextmanager
@@ -216,8 +218,9 @@ def check_options(max_new_tokens=0, temperature=0.0, top_k=None, top_p=None, min
 
 def check_stop(stop, pad, vocabulary):
     """(stop as a tensor (n,), pad as an int); ValueError for what is no id of the vocabulary."""
-    stop = [stop] if whole_number(stop) else list(stop)
-    stop = [x.item() if isinstance(x, torch.Tensor) and x.dim() == 0 else x for x in stop]
+    if isinstance(stop, torch.Tensor):
+        stop = stop.flatten().tolist()
+    stop = list(stop) if hasattr(stop, "__iter__") and not isinstance(stop, str) else [stop]
     for name, value in [("stop", x) for x in stop] + [("pad", pad)] * (pad is not None):
         if not whole_number(value) or not 0 <= value < vocabulary:
             raise ValueError(f"{name}={value!r} is no id of the vocabulary, 0 to {vocabulary - 1}")
@@ -230,7 +233,7 @@ def check_prompt(ids, mask, pad, vocabulary):
     if not isinstance(ids, torch.Tensor):
         if mask is not None:
             raise ValueError("mask= says where a tensor is padded; a list of rows is padded here: leave mask out")
-        if not len(ids) or not all(hasattr(row, "__len__") for row in ids):
+        if not len(ids) or any(isinstance(row, str) or not hasattr(row, "__len__") for row in ids):
             raise ValueError(f"ids={ids!r} is no list of rows: give [[id, id, ...], ...], at least one row")
         ids, mask = left_pad(ids, pad)
     elif ids.dim() != 2 or not len(ids) or ids.is_floating_point() or ids.dtype == torch.bool:

@@ -1,14 +1,11 @@
-"""The transformer against its definitions: causality, cache, padding, the loss, and how tokens are chosen."""
+"""The transformer against its definitions: causality, rotation, initialisation, recomputation, and what it refuses."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 from models import build
 
 import minillm
-from minillm import data
-from minillm.train import loss_sum
-from minillm.transformer import Cache, cross_entropy_sum, left_pad, rope_table, rotate, sample
+from minillm.transformer import rope_table, rotate
 
 families = pytest.mark.parametrize("kind", ["gpt2", "llama"])
 
@@ -40,10 +37,6 @@ def test_rotation_keeps_lengths_and_depends_on_the_distance_alone():
     (lambda m: m(torch.tensor([[3, 24]])), "ids run from 3 to 24.*24 entries"),
     (lambda m: m(torch.tensor([[-1, 2]])), "ids run from -1 to 2"),
     (lambda m: m(torch.zeros(1, 33, dtype=torch.long)), "33 tokens is beyond this model's 32 positions"),
-    (lambda m: m.generate([[1, 2]], 31), "max_new_tokens=31.*32 positions"),
-    (lambda m: m.generate([[]], 3), "prompt is empty"),
-    (lambda m: m.loss(torch.zeros(1, 4, dtype=torch.long), torch.full((1, 4), -100)), "no label is left"),
-    (lambda m: m.loss(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 3, dtype=torch.long)), "differ in shape"),
     (lambda m: minillm.Config(24, 16, 2, 3, kv_heads=2), "heads=3"),
     (lambda m: minillm.Config(24, 16, 2, 2, activation="swish"), "activation='swish'.*silu"),
     (lambda m: minillm.Config(24, 18, 2, 6), "head_size=3 is odd"),
@@ -77,3 +70,39 @@ def test_recomputed_activations_give_the_same_gradients(kind):
     assert grads[0] and all(g is not None and torch.allclose(f, g, atol=1e-6) for f, g in zip(*grads))
 
 
+@families
+@pytest.mark.parametrize("recompute", [False, True])
+def test_recomputing_runs_each_block_twice_and_keeps_its_input_alone(kind, recompute):
+    model, ids, runs, kept = build(kind), torch.arange(12).view(2, 6), [], []
+    model.recompute = recompute
+    for block in model.layers:
+        block.mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        loss = model.loss(ids, ids)
+    assert len(runs) == 3 and (len(kept) < 30) == recompute
+    loss.backward()
+    assert len(runs) == (6 if recompute else 3)
+    runs.clear()
+    with torch.no_grad():
+        model(ids)
+    model(ids, cache=minillm.Cache(model.config, 2, 6))
+    assert len(runs) == 6
+
+
+@families
+def test_the_start_is_that_of_gpt2(kind):
+    """N(0, 0.02); what adds to the residual stream is divided by sqrt(2 layers), so that its sum keeps its size."""
+    make = {"gpt2": minillm.Config.gpt2, "llama": minillm.Config}[kind]
+    model = minillm.Transformer(make(300, 64, 8, 4, positions=100, tied=False))
+    found = dict(model.named_parameters())
+    for name, p in found.items():
+        if p.dim() == 2:
+            expected = 0.02 / 4 if "o_proj" in name or "down_proj" in name else 0.02
+            assert p.std().item() == pytest.approx(expected, rel=0.1) and abs(p.mean().item()) < 0.1 * expected, name
+        else:
+            assert (p == (0 if name.endswith("bias") else 1)).all(), name
+    with torch.no_grad():
+        for p in found.values():
+            p.fill_(3)
+    model.reset_parameters()
+    assert all((p != 3).all() for name, p in found.items() if p.dim() == 2 or name.endswith("bias"))
