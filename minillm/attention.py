@@ -36,6 +36,8 @@ of the first document no longer sees the first:
 import torch
 import torch.nn.functional as F
 
+from minillm.registry import same_shape
+
 
 def count(documents, start=0):
     """The positions of the tokens from column `start` on: documents (b, s) -> (b, s - start).
@@ -55,6 +57,14 @@ def visible(documents, positions, key_documents, key_positions, window=None):
     distance = positions[:, :, None] - key_positions[:, None]  # (b, t, s)
     sees = (documents[:, :, None] == key_documents[:, None]) & (distance >= 0)
     return sees if window is None else sees & (distance < window)
+
+
+def check_mask(ids, mask):
+    """ValueError for a mask that does not hold the documents (b, t) of these ids."""
+    same_shape(ids, mask=mask)
+    if mask is not None and mask.is_floating_point():
+        raise ValueError(f"mask is {mask.dtype}: give bool, True at tokens, or the documents "
+                         "as whole numbers from 1, with 0 at padding")
 
 
 def look(ids, mask, cache, limit, window=None, static=False):

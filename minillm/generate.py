@@ -31,7 +31,7 @@ import numbers
 import torch
 
 from minillm.loss import wide
-from minillm.registry import prepare
+from minillm.registry import prepare, same_shape
 
 
 class Cache:
@@ -239,8 +239,7 @@ def check_prompt(ids, mask, pad, vocabulary):
     elif ids.dim() != 2 or not len(ids) or ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(f"ids are {ids.dtype} {tuple(ids.shape)}: give whole numbers (b, t), at least one row")
     if mask is not None:
-        if mask.shape != ids.shape:
-            raise ValueError(f"mask {tuple(mask.shape)} and ids {tuple(ids.shape)} differ in shape")
+        same_shape(ids, mask=mask)
         if not bool(((mask == 0) | (mask == 1)).all()):
             raise ValueError(f"mask runs from {mask.min()} to {mask.max()}: give 1 or True at tokens, 0 or "
                              "False at padding; a packed row cannot be continued")

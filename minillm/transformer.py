@@ -31,10 +31,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from minillm.attention import fused, look
-from minillm.generate import Cache, generate, left_pad, sample, write  # noqa: F401  (Cache, left_pad, sample: also found here)
+from minillm.attention import check_mask, fused, look
+from minillm.generate import Cache, generate, left_pad, sample, write  # noqa: F401  (also found here)
 from minillm.loss import cross_entropy_sum
-from minillm.registry import linear
+from minillm.registry import linear, same_shape
 
 ACTIVATIONS = {
     "silu": F.silu,
@@ -174,7 +174,10 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """ids (b, t) -> logits (b, t, vocab). With `recompute` the blocks keep no activations for the backward pass but compute them again."""
+    """ids (b, t) -> logits (b, t, vocab).
+
+    With `recompute` the blocks keep no activations for the backward pass, but compute them again.
+    """
 
     recompute = compiled = False
 
@@ -231,7 +234,8 @@ class Transformer(nn.Module):
             return self.embed_tokens(ids)
         except IndexError as error:
             low, high, size = ids.min().item(), ids.max().item(), self.config.vocab_size
-            raise IndexError(f"the ids run from {low} to {high}, but the vocabulary has {size} entries") from error
+            raise IndexError(f"the ids run from {low} to {high}, "
+                             f"but the vocabulary has {size} entries") from error
 
     def blocks(self, x, rope, visible, cache, static):
         """x (b, t, width) through every block."""
@@ -242,7 +246,7 @@ class Transformer(nn.Module):
                 else:
                     x = block(x, rope, visible)
             return x
-        once = self.compiled and not static  # a prompt: its length is new each time, so code for it is not worth its making
+        once = self.compiled and not static  # a prompt: its length is new each time, so it runs uncompiled
         with torch.compiler.set_stance("force_eager") if once else contextlib.nullcontext():
             for block, store in zip(self.layers, cache.stores(x.shape[1], static)):
                 x = block(x, rope, visible, store)
@@ -254,43 +258,33 @@ class Transformer(nn.Module):
         return self.lm_head(self.hidden(ids, mask, cache))
 
     def loss(self, ids, labels, mask=None, reduction="mean"):
-        """Cross-entropy in nats of predicting labels (b, t) from the ids before them; a label of -100 is not learnt.
+        """Cross-entropy in nats of predicting labels (b, t) from the ids before them -> ().
 
-        A label is in the column of its own id: the shift by one happens here. "mean" divides by the number
+        A label of -100 is not learnt. A label is in the column of its own id: the shift by one happens here. "mean" divides by the number
         of labels learnt, "sum" does not divide. The logits never exist whole: see `loss`. ValueError
         where no label is left, and for labels outside the vocabulary.
         """
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction={reduction!r} is unknown; known: 'mean', 'sum'")
-        if labels.shape != ids.shape:
-            raise ValueError(f"labels {tuple(labels.shape)} and ids {tuple(ids.shape)} differ in shape")
+        same_shape(ids, labels=labels, mask=mask)
         keep = labels[:, 1:] != -100
-        y = labels[:, 1:][keep].long()  # (n,)
+        y = labels[:, 1:][keep]  # (n,)
         if not len(y):
-            raise ValueError("no label is left to learn: all are -100, or the sequences have fewer than two tokens")
+            raise ValueError("no label is left to learn: "
+                             "all are -100, or the sequences have fewer than two tokens")
         low, high, size = y.min().item(), y.max().item(), self.config.vocab_size
-        if low < 0 or high >= size:
+        if low < 0 or high >= size or y.is_floating_point():
             raise ValueError(f"the labels run from {low} to {high}, but the vocabulary has {size} entries; "
                              "-100 is for what is not learnt")
         h = self.hidden(ids, mask)[:, :-1][keep]  # (n, width)
-        total = cross_entropy_sum(h, y, self.lm_head)
+        total = cross_entropy_sum(h, y.long(), self.lm_head)
         return total / len(y) if reduction == "mean" else total
 
     generate = generate
 
     def __getstate__(self):
-        """A copy or a pickle is not compiled: torch leaves the compiled code behind, and the flag goes with it."""
+        """A copy or a pickle is not compiled: torch leaves the code out, and this the flag."""
         return {key: value for key, value in super().__getstate__().items() if key != "compiled"}
-
-
-def check_mask(ids, mask):
-    """ValueError for a mask that is not documents (b, t) for these ids."""
-    if mask is None:
-        return
-    if mask.shape != ids.shape:
-        raise ValueError(f"mask {tuple(mask.shape)} and ids {tuple(ids.shape)} differ in shape")
-    if mask.is_floating_point():
-        raise ValueError(f"mask is {mask.dtype}: give bool (True at tokens), or the documents in whole numbers from 1, 0 at padding")
 
 
 def compile(model):

@@ -208,3 +208,9 @@ def test_a_refused_call_leaves_the_cache_as_it_was():
         with pytest.raises((ValueError, IndexError)):
             call()
     close(torch.cat([start, model(ids[:, 4:], cache=cache)], 1), model(ids))
+
+
+@pytest.mark.parametrize("other", ["labels", "mask"])
+def test_a_batch_of_two_shapes_is_refused_for_every_model(other):
+    with pytest.raises(ValueError, match=rf"{other} \(1, 3\) and ids \(1, 2\) differ in shape"):
+        minillm.prepare(build("Linear"), torch.zeros(1, 2).long(), **{other: torch.zeros(1, 3).long()})

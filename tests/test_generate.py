@@ -229,9 +229,8 @@ def test_a_copy_of_a_compiled_model_is_a_plain_one():
     """torch leaves the compiled code out of a copy, so the copy must not go compiled code's way."""
     model = minillm.compile(build("llama"))  # nothing compiles before the first call
     expected = build("llama").generate(ROWS, 6).tolist()
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.copy(model)):
-        assert model.compiled and not other.compiled
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert model.compiled and not other.compiled
         assert other.generate(ROWS, 6).tolist() == expected
         assert all(module._compiled_call_impl is None for module in other.modules())
     assert model.to(torch.float64).compiled and model.state_dict().keys() == build("llama").state_dict().keys()

@@ -131,6 +131,7 @@ IDS = torch.zeros(1, 4, dtype=torch.long)
     (torch.full((1, 4), -100), {}, "no label is left"),
     (IDS[:, :3], {}, r"labels \(1, 3\) and ids \(1, 4\) differ in shape"),
     (torch.tensor([[0, 3, 24, -100]]), {}, "the labels run from 3 to 24, but the vocabulary has 24 entries; -100 is for"),
+    (torch.tensor([[0, 1.5, 2, 3]]), {}, "the labels run from 1.5 to 3.0"),
     (torch.tensor([[0, -1, 2, 3]]), {}, "the labels run from -1 to 3"),
     (IDS, dict(reduction="none"), "reduction='none' is unknown; known: 'mean', 'sum'"),
     (IDS, dict(mask=torch.ones(1, 5) > 0), r"mask \(1, 5\) and ids \(1, 4\) differ in shape"),
