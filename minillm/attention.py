@@ -105,7 +105,7 @@ def attend(q, k, v, mask=None):
     is one token alone, every key.
     """
     t, s, share = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)  # (b, g, s, d) -> (b, h, s, d)
+    k, v = (x.repeat_interleave(share, 1) for x in (k, v))  # (b, g, s, d) -> (b, h, s, d)
     if mask is None:
         mask = q.new_ones(t, s, dtype=torch.bool).tril(0 if t > 1 else s)
     score = q @ k.mT / q.shape[-1] ** 0.5  # (b, h, t, s)

@@ -1,23 +1,21 @@
 """Generation: a token is chosen from the model's last logits, appended, and so on.
 
-    cache     keys and values of the tokens so far: each step computes the new token alone
-    sample    which token: the likeliest (greedy), or one drawn, with three filters for the unlikely ones
+    temperature    p = softmax(logits / temperature); 0: greedy, the likeliest token
+    top_k          only the k likeliest tokens          Fan et al. 2018, arXiv 1805.04833
+    top_p          only the fewest that together hold   Holtzman et al. 2020, arXiv 1904.09751
+                   the share top_p ("nucleus")
+    min_p          only those at least min_p times      Nguyen et al. 2024, arXiv 2407.01082
+                   as likely as the likeliest
 
-                temperature  p = softmax(logits / temperature)
-                top_k        of the k likeliest                Fan et al. 2018, arXiv 1805.04833
-                top_p        of the fewest that hold the share p of the probability ("nucleus")
-                                                               Holtzman et al. 2020, arXiv 1904.09751
-                min_p        of those at least min_p times as likely as the likeliest
-                                                               Nguyen et al. 2024, arXiv 2407.01082
-
-The filters apply in this order, each to what the one before left over. Rows of different lengths
+The filters apply in this order, each to what the one before left over. A cache keeps the keys and
+values of the tokens so far, so each step computes the new token alone. Rows of different lengths
 are padded on the left, so that all of them end, and go on, in the same column.
 
 Not included: beam search, penalties for repetition, speculative decoding.
 
 >>> import minillm
 >>> model = minillm.Transformer(minillm.Config(vocab_size=50, width=8, layers=1, heads=2))
->>> model.generate([[3, 1, 4], [1, 5]], max_new_tokens=2).shape          # 3 of the prompt and 2 new
+>>> model.generate([[3, 1, 4], [1, 5]], max_new_tokens=2).shape   # 3 of the prompt and 2 new
 torch.Size([2, 5])
 >>> model.generate([[3, 1, 4]], top_p=0.9)
 Traceback (most recent call last):
@@ -30,79 +28,24 @@ import numbers
 
 import torch
 
+from minillm.cache import Cache
 from minillm.loss import wide
 from minillm.registry import prepare, same_shape
 
 
-class Cache:
-    """The keys and values of the tokens so far, of each layer (b, g, length, d), written in place.
-
-    `documents` and `positions` (b, length) say what each column holds (see `attention`); document -1:
-    nothing yet.
-    """
-
-    def __init__(self, config, batch, length, dtype=torch.float32, device=None):
-        for name, value in (("batch", batch), ("length", length)):
-            if not whole_number(value) or value < 1:
-                raise ValueError(f"{name}={value!r} of a Cache is not a whole number from 1")
-        shape = (config.layers, batch, config.kv_heads, length, config.head_size)
-        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        self.filled, self.mixed = 0, False  # columns in use; whether one holds padding, or a second document
-        self.documents = torch.full((batch, length), -1, device=device)
-        self.positions = torch.zeros_like(self.documents)
-
-    def check(self, ids, config, dtype):
-        """ValueError unless the tokens ids (b, t) of such a model fit behind those that are here."""
-        layers, b, g, length, d = self.k.shape
-        if ids.shape[0] != b:
-            raise ValueError(f"the cache is for a batch of {b} rows, ids have {ids.shape[0]}")
-        if self.filled + ids.shape[1] > length:
-            raise ValueError(f"the cache holds {self.filled} of at most {length} tokens, "
-                             f"and {ids.shape[1]} more do not fit: make one with a greater length")
-        if (layers, g, d) != (config.layers, config.kv_heads, config.head_size):
-            raise ValueError(f"the cache is for layers={layers}, kv_heads={g}, head_size={d}, the model has "
-                             f"layers={config.layers}, kv_heads={config.kv_heads}, head_size={config.head_size}")
-        if self.k.dtype != dtype and not torch.is_autocast_enabled(ids.device.type):
-            raise ValueError(f"the cache is {self.k.dtype}, the model {dtype}: make it with dtype={dtype}")
-
-    def note(self, documents, positions, whole, static):
-        """Enter what the new columns hold; returns documents and positions (b, s) of all keys to attend to."""
-        end = self.filled + positions.shape[1]
-        self.documents[:, self.filled : end], self.positions[:, self.filled : end] = documents, positions
-        self.mixed = not whole
-        end = self.documents.shape[1] if static else end
-        return self.documents[:, :end], self.positions[:, :end]
-
-    def stores(self, t, static):
-        """Yield for each layer what `write` takes for t new tokens: k, v (b, g, s, d), and the columns `where` (t,)."""
-        end = self.k.shape[3] if static else self.filled + t
-        where = torch.arange(self.filled, self.filled + t, device=self.k.device)
-        for i in range(len(self.k)):  # one at a time: autograd must see the layers before as already written
-            yield self.k[i, :, :, :end], self.v[i, :, :, :end], where
-
-
-def write(k, v, where, new_k, new_v):
-    """Store the new keys and values (b, g, t, d) in the columns `where` (t,); returns all (b, g, s, d).
-
-    `where` is a tensor, so that one piece of compiled code serves every column. Under autocast the
-    new ones may have another dtype than the cache.
-    """
-    return k.index_copy_(2, where, new_k.to(k.dtype)), v.index_copy_(2, where, new_v.to(v.dtype))
-
-
 @torch.no_grad()
-def generate(model, ids, max_new_tokens=64, *, temperature=0.0, top_k=None, top_p=None, min_p=None, stop=(),
-             stream=None, mask=None, pad=None, generator=None):
+def generate(model, ids, max_new_tokens=64, *, temperature=0.0, top_k=None, top_p=None, min_p=None,
+             stop=(), stream=None, mask=None, pad=None, generator=None):
     """Continue each row of ids; returns (b, t + new), where `new` is at most max_new_tokens.
 
-    ids: (b, t), or a list of b lists, which are padded on the left. `mask` (b, t) says where a tensor
-    is padded, also on the left: True at tokens.
+    ids: (b, t), or a list of b lists, which are padded on the left. `mask` (b, t) says where a
+    tensor is padded, also on the left: True at tokens.
     temperature, top_k, top_p, min_p: see the top of this page; temperature 0 is greedy.
-    stop: an id or several. A row ends after one of them, and is filled with `pad` (None: the first of
-    `stop`, or 0) until all rows have ended. `stream(tokens)` is called with each step's (b,) tokens.
-    The model computes in eval mode, and is in its own mode again afterwards, also after an error.
-    ValueError for an option that is out of range or that would be ignored, IndexError for ids outside
-    the vocabulary; both before anything is computed.
+    stop: an id or several. A row ends after one of them, and is filled with `pad` (None: the first
+    of `stop`, or 0) until all rows have ended. `stream(tokens)` is called with each step's (b,)
+    tokens. The model computes in eval mode, and is in its own mode again afterwards, also after an
+    error. ValueError for an option that is out of range or that would be ignored, IndexError for
+    ids outside the vocabulary; both before anything is computed.
     """
     check_options(max_new_tokens, temperature, top_k, top_p, min_p)
     device, dtype = model.norm.weight.device, model.norm.weight.dtype
@@ -111,7 +54,7 @@ def generate(model, ids, max_new_tokens=64, *, temperature=0.0, top_k=None, top_
     stop, pad = check_stop(stop, pad, model.config.vocab_size)
     ids, mask = check_prompt(ids, mask, pad, model.config.vocab_size)
     ids, mask, stop = (None if x is None else x.to(device) for x in (ids, mask, stop))
-    inputs, _, mask = prepare(model, ids, None, mask)  # soft prompts put their placeholders in front
+    inputs, _, mask = prepare(model, ids, None, mask)  # soft prompts go in front
     check_room(inputs, mask, max_new_tokens, model.config.positions)
     if max_new_tokens == 0:
         return ids
@@ -122,8 +65,10 @@ def generate(model, ids, max_new_tokens=64, *, temperature=0.0, top_k=None, top_
         for _ in range(max_new_tokens):
             logits = wide(model.lm_head(model.hidden(inputs, mask, cache)[:, -1]))  # (b, vocab)
             if not bool(logits.isfinite().all()):
-                raise ValueError("the model's logits are nan or inf: its weights or activations are out of range")
-            tokens = sample(logits, temperature, top_k, top_p, min_p, generator).masked_fill(ended, pad)
+                raise ValueError("the model's logits are nan or inf: "
+                                 "its weights or activations are out of range")
+            tokens = sample(logits, temperature, top_k, top_p, min_p, generator)
+            tokens = tokens.masked_fill(ended, pad)
             new.append(tokens)
             if stream is not None:
                 stream(tokens)
@@ -154,7 +99,7 @@ def choices(logits, temperature, top_k=None, top_p=None, min_p=None):
     if top_k is not None or top_p is not None:  # both need the tokens in order, the likeliest first
         vocabulary = logits.shape[-1]
         logits, ids = logits.topk(min(top_k or vocabulary, vocabulary))  # (b, vocab) -> (b, k) each
-    logits = (logits - logits.amax(-1, keepdim=True)).double()  # 0 at most: no temperature makes it inf
+    logits = (logits - logits.amax(-1, keepdim=True)).double()  # 0 at most: never inf, however cold
     p = (logits / temperature).softmax(-1)
     if top_p is not None and top_p < 1:
         before = p.cumsum(-1) - p  # the share that the likelier tokens hold
@@ -188,7 +133,7 @@ def evaluating(model):
             module.training = training
 
 
-# --- what is refused ----------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 def whole_number(x):
@@ -203,13 +148,13 @@ def check_options(max_new_tokens=0, temperature=0.0, top_k=None, top_p=None, min
     if not whole_number(max_new_tokens) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens!r} is not a whole number from 0")
     if not real["temperature"] or not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature={temperature!r} is not a number from 0, which is greedy, up")
+        raise ValueError(f"temperature={temperature!r} is not a number from 0, which is greedy")
     if top_k is not None and not (whole_number(top_k) and top_k >= 1):
-        raise ValueError(f"top_k={top_k!r} is not a whole number from 1; None keeps every token")
+        raise ValueError(f"top_k={top_k!r} is not a whole number from 1; None keeps all tokens")
     if top_p is not None and not (real["top_p"] and 0 < top_p <= 1):
-        raise ValueError(f"top_p={top_p!r} is not a number above 0, at most 1; None keeps every token")
+        raise ValueError(f"top_p={top_p!r} is not a number above 0, at most 1; None keeps all tokens")
     if min_p is not None and not (real["min_p"] and 0 <= min_p <= 1):
-        raise ValueError(f"min_p={min_p!r} is not a number from 0 to 1; None keeps every token")
+        raise ValueError(f"min_p={min_p!r} is not a number from 0 to 1; None keeps all tokens")
     for name, value in filters.items():
         if value is not None and temperature == 0:
             raise ValueError(f"{name}={value!r} has no effect at temperature=0, which is greedy: "
@@ -229,25 +174,28 @@ def check_stop(stop, pad, vocabulary):
 
 
 def check_prompt(ids, mask, pad, vocabulary):
-    """(ids (b, t), mask (b, t) of bool or None) from what `generate` takes; ValueError, IndexError."""
+    """(ids (b, t), mask (b, t) of bool or None) from what `generate` takes, or an error."""
     if not isinstance(ids, torch.Tensor):
         if mask is not None:
-            raise ValueError("mask= says where a tensor is padded; a list of rows is padded here: leave mask out")
+            raise ValueError("mask= says where a tensor is padded; "
+                             "a list of rows is padded here: leave mask out")
         if not len(ids) or any(isinstance(row, str) or not hasattr(row, "__len__") for row in ids):
-            raise ValueError(f"ids={ids!r} is no list of rows: give [[id, id, ...], ...], at least one row")
+            raise ValueError(f"ids={ids!r} is no list of rows: "
+                             "give [[id, id, ...], ...], at least one row")
         ids, mask = left_pad(ids, pad)
     elif ids.dim() != 2 or not len(ids) or ids.is_floating_point() or ids.dtype == torch.bool:
-        raise ValueError(f"ids are {ids.dtype} {tuple(ids.shape)}: give whole numbers (b, t), at least one row")
+        raise ValueError(f"ids are {ids.dtype} {tuple(ids.shape)}: "
+                         "give whole numbers (b, t), at least one row")
     if mask is not None:
         same_shape(ids, mask=mask)
         if not bool(((mask == 0) | (mask == 1)).all()):
-            raise ValueError(f"mask runs from {mask.min()} to {mask.max()}: give 1 or True at tokens, 0 or "
-                             "False at padding; a packed row cannot be continued")
+            raise ValueError(f"mask runs from {mask.min()} to {mask.max()}: give 1 or True at "
+                             "tokens, 0 or False at padding; a packed row cannot be continued")
         mask = mask.bool()
         if ids.shape[1] and not bool(mask[:, -1].all()):
             row = int((~mask[:, -1]).nonzero()[0, 0])
-            raise ValueError(f"row {row} ends in padding, or is empty: each needs a token in its last column, "
-                             "so pad on the left (minillm.transformer.left_pad)")
+            raise ValueError(f"row {row} ends in padding, or is empty: each needs a token in its "
+                             "last column, so pad on the left (minillm.transformer.left_pad)")
     check_ids(ids, vocabulary)
     return ids, mask
 
@@ -265,5 +213,5 @@ def check_room(inputs, mask, max_new_tokens, positions):
     if t == 0:
         raise ValueError("nothing to continue: the prompt is empty")
     if t + max_new_tokens > positions:
-        raise ValueError(f"a prompt of {t} tokens and max_new_tokens={max_new_tokens} are together beyond "
-                         f"this model's {positions} positions")
+        raise ValueError(f"a prompt of {t} tokens and max_new_tokens={max_new_tokens} "
+                         f"are together beyond this model's {positions} positions")

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 def cross_entropy_sum(h, labels, head, chunk=256):
     """Sum over n of -log softmax(head(h))[label]: h (n, width), labels (n,) -> ().
 
-    `head` is any module (n, width) -> (n, vocab). The result is float32, or float64 for a float64 head.
+    `head` is any module (n, width) -> (n, vocab). The sum is float32, or float64 for float64.
     """
     learnt = [p for p in head.parameters() if p.requires_grad]
     if torch.is_grad_enabled() and (h.requires_grad or learnt):
@@ -32,7 +32,7 @@ def cross_entropy_sum(h, labels, head, chunk=256):
 
 
 def wide(x):
-    """x in float32, or in float64 if it is that already: sums and softmax need more than 16 bits."""
+    """x in float32, or in float64 if it is that already: sums need more than 16 bits."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -52,7 +52,8 @@ class CrossEntropySum(torch.autograd.Function):
             total = total - log_p.gather(1, y).sum()
             onehot = torch.ones_like(y, dtype=log_p.dtype)
             d = log_p.exp_().scatter_add_(1, y, -onehot)  # in place: softmax - onehot
-            grad_h[i : i + chunk], *more = torch.autograd.grad(logits, [x, *learnt], d.to(logits.dtype))
+            d = d.to(logits.dtype)
+            grad_h[i : i + chunk], *more = torch.autograd.grad(logits, [x, *learnt], d)
             for sum_of_chunks, grad in zip(grads, more):
                 sum_of_chunks += grad
         grads = [g.to(p.dtype) for g, p in zip(grads, learnt)]
@@ -61,7 +62,7 @@ class CrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if torch.is_grad_enabled():  # create_graph=True: what is saved here is a number, not a function of h
+        if torch.is_grad_enabled():  # create_graph=True: what is saved is no function of h any more
             raise RuntimeError("the fused loss has no second derivative (create_graph=True): use "
                                "torch.nn.functional.cross_entropy on the model's logits instead")
         grad_h, *grads = (scaled(g, grad) for g in ctx.saved_tensors)
@@ -69,5 +70,5 @@ class CrossEntropySum(torch.autograd.Function):
 
 
 def scaled(g, grad):
-    """g * grad in g's dtype. `grad` may be too large for float16, as from a GradScaler, and the product not."""
+    """g * grad in g's dtype; `grad` alone may be too large for float16, as a GradScaler's is."""
     return (wide(g) * grad).to(g.dtype)

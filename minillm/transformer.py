@@ -13,8 +13,8 @@
 
 Letters in the shapes: b batch, t tokens of this call, s tokens attended to, h heads, g key/value heads, d head size.
 
-Who sees whom is one rule, over documents and positions: see `attention`. Continuing a text is in `generate`, the
-cross-entropy in `loss`.
+Who sees whom is one rule, over documents and positions: see `attention`. A text is continued in
+`generate`, the cross-entropy is in `loss`.
 
 The leaves carry the names of the Hugging Face Llama (`q_proj` ... `down_proj`), in both families, so the targets of any LoRA
 recipe can be written here as they stand. transformers keeps a file for each architecture and lets them repeat each
@@ -32,7 +32,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from minillm.attention import check_mask, fused, look
-from minillm.generate import Cache, generate, left_pad, sample, write  # noqa: F401  (also found here)
+from minillm.cache import Cache, write  # noqa: F401  (Cache, left_pad and sample: also found here)
+from minillm.generate import generate, left_pad, sample  # noqa: F401
 from minillm.loss import cross_entropy_sum
 from minillm.registry import linear, same_shape
 
@@ -219,10 +220,10 @@ class Transformer(nn.Module):
         check_mask(ids, mask)
         if cache is not None:
             cache.check(ids, c, self.norm.weight.dtype)
-        # Compiled code for one token wants keys of one length: all columns of the cache, filled or not.
+        # Compiled code for one token wants keys of one length: all columns, filled or not.
         static = self.compiled and cache is not None and cache.filled > 0 and ids.shape[1] == 1
         x = self.embed(ids)  # (b, t) -> (b, t, width)
-        positions, visible = look(ids, mask, cache, c.positions, c.window, static)  # (b, t), (b, 1, t, s)
+        positions, visible = look(ids, mask, cache, c.positions, c.window, static)
         if self.embed_positions is not None:
             x = x + self.embed_positions(positions)
         rope = rope_table(positions, c.head_size, c.rope_base) if c.rope_base else None
@@ -246,7 +247,7 @@ class Transformer(nn.Module):
                 else:
                     x = block(x, rope, visible)
             return x
-        once = self.compiled and not static  # a prompt: its length is new each time, so it runs uncompiled
+        once = self.compiled and not static  # a prompt: its length is new, so it runs uncompiled
         with torch.compiler.set_stance("force_eager") if once else contextlib.nullcontext():
             for block, store in zip(self.layers, cache.stores(x.shape[1], static)):
                 x = block(x, rope, visible, store)
@@ -260,9 +261,10 @@ class Transformer(nn.Module):
     def loss(self, ids, labels, mask=None, reduction="mean"):
         """Cross-entropy in nats of predicting labels (b, t) from the ids before them -> ().
 
-        A label of -100 is not learnt. A label is in the column of its own id: the shift by one happens here. "mean" divides by the number
-        of labels learnt, "sum" does not divide. The logits never exist whole: see `loss`. ValueError
-        where no label is left, and for labels outside the vocabulary.
+        A label of -100 is not learnt. A label is in the column of its own id: the shift by one
+        happens here. "mean" divides by the number of labels learnt, "sum" does not divide. The
+        logits never exist whole: see `loss`. ValueError where no label is left, and for labels
+        outside the vocabulary.
         """
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction={reduction!r} is unknown; known: 'mean', 'sum'")
@@ -274,8 +276,8 @@ class Transformer(nn.Module):
                              "all are -100, or the sequences have fewer than two tokens")
         low, high, size = y.min().item(), y.max().item(), self.config.vocab_size
         if low < 0 or high >= size or y.is_floating_point():
-            raise ValueError(f"the labels run from {low} to {high}, but the vocabulary has {size} entries; "
-                             "-100 is for what is not learnt")
+            raise ValueError(f"the labels run from {low} to {high}, but the vocabulary has {size} "
+                             "entries; -100 is for what is not learnt")
         h = self.hidden(ids, mask)[:, :-1][keep]  # (n, width)
         total = cross_entropy_sum(h, y.long(), self.lm_head)
         return total / len(y) if reduction == "mean" else total

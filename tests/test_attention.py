@@ -7,7 +7,8 @@ from models import build
 import minillm
 from minillm import data
 from minillm.attention import attend, count, fused, visible
-from minillm.generate import Cache, left_pad
+from minillm.cache import Cache
+from minillm.generate import left_pad
 from minillm.train import loss_sum
 
 families = pytest.mark.parametrize("kind", ["gpt2", "llama"])
