@@ -13,9 +13,8 @@
 
 Letters in the shapes: b batch, t tokens of this call, s tokens attended to, h heads, g key/value heads, d head size.
 
-Who sees whom is one rule. Every token has a document number (0: padding), and a token sees those of its own document that do not come
-after it, itself included. Its position is how many it sees, less one. Padding, packing (several documents in a row) and
-cached decoding need nothing else. A batch of whole rows needs no mask at all, and gets none: torch's causal kernels are the fast way.
+Who sees whom is one rule, over documents and positions: see `attention`. A text is continued in
+`generate`, the cross-entropy is in `loss`.
 
 The leaves carry the names of the Hugging Face Llama (`q_proj` ... `down_proj`), in both families, so the targets of any LoRA
 recipe can be written here as they stand. transformers keeps a file for each architecture and lets them repeat each
@@ -32,7 +31,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from minillm.registry import linear, prepare
+from minillm.attention import check_mask, fused, look
+from minillm.cache import Cache, write  # noqa: F401  (Cache, left_pad and sample: also found here)
+from minillm.generate import generate, left_pad, sample  # noqa: F401
+from minillm.loss import cross_entropy_sum
+from minillm.registry import linear, same_shape
 
 ACTIVATIONS = {
     "silu": F.silu,
@@ -124,8 +127,7 @@ class Attention(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = write(*cache, k, v)  # (b, g, t, d) -> (b, g, s, d)
-        causal = mask is None and q.shape[2] > 1
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+        y = fused(q, k, v, mask)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (b, h, t, d) -> (b, t, h*d)
 
 
@@ -172,23 +174,11 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Cache:
-    """The keys and values of all positions so far, for each layer (b, g, length, d), written in place."""
-
-    def __init__(self, config, batch, length, dtype=torch.float32, device=None):
-        shape = (config.layers, batch, config.kv_heads, length, config.head_size)
-        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        self.filled, self.masked = 0, False
-        self.documents = torch.zeros(batch, length, dtype=torch.long, device=device)  # of each token; 0: padding, or not yet there
-
-
-def write(k, v, where, new_k, new_v):
-    """Store the new keys and values (b, g, t, d) at the positions `where` (t,), a tensor: compiled code serves every position."""
-    return k.index_copy_(2, where, new_k), v.index_copy_(2, where, new_v)
-
-
 class Transformer(nn.Module):
-    """ids (b, t) -> logits (b, t, vocab). With `recompute` the blocks keep no activations for the backward pass but compute them again."""
+    """ids (b, t) -> logits (b, t, vocab).
+
+    With `recompute` the blocks keep no activations for the backward pass, but compute them again.
+    """
 
     recompute = compiled = False
 
@@ -221,112 +211,82 @@ class Transformer(nn.Module):
     def hidden(self, ids, mask=None, cache=None):
         """ids (b, t) of int64 -> hidden states before the head (b, t, width).
 
-        mask (b, t): the document of each token, 0 at padding; bool does for a single one (None: the whole row is one). With a cache, ids
-        are the tokens that follow those it holds. IndexError for ids outside the vocabulary, ValueError for a sequence
-        beyond the positions.
+        mask (b, t): the document of each token, 0 at padding; bool does for a single one (None: the
+        whole row is one). With a cache, ids are the tokens that follow those it holds. IndexError
+        for ids outside the vocabulary, ValueError for a text beyond the positions, and for a mask or
+        a cache that does not fit.
         """
-        t, c = ids.shape[1], self.config
-        start = cache.filled if cache else 0
-        if start + t > c.positions:
-            raise ValueError(f"a sequence of {start + t} tokens is beyond this model's {c.positions} positions")
-        try:
-            x = self.embed_tokens(ids)  # (b, t) -> (b, t, width)
-        except IndexError as error:
-            low, high, size = ids.min().item(), ids.max().item(), c.vocab_size
-            raise IndexError(f"the ids run from {low} to {high}, but the vocabulary has {size} entries") from error
-
-        one_token = cache is not None and start > 0 and t == 1
-        static = one_token and self.compiled  # compiled code wants one length of the cache for all steps
-        documents = torch.ones_like(ids) if mask is None else mask.long()
-        masked = mask is not None and not bool((documents == 1).all()) or cache is not None and cache.masked
-        end = start + t
+        c = self.config
+        check_mask(ids, mask)
         if cache is not None:
-            cache.documents[:, start:end], cache.masked = documents, masked
-            end = cache.documents.shape[1] if static else end
-            documents = cache.documents[:, :end]  # (b, s)
-        where = torch.arange(start, start + t, device=ids.device)
-        positions, mask = where[None], None  # (1, t)
-        if masked or (start and not one_token) or static or c.window and end > c.window:
-            order = torch.arange(end, device=ids.device)
-            visible = (documents[:, None] == documents[:, start : start + t, None]) & (order <= where[:, None])  # (b, t, s)
-            if masked:
-                positions = visible.sum(-1) - 1  # (b, t)
-            if c.window:
-                visible = visible & (order > where[:, None] - c.window)
-            mask = visible[:, None]  # (b, 1, t, s)
+            cache.check(ids, c, self.norm.weight.dtype)
+        # Compiled code for one token wants keys of one length: all columns, filled or not.
+        static = self.compiled and cache is not None and cache.filled > 0 and ids.shape[1] == 1
+        x = self.embed(ids)  # (b, t) -> (b, t, width)
+        positions, visible = look(ids, mask, cache, c.positions, c.window, static)
         if self.embed_positions is not None:
             x = x + self.embed_positions(positions)
         rope = rope_table(positions, c.head_size, c.rope_base) if c.rope_base else None
+        return self.norm(self.blocks(x, rope, visible, cache, static))
 
-        once = cache is not None and self.compiled and not static  # the prompt: its length is new each time
-        with torch.compiler.set_stance("force_eager") if once else contextlib.nullcontext():
-            for i, block in enumerate(self.layers):
-                if cache is not None:
-                    x = block(x, rope, mask, (cache.k[i, :, :, :end], cache.v[i, :, :, :end], where))
-                elif self.recompute and torch.is_grad_enabled():
-                    x = checkpoint(block, x, rope, mask, use_reentrant=False)
+    def embed(self, ids):
+        """ids (b, t) -> (b, t, width); IndexError, with their range, for ids that have no row."""
+        try:
+            return self.embed_tokens(ids)
+        except IndexError as error:
+            low, high, size = ids.min().item(), ids.max().item(), self.config.vocab_size
+            raise IndexError(f"the ids run from {low} to {high}, "
+                             f"but the vocabulary has {size} entries") from error
+
+    def blocks(self, x, rope, visible, cache, static):
+        """x (b, t, width) through every block."""
+        if cache is None:
+            for block in self.layers:
+                if self.recompute and torch.is_grad_enabled():
+                    x = checkpoint(block, x, rope, visible, use_reentrant=False)
                 else:
-                    x = block(x, rope, mask)
-        if cache is not None:
-            cache.filled += t
-        return self.norm(x)
+                    x = block(x, rope, visible)
+            return x
+        once = self.compiled and not static  # a prompt: its length is new, so it runs uncompiled
+        with torch.compiler.set_stance("force_eager") if once else contextlib.nullcontext():
+            for block, store in zip(self.layers, cache.stores(x.shape[1], static)):
+                x = block(x, rope, visible, store)
+        cache.filled += x.shape[1]
+        return x
 
     def forward(self, ids, mask=None, cache=None):
         """ids (b, t) -> logits (b, t, vocab); the arguments are those of `hidden`."""
         return self.lm_head(self.hidden(ids, mask, cache))
 
     def loss(self, ids, labels, mask=None, reduction="mean"):
-        """Cross-entropy in nats of predicting labels (b, t) from the ids before them; a label of -100 is not learnt.
+        """Cross-entropy in nats of predicting labels (b, t) from the ids before them -> ().
 
-        `labels` stand where the ids stand (the shift happens here). "mean" divides by the number of labels learnt, "sum"
-        does not divide. The head sees only positions that have a label, in chunks, so the whole (tokens x vocabulary)
-        logits never exist. ValueError where no label is left.
+        A label of -100 is not learnt. A label is in the column of its own id: the shift by one
+        happens here. "mean" divides by the number of labels learnt, "sum" does not divide. The
+        logits never exist whole: see `loss`. ValueError where no label is left, and for labels
+        outside the vocabulary.
         """
-        if labels.shape != ids.shape:
-            raise ValueError(f"labels {tuple(labels.shape)} and ids {tuple(ids.shape)} differ in shape")
-        h = self.hidden(ids, mask)[:, :-1]
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction={reduction!r} is unknown; known: 'mean', 'sum'")
+        same_shape(ids, labels=labels, mask=mask)
         keep = labels[:, 1:] != -100
-        count = int(keep.sum())
-        if not count:
-            raise ValueError("no label is left to learn: all are -100, or the sequences have fewer than two tokens")
-        total = cross_entropy_sum(h[keep], labels[:, 1:][keep], self.lm_head)  # (n, width), (n,)
-        return total / count if reduction == "mean" else total
+        y = labels[:, 1:][keep]  # (n,)
+        if not len(y):
+            raise ValueError("no label is left to learn: "
+                             "all are -100, or the sequences have fewer than two tokens")
+        low, high, size = y.min().item(), y.max().item(), self.config.vocab_size
+        if low < 0 or high >= size or y.is_floating_point():
+            raise ValueError(f"the labels run from {low} to {high}, but the vocabulary has {size} "
+                             "entries; -100 is for what is not learnt")
+        h = self.hidden(ids, mask)[:, :-1][keep]  # (n, width)
+        total = cross_entropy_sum(h, y.long(), self.lm_head)
+        return total / len(y) if reduction == "mean" else total
 
-    @torch.no_grad()
-    def generate(self, ids, max_new_tokens=64, *, temperature=0.0, top_k=None, top_p=None, min_p=None, stop=(), stream=None,
-                 mask=None, pad=None, generator=None):
-        """Continue each row of ids; returns (b, t + new), where `new` is at most max_new_tokens.
+    generate = generate
 
-        ids: (b, t), or a list of b lists, which are padded on the left (`mask` (b, t) says where a tensor is padded).
-        temperature 0 is greedy. top_k keeps the k likeliest tokens, top_p the fewest that hold this share of the
-        probability, min_p those at least this share as likely as the likeliest. A row ends after a token of `stop` (an id
-        or several) and is filled with `pad`. `stream(tokens)` is called with each step's (b,) tokens as they come.
-        """
-        stop = torch.as_tensor([stop] if isinstance(stop, int) else list(stop), dtype=torch.long, device=self.norm.weight.device)
-        pad = pad if pad is not None else int(stop[0]) if len(stop) else 0
-        if not isinstance(ids, torch.Tensor):
-            ids, mask = left_pad(ids, pad)
-        ids = ids.to(self.norm.weight.device)
-        inputs, _, mask = prepare(self, ids, None, mask)  # soft prompts put their placeholders in front
-        b, t = inputs.shape
-        if t == 0:
-            raise ValueError("nothing to continue: the prompt is empty")
-        if t + max_new_tokens > self.config.positions:
-            raise ValueError(f"a prompt of {t} tokens and max_new_tokens={max_new_tokens} are together beyond this "
-                             f"model's {self.config.positions} positions")
-        cache = Cache(self.config, b, t + max_new_tokens, self.norm.weight.dtype, inputs.device)
-        ended, new = torch.zeros(b, dtype=torch.bool, device=inputs.device), []
-        for _ in range(max_new_tokens):
-            logits = self.lm_head(self.hidden(inputs, mask, cache)[:, -1])  # (b, vocab)
-            tokens = sample(logits.float(), temperature, top_k, top_p, min_p, generator).masked_fill(ended, pad)
-            new.append(tokens)
-            if stream is not None:
-                stream(tokens)
-            ended = ended | torch.isin(tokens, stop)
-            if bool(ended.all()):
-                break
-            inputs, mask = tokens[:, None], None
-        return torch.cat([ids, torch.stack(new, 1)], 1) if new else ids
+    def __getstate__(self):
+        """A copy or a pickle is not compiled: torch leaves the code out, and this the flag."""
+        return {key: value for key, value in super().__getstate__().items() if key != "compiled"}
 
 
 def compile(model):
@@ -341,68 +301,3 @@ def compile(model):
         module.compile()
     model.compiled = True
     return model
-
-
-def left_pad(rows, pad=0):
-    """Lists of ids -> ids (b, t) padded on the left, and mask (b, t), True at real tokens."""
-    t = max(map(len, rows), default=0)
-    ids = torch.tensor([[pad] * (t - len(r)) + list(r) for r in rows], dtype=torch.long)
-    mask = torch.tensor([[False] * (t - len(r)) + [True] * len(r) for r in rows])
-    return ids, mask
-
-
-def sample(logits, temperature=0.0, top_k=None, top_p=None, min_p=None, generator=None):
-    """One token a row of logits (b, vocab) -> (b,)."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits / temperature
-    if top_k:
-        kth = logits.topk(min(top_k, logits.shape[-1]))[0][:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    if top_p is not None:
-        ordered, order = logits.softmax(-1).sort(-1, descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= top_p  # the tokens before it hold the share already
-        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
-    if min_p is not None:
-        p = logits.softmax(-1)
-        logits = logits.masked_fill(p < min_p * p.amax(-1, keepdim=True), -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-
-
-def cross_entropy_sum(h, labels, head, chunk=256):
-    """Sum over n of -log softmax(head(h))[label]: h (n, width), labels (n,), `head` any module."""
-    learnt = [p for p in head.parameters() if p.requires_grad]
-    if torch.is_grad_enabled() and (h.requires_grad or learnt):
-        return _CrossEntropySum.apply(h, labels, head, chunk, *learnt)
-    return sum(F.cross_entropy(head(x).float(), y, reduction="sum") for x, y in zip(h.split(chunk), labels.split(chunk)))
-
-
-class _CrossEntropySum(torch.autograd.Function):
-    """The gradient, d loss / d logits = softmax(logits) - onehot(label), is taken chunk by chunk in the forward, where a chunk's logits
-    still exist: backward only scales it.
-
-    So the head runs once and not twice (as with checkpointing), and keeps (chunk x vocabulary) logits, not (n x vocabulary).
-    """
-
-    @staticmethod
-    def forward(ctx, h, labels, head, chunk, *learnt):
-        total, grads = h.new_zeros((), dtype=torch.float32), [torch.zeros_like(p) for p in learnt]
-        grad_h = torch.empty_like(h)
-        for i in range(0, len(h), chunk):
-            y = labels[i : i + chunk, None]  # (c, 1)
-            with torch.enable_grad():
-                x = h[i : i + chunk].detach().requires_grad_()
-                logits = head(x)  # (c, vocab)
-            log_p = logits.detach().float().log_softmax(-1)
-            total -= log_p.gather(1, y).sum()
-            d = log_p.exp_().scatter_add_(1, y, -torch.ones_like(y, dtype=log_p.dtype))  # in place: softmax - onehot
-            grad_h[i : i + chunk], *more = torch.autograd.grad(logits, [x, *learnt], d.to(logits.dtype))
-            for total_grad, grad in zip(grads, more):
-                total_grad += grad
-        ctx.save_for_backward(grad_h, *grads)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad_h, *grads = ctx.saved_tensors
-        return grad_h * grad.to(grad_h.dtype), None, None, None, *(g * grad.to(g.dtype) for g in grads)

@@ -1,0 +1,119 @@
+"""Attention: who sees whom, and softmax(q kᵀ / sqrt(d) + mask) v.
+
+    document    the number of the text that a token belongs to; 0: padding
+    position    how many tokens of its own document lie before it: 0, 1, 2, ...
+
+    A token sees the tokens of its own document at its own position or before,
+    and with a window w only the last w of them, itself included.
+
+This one rule, over documents and positions and never over columns, makes these right:
+
+    padding     it belongs to no text, so it has no place in a position or in a window
+    packing     several texts in one row: each starts at position 0 and sees itself alone
+    cache       the keys of earlier calls keep the document and the position they had
+
+A batch of whole rows needs no mask at all, and gets none: torch's causal kernels are the
+fast way. The letters in the shapes: b batch, t tokens of this call, s tokens attended to,
+h heads, g key/value heads, d head size.
+
+A packed row with one token of padding and two documents. With a window of 2 the third token
+of the first document no longer sees the first:
+
+>>> documents = torch.tensor([[0, 1, 1, 1, 2, 2]])
+>>> positions = count(documents)
+>>> positions.tolist()
+[[0, 0, 1, 2, 0, 1]]
+>>> for row in visible(documents, positions, documents, positions, window=2)[0].int().tolist():
+...     print(*row)
+1 0 0 0 0 0
+0 1 0 0 0 0
+0 1 1 0 0 0
+0 0 1 1 0 0
+0 0 0 0 1 0
+0 0 0 0 1 1
+"""
+
+import torch
+import torch.nn.functional as F
+
+from minillm.registry import same_shape
+
+
+def count(documents, start=0):
+    """The positions of the tokens from column `start` on: documents (b, s) -> (b, s - start).
+
+    Padding has position 0: no text counts it, and a table of learned positions has no row for it.
+    """
+    own = documents[:, start:, None] == documents[:, None]  # (b, t, s)
+    return (own.tril(start).sum(-1) - 1) * (documents[:, start:] > 0)
+
+
+def visible(documents, positions, key_documents, key_positions, window=None):
+    """Which keys each token sees, (b, t, s), True where it does.
+
+    documents, positions (b, t) are those of the tokens, the others (b, s) those of the keys. A
+    padding token sees other padding: nobody reads what it computes, but it must not be nan.
+    """
+    distance = positions[:, :, None] - key_positions[:, None]  # (b, t, s)
+    sees = (documents[:, :, None] == key_documents[:, None]) & (distance >= 0)
+    return sees if window is None else sees & (distance < window)
+
+
+def check_mask(ids, mask):
+    """ValueError for a mask that does not hold the documents (b, t) of these ids."""
+    same_shape(ids, mask=mask)
+    if mask is not None and mask.is_floating_point():
+        raise ValueError(f"mask is {mask.dtype}: give bool, True at tokens, or the documents "
+                         "as whole numbers from 1, with 0 at padding")
+
+
+def look(ids, mask, cache, limit, window=None, static=False):
+    """Where each token is and whom it sees: positions (b or 1, t), and a mask (b, 1, t, s) or None.
+
+    ids (b, t); mask (b, t): the documents, None where every row is one whole text; cache: a Cache
+    that holds the tokens before these, or None. `static`: keys are all columns of the cache,
+    filled or not, so that their number is the same at each call. The mask is None where the
+    tokens of a row see each other causally, and nothing else. ValueError for a text that is longer
+    than `limit` tokens.
+    """
+    t, start = ids.shape[1], cache.filled if cache else 0
+    documents = ids.new_ones(1, t) if mask is None else mask.long()
+    whole = (mask is None or bool((documents == 1).all())) and not (cache and cache.mixed)
+    length = start + t  # of the longest text, at most
+    if whole:
+        documents = documents[:1]  # every row is the same
+        positions = torch.arange(start, length, device=ids.device)[None]  # (1, t)
+    else:
+        documents = documents.expand(len(ids), t)
+        before = cache.documents[:, :start] if cache else documents[:, :0]
+        positions = count(torch.cat([before, documents], 1), start)
+        length = length if length <= limit else int(positions.max()) + 1
+    if length > limit:
+        raise ValueError(f"a sequence of {length} tokens is beyond this model's {limit} positions")
+    keys = cache.note(documents, positions, whole, static) if cache else (documents, positions)
+    causal = whole and not static and (start == 0 or t == 1)
+    if causal and (window is None or length <= window):
+        return positions, None
+    return positions, visible(documents, positions, *keys, window)[:, None]
+
+
+def attend(q, k, v, mask=None):
+    """softmax(q kᵀ / sqrt(d) + mask) v, written out; `fused` computes the same.
+
+    q (b, h, t, d), k and v (b, g, s, d), h a multiple of g -> (b, h, t, d). mask (b, 1, t, s):
+    True where a token sees a key; None: each sees itself and what comes before it, or, where there
+    is one token alone, every key.
+    """
+    t, s, share = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(share, 1) for x in (k, v))  # (b, g, s, d) -> (b, h, s, d)
+    if mask is None:
+        mask = q.new_ones(t, s, dtype=torch.bool).tril(0 if t > 1 else s)
+    score = q @ k.mT / q.shape[-1] ** 0.5  # (b, h, t, s)
+    return score.masked_fill(~mask, -torch.inf).softmax(-1) @ v
+
+
+def fused(q, k, v, mask=None):
+    """What `attend` computes, in one kernel: the scores (b, h, t, s) are never stored whole."""
+    causal = mask is None and q.shape[2] > 1
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)

@@ -1,0 +1,74 @@
+"""The cross-entropy of next-token prediction, without the logits of all tokens in memory at once.
+
+    L = sum over n of -log softmax(head(h_n))[y_n]         in nats
+
+SmolLM2's head has 49,152 outputs: the float32 logits of 512 tokens are 96 MiB, as large as the
+activations of several of its blocks. Three things keep them small:
+
+1. Only tokens whose label is learnt reach the head.
+2. The head sees `chunk` tokens at a time, and their logits are dropped before the next.
+3. The gradient, dL/d logits = softmax(logits) - onehot(y), is taken in the forward pass, where the
+   chunk's logits still exist. The backward pass only multiplies it by the gradient from above.
+
+So the head runs once, and not twice as under checkpointing. The price: the loss has a first
+derivative only, and the gradient is computed even where nobody asks for it afterwards (not under
+no_grad). The written-out version is F.cross_entropy(head(h).float(), y, reduction="sum").
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def cross_entropy_sum(h, labels, head, chunk=256):
+    """Sum over n of -log softmax(head(h))[label]: h (n, width), labels (n,) -> ().
+
+    `head` is any module (n, width) -> (n, vocab). The sum is float32, or float64 for float64.
+    """
+    learnt = [p for p in head.parameters() if p.requires_grad]
+    if torch.is_grad_enabled() and (h.requires_grad or learnt):
+        return CrossEntropySum.apply(h, labels, head, chunk, *learnt)
+    parts = zip(h.split(chunk), labels.split(chunk))
+    return sum(F.cross_entropy(wide(head(x)), y, reduction="sum") for x, y in parts)
+
+
+def wide(x):
+    """x in float32, or in float64 if it is that already: sums need more than 16 bits."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class CrossEntropySum(torch.autograd.Function):
+    """`cross_entropy_sum` with its gradient for h and for the head's parameters that learn."""
+
+    @staticmethod
+    def forward(ctx, h, labels, head, chunk, *learnt):
+        total, grads = wide(h.new_zeros(())), [wide(torch.zeros_like(p)) for p in learnt]
+        grad_h = torch.empty_like(h)
+        for i in range(0, len(h), chunk):
+            y = labels[i : i + chunk, None]  # (c, 1)
+            with torch.enable_grad():
+                x = h[i : i + chunk].detach().requires_grad_()
+                logits = head(x)  # (c, vocab)
+            log_p = wide(logits.detach()).log_softmax(-1)
+            total = total - log_p.gather(1, y).sum()
+            onehot = torch.ones_like(y, dtype=log_p.dtype)
+            d = log_p.exp_().scatter_add_(1, y, -onehot)  # in place: softmax - onehot
+            d = d.to(logits.dtype)
+            grad_h[i : i + chunk], *more = torch.autograd.grad(logits, [x, *learnt], d)
+            for sum_of_chunks, grad in zip(grads, more):
+                sum_of_chunks += grad
+        grads = [g.to(p.dtype) for g, p in zip(grads, learnt)]
+        ctx.save_for_backward(grad_h, *grads)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled():  # create_graph=True: what is saved is no function of h any more
+            raise RuntimeError("the fused loss has no second derivative (create_graph=True): use "
+                               "torch.nn.functional.cross_entropy on the model's logits instead")
+        grad_h, *grads = (scaled(g, grad) for g in ctx.saved_tensors)
+        return grad_h, None, None, None, *grads
+
+
+def scaled(g, grad):
+    """g * grad in g's dtype; `grad` alone may be too large for float16, as a GradScaler's is."""
+    return (wide(g) * grad).to(g.dtype)

@@ -1,0 +1,217 @@
+"""Who sees whom: windows, padding, packing and the cache give what each text gives alone."""
+
+import pytest
+import torch
+from models import build
+
+import minillm
+from minillm import data
+from minillm.attention import attend, count, fused, visible
+from minillm.cache import Cache
+from minillm.generate import left_pad
+from minillm.train import loss_sum
+
+families = pytest.mark.parametrize("kind", ["gpt2", "llama"])
+windows = pytest.mark.parametrize("window", [None, 1, 3])
+ROWS = [[3, 1, 4, 1, 5, 9, 2], [6, 5], [3, 5, 8, 9]]
+
+
+def windowed(kind, window):
+    model = build(kind)
+    model.config.window = window
+    return model
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("t, s, grouped, masked", [(5, 5, 1, False), (5, 5, 2, True), (1, 6, 2, False), (3, 7, 4, True)])
+def test_the_fused_kernel_computes_what_is_written_out(t, s, grouped, masked):
+    q, k, v = torch.randn(2, 4, t, 8), torch.randn(2, 4 // grouped, s, 8), torch.randn(2, 4 // grouped, s, 8)
+    mask = torch.rand(2, 1, t, s) < 0.6 if masked else None
+    if masked:
+        mask[..., 0] = True
+    close(attend(q, k, v, mask), fused(q, k, v, mask))
+
+
+def test_each_token_sees_what_the_rule_says():
+    """Against the rule in two loops, for documents in any order."""
+    documents = torch.randint(4, (6, 9))
+    positions = count(documents)
+    for window in (None, 1, 3):
+        sees = visible(documents, positions, documents, positions, window)
+        for row, own in enumerate(documents.tolist()):
+            for i, mine in enumerate(own):
+                before = [j for j in range(i + 1) if own[j] == mine]
+                if mine:  # nobody reads what padding computes
+                    assert positions[row, i] == len(before) - 1
+                    assert sees[row, i].nonzero()[:, 0].tolist() == (before if window is None else before[-window:])
+                assert sees[row, i].any()
+    for start in (0, 4, 8):
+        assert count(documents, start).equal(positions[:, start:])
+
+
+@families
+@windows
+def test_a_row_in_a_padded_batch_is_the_row_alone(kind, window):
+    model = windowed(kind, window)
+    ids, mask = left_pad(ROWS, pad=7)
+    batch = model(ids, mask)
+    for row, logits in zip(ROWS, batch):
+        close(logits[-len(row):], model(torch.tensor([row]))[0])
+    right = torch.tensor([[9, 2, 7, 7, 7]])
+    close(model(right, right != 7)[:, :2], model(right[:, :2]))
+
+
+@families
+@windows
+def test_padding_between_a_soft_prompt_and_the_text_does_not_count(kind, window):
+    model = minillm.prompts.wrap(windowed(kind, window), length=3)
+    torch.nn.init.normal_(model.embed_tokens.patches["prompts"].P)
+    ids, mask = left_pad(ROWS, pad=7)
+    batch, _, mask = minillm.prepare(model, ids, None, mask)
+    logits = model(batch, mask)
+    for i, row in enumerate(ROWS):
+        alone = model(minillm.prepare(model, torch.tensor([row]))[0])[0]
+        close(torch.cat([logits[i, :3], logits[i, -len(row):]]), alone)
+
+
+@families
+@windows
+def test_generation_with_a_cache_and_padding_is_that_of_each_row_without(kind, window):
+    model = windowed(kind, window)
+    soft = minillm.prompts.wrap(windowed(kind, window), length=2)
+    for m in (model, soft):
+        together = m.generate(ROWS, 6)
+        for row, new in zip(ROWS, together):
+            ids = torch.tensor([row])
+            for _ in range(6):
+                ids = torch.cat([ids, m(minillm.prepare(m, ids)[0])[:, -1:].argmax(-1)], 1)
+            assert new[-6:].tolist() == ids[0, -6:].tolist()
+
+
+@families
+@windows
+@pytest.mark.parametrize("static", [False, True])
+def test_the_cache_in_any_pieces_gives_the_logits_of_the_whole(kind, window, static):
+    """Padding, packed texts and whole rows; `static` is the way of compiled code, here without the compiler."""
+    model = windowed(kind, window)
+    ids = torch.randint(24, (3, 9))
+    padded = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 9, [1, 0, 0, 0, 1, 1, 1, 1, 1]])
+    packed = torch.tensor([[1, 1, 1, 2, 2, 2, 3, 3, 3], [1] * 4 + [2] * 5, [2] * 9])
+    for mask in (None, padded, packed):
+        whole = model(ids, mask)
+        real = torch.ones_like(ids) > 0 if mask is None else mask > 0
+        for parts in ([1] * 9, [5, 1, 3], [4, 1, 1, 1, 1, 1], [9]):
+            cache, pieces, at = Cache(model.config, 3, 11), [], 0
+            model.compiled = static
+            for t in parts:
+                pieces.append(model(ids[:, at : at + t], None if mask is None else mask[:, at : at + t], cache))
+                at += t
+            model.compiled = False
+            assert cache.filled == 9
+            close(torch.cat(pieces, 1)[real], whole[real])
+
+
+@families
+@windows
+def test_a_packed_batch_has_the_loss_and_the_gradient_of_its_documents_one_by_one(kind, window):
+    model, draw = windowed(kind, window), torch.Generator().manual_seed(5)
+    rows = [torch.randint(24, (n,), generator=draw).tolist() for n in (9, 2, 7, 5, 3, 6)]
+    examples = [data.Example(row, [-100, *row[1:]] if i % 2 else list(row)) for i, row in enumerate(rows)]
+    packed = data.pack(examples, 12)
+    assert len(packed) < len(examples) and all(len(e.ids) <= 12 for e in packed)
+    alone, together = [], []
+    for batches, found in (([data.collate([e]) for e in examples], alone), ([data.collate(packed)], together)):
+        model.zero_grad()
+        total = sum(loss_sum(model, *batch) for batch in batches)
+        total.backward()
+        learnt = sum(int((labels[:, 1:] != -100).sum()) for _, labels, _ in batches)
+        found += [total.item(), learnt, *(p.grad.clone() for p in model.parameters())]
+    assert alone[1] == together[1] and alone[0] == pytest.approx(together[0], rel=1e-5)
+    for a, b in zip(alone[2:], together[2:]):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_what_does_not_pack_says_so():
+    packed = data.pack([data.Example([1, 2], [1, 2]), data.Example([3], [3])], 8)
+    with pytest.raises(ValueError, match="several: give prompts the examples unpacked"):
+        loss_sum(minillm.prompts.wrap(build("llama")), *data.collate(packed))
+    with pytest.raises(ValueError, match="9 ids, more than a row's length=8"):
+        data.pack([data.Example([1] * 9, [1] * 9)], 8)
+
+
+@families
+def test_a_window_hides_what_lies_further_back(kind):
+    model, ids = windowed(kind, 3), torch.randint(24, (1, 9))
+    model.layers = model.layers[:1]  # of one block: with more, what lies further back comes through the tokens between
+    other = ids.clone()
+    other[0, 4] = (ids[0, 4] + 1) % 24
+    changed = ((model(ids) - model(other)).abs().amax(-1) > 1e-6)[0]
+    assert changed.tolist() == [False] * 4 + [True] * 3 + [False] * 2
+
+
+@families
+def test_only_masks_for_what_the_fused_kernel_cannot_say_itself(kind, monkeypatch):
+    """Whole rows get none: the causal kernel is the fast way. A window as long as the rows changes nothing."""
+    model, ids, given = windowed(kind, 6), torch.randint(24, (2, 6)), []
+    monkeypatch.setattr("minillm.transformer.fused", lambda q, k, v, mask: given.append(mask is None) or fused(q, k, v, mask))
+
+    def plain(*args, **kwargs):
+        given.clear()
+        model(*args, **kwargs)
+        return all(given)
+
+    assert plain(ids) and plain(ids, torch.ones_like(ids)) and plain(ids, torch.ones(2, 6) > 0)
+    assert not plain(torch.cat([ids, ids[:, :1]], 1)) and not plain(ids, ids.new_ones(2, 6).tril(3))
+    cache = Cache(model.config, 2, 9)
+    assert plain(ids[:, :3], cache=cache) and plain(ids[:, :1], cache=cache) and not plain(ids[:, :2], cache=cache)
+    assert not plain(ids[:, :1], cache=cache)  # the seventh token: the window of six hides the first
+    model.config.window = None
+    assert plain(ids[:, :1], cache=cache)
+
+
+def test_texts_and_not_rows_are_within_the_positions():
+    """A packed row, or a padded one, may be longer than the model's positions; no text in it may."""
+    model = minillm.Transformer(minillm.Config.gpt2(24, 16, 2, 2, positions=4)).eval()
+    ids = torch.randint(24, (1, 8))
+    two = torch.tensor([[1, 1, 1, 1, 2, 2, 2, 2]])
+    close(model(ids, two)[:, 4:], model(ids[:, 4:]))
+    close(model(ids, two == 2)[:, 4:], model(ids[:, 4:]))
+    with pytest.raises(ValueError, match="a sequence of 5 tokens is beyond this model's 4 positions"):
+        model(ids, torch.tensor([[1, 1, 1, 2, 2, 2, 2, 2]]))
+    with pytest.raises(ValueError, match="a sequence of 8 tokens is beyond"):
+        model(ids)
+    assert model.generate([[1], [2, 3]], 2).shape == (2, 4)
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda m, ids: m(ids, torch.ones(2, 4) > 0), r"mask \(2, 4\) and ids \(2, 5\) differ in shape"),
+    (lambda m, ids: m(ids, torch.ones(2, 5)), "mask is torch.float32: give bool"),
+    (lambda m, ids: m(ids, cache=Cache(m.config, 1, 9)), "for a batch of 1 rows, ids have 2"),
+    (lambda m, ids: m(ids, cache=Cache(m.config, 2, 4)), "holds 0 of at most 4 tokens, and 5 more do not fit"),
+    (lambda m, ids: m(ids, cache=Cache(minillm.Config(24, 16, 1, 2), 2, 9)), "the cache is for layers=1.*the model has layers=3"),
+    (lambda m, ids: m(ids, cache=Cache(m.config, 2, 9, torch.float64)), "cache is torch.float64, the model torch.float32"),
+    (lambda m, ids: Cache(m.config, 0, 9), "batch=0 of a Cache is not a whole number from 1"),
+    (lambda m, ids: Cache(m.config, 2, -1), "length=-1 of a Cache"),
+])
+def test_what_does_not_fit_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(build("llama"), torch.randint(24, (2, 5)))
+
+
+def test_a_refused_call_leaves_the_cache_as_it_was():
+    model, ids = build("llama"), torch.randint(24, (1, 6))
+    cache = Cache(model.config, 1, 8)
+    start = model(ids[:, :4], cache=cache)
+    for call in (lambda: model(ids[:, :5], cache=cache), lambda: model(ids[:, :1] + 24, cache=cache)):
+        with pytest.raises((ValueError, IndexError)):
+            call()
+    close(torch.cat([start, model(ids[:, 4:], cache=cache)], 1), model(ids))
+
+
+@pytest.mark.parametrize("other", ["labels", "mask"])
+def test_a_batch_of_two_shapes_is_refused_for_every_model(other):
+    with pytest.raises(ValueError, match=rf"{other} \(1, 3\) and ids \(1, 2\) differ in shape"):
+        minillm.prepare(build("Linear"), torch.zeros(1, 2).long(), **{other: torch.zeros(1, 3).long()})
