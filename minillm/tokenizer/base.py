@@ -135,6 +135,20 @@ def special_names(directory):
     return found
 
 
+def more_special(directory):
+    """The texts of special tokens that have no role, from tokenizer_config.json."""
+    config, found = settings(directory, "tokenizer_config.json"), []
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        listed = config.get(name) or []
+        listed = list(listed.values()) if isinstance(listed, dict) else listed
+        if not isinstance(listed, list):
+            raise ValueError(f"{name} is {listed!r}, not a list of tokens")
+        found += [token.get("content") if isinstance(token, dict) else token for token in listed]
+    if not all(isinstance(token, str) for token in found):
+        raise ValueError(f"the special tokens are {found!r}, not texts")
+    return found
+
+
 def set_special(tokenizer, names, find):
     """Set eos, bos, unk and pad from {"eos_token": text}; find(text) gives an id or None."""
     for name, text in names.items():
@@ -155,8 +169,9 @@ def added_tokens(directory):
             flags = ("special", "lstrip", "rstrip", "single_word")
             flags = {flag: bool(told.get(flag, False)) for flag in flags}
             found[int(i)] = Added(int(i), told["content"], **flags)
-        if not all(isinstance(a.id, int) and a.content and a.content + "" for a in found.values()):
-            raise ValueError("a token has no text")
+        if not all(type(token.id) is int and token.id >= 0 and token.content + ""
+                   for token in found.values()):
+            raise ValueError("an id is no number, or a text is empty")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} or added_tokens.json has an added token without a number and a "
                          f"text ({type(error).__name__}: {error})") from error

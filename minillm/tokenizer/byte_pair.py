@@ -23,6 +23,7 @@ class BytePair(base.Tokenizer):
         # A tokenizer.json may cut or pad every text, for the batches of whoever wrote it.
         inner.no_truncation()
         inner.no_padding()
+        self._size = 1 + max(inner.get_vocab().values(), default=-1)
         if not isinstance(chat_template, str | dict | None):
             raise ValueError(f"the chat template is {chat_template!r}, not a text")
         base.set_special(self, {k: v for k, v in (special or {}).items() if v is not None},
@@ -43,6 +44,7 @@ class BytePair(base.Tokenizer):
             names = base.special_names(directory)
             names.pop("unk_token", None)  # byte-level BPE knows every byte
             tokenizer = cls(inner, names, base.chat_template(directory))
+            mark_special(inner, [*names.values(), *base.more_special(directory)])
             config = base.settings(directory, "tokenizer_config.json")
             tokenizer.add_ends(config.get("add_bos_token"), config.get("add_eos_token"))
         except ValueError as error:
@@ -119,7 +121,7 @@ class BytePair(base.Tokenizer):
 
     @property
     def vocab_size(self):
-        return self.inner.get_vocab_size()
+        return self._size
 
     def _spans(self, text, special):
         encoding = self.inner.encode(text, add_special_tokens=special)
@@ -146,6 +148,19 @@ def add_missing(inner, added):
         if found != token.id:
             raise ValueError(f"the added token {token.content!r} has the id {token.id}, and by "
                              f"tokenizer.json {found}")
+
+
+def mark_special(inner, texts):
+    """Find these tokens in a text, and leave them out when ids are decoded."""
+    from tokenizers import AddedToken
+
+    special = {token.content for token in inner.get_added_tokens_decoder().values()
+               if token.special}
+    for text in texts:
+        if inner.token_to_id(text) is None:
+            raise ValueError(f"the special token {text!r} is not in the vocabulary")
+        if text not in special:
+            inner.add_special_tokens([AddedToken(text, special=True, normalized=False)])
 
 
 def ends_added(inner, front, behind):

@@ -14,11 +14,13 @@ It is plain JSON, so writing it needs no library.
     control pieces                           added_tokens
 """
 
-import base64
-
 from minillm.tokenizer import proto
 
 SPACE = "\u2581"
+
+
+class NoEqual(ValueError):
+    """A sentencepiece model that no tokenizer.json is equal to."""
 
 
 def tokenizer_json(model, tokens, *, prefix, every_part, bos=None, eos=None):
@@ -26,20 +28,22 @@ def tokenizer_json(model, tokens, *, prefix, every_part, bos=None, eos=None):
 
     prefix: a space is put in front of a text; every_part: in front of the parts between added
     tokens too. bos, eos: the (text, id) that is added in front and behind, or None.
-    ValueError for a sentencepiece model that the library `tokenizers` cannot express.
+    NoEqual for a sentencepiece model of which the library `tokenizers` gives other ids.
     """
     kinds = {proto.BPE: bpe, proto.UNIGRAM: unigram}
     if model.kind not in kinds or model.whitespace_as_suffix or not model.escape:
-        raise ValueError("this sentencepiece model has no equal tokenizer.json: only BPE and "
-                         "unigram models that write a space as a leading U+2581 have one")
-    normalizer, pre_tokenizer = spaces(model, prefix, every_part)
+        raise NoEqual("it is neither BPE nor unigram, or writes spaces in a way of its own")
+    if model.charsmap or model.remove_extra:
+        raise NoEqual("it normalizes a text or removes spaces before it splits the text")
+    normalizer, pre_tokenizer = spaces(prefix, every_part)
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
     decoders = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
                 {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]
     return {"version": "1.0", "truncation": None, "padding": None,
             "added_tokens": [added(token) for token in tokens], "normalizer": normalizer,
             "pre_tokenizer": pre_tokenizer, "post_processor": ends(bos, eos),
-            "decoder": {"type": "Sequence", "decoders": decoders}, "model": kinds[model.kind](model)}
+            "decoder": {"type": "Sequence", "decoders": decoders},
+            "model": kinds[model.kind](model)}
 
 
 def added(token):
@@ -48,7 +52,7 @@ def added(token):
             "special": token.special}
 
 
-def spaces(model, prefix, every_part):
+def spaces(prefix, every_part):
     """(normalizer, pre_tokenizer): what becomes of the spaces of a text.
 
     A normalizer works on each part between added tokens, so it can put a space in front of every
@@ -56,15 +60,7 @@ def spaces(model, prefix, every_part):
     part begins with one already. sentencepiece does not, so the first Metaspace looks for a blank,
     which no part contains any more; the second turns the blank into U+2581.
     """
-    steps = []
-    if model.charsmap:
-        charsmap = base64.b64encode(model.charsmap).decode()
-        steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
-    if model.remove_extra:
-        steps += [{"type": "Strip", "strip_left": True, "strip_right": True},
-                  {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}]
-    if prefix and every_part:
-        steps.append({"type": "Prepend", "prepend": SPACE})
+    steps = [{"type": "Prepend", "prepend": SPACE}] if prefix and every_part else []
     steps.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
     first = None
     if prefix and not every_part:
@@ -81,7 +77,8 @@ def metaspace(replacement, scheme):
 def ends(bos, eos):
     """The post-processor that adds BOS in front and EOS behind; None for neither."""
     text = {"Sequence": {"id": "A", "type_id": 0}}
-    tokens = {name: {"id": name, "ids": [i], "tokens": [name]} for name, i in filter(None, (bos, eos))}
+    tokens = {name: {"id": name, "ids": [i], "tokens": [name]}
+              for name, i in filter(None, (bos, eos))}
     if not tokens:
         return None
     front, behind = ([{"SpecialToken": {"id": one[0], "type_id": 0}}] if one else []

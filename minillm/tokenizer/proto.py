@@ -38,17 +38,20 @@ def read(proto):
     for number, value in fields(proto):
         if number in parts:
             parts[number].append(value)
-    pieces = []
-    for part in parts[PIECES]:
-        piece = dict(fields(part))
-        score = struct.unpack("<f", piece.get(SCORE, b"\0\0\0\0"))[0]
-        pieces.append((piece.get(TEXT, b"").decode(), score, piece.get(TYPE, NORMAL)))
+    pieces = [read_piece(part) for part in parts[PIECES]]
     trainer = dict(fields(b"".join(parts[TRAINER])))  # messages of one field merge: the last wins
     normalizer = dict(fields(b"".join(parts[NORMALIZER])))
     return Model(pieces, trainer.get(MODEL_TYPE, UNIGRAM), bool(trainer.get(BYTE_FALLBACK, 0)),
                  bool(trainer.get(WHITESPACE_AS_SUFFIX, 0)), normalizer.get(CHARSMAP, b""),
                  bool(normalizer.get(DUMMY_PREFIX, 1)), bool(normalizer.get(REMOVE_EXTRA, 1)),
                  bool(normalizer.get(ESCAPE, 1)))
+
+
+def read_piece(message):
+    """-> (text, score, type)."""
+    piece = dict(fields(message))
+    score = struct.unpack("<f", piece.get(SCORE, bytes(4)))[0]
+    return piece.get(TEXT, b"").decode(), score, piece.get(TYPE, NORMAL)
 
 
 def fields(message):
@@ -80,8 +83,7 @@ def write(pieces, prefix):
     prefix: put a space in front of every text.
     """
     kinds = [kind for _, _, kind in pieces]
-    parts = [packed(PIECES, packed(TEXT, text.encode()) + packed(SCORE, float(score))
-                    + packed(TYPE, int(kind))) for text, score, kind in pieces]
+    parts = [packed_piece(*piece) for piece in pieces]
     unknown = kinds.index(UNKNOWN) if UNKNOWN in kinds else 0
     trainer = {MODEL_TYPE: BPE, BYTE_FALLBACK: int(BYTE in kinds), UNK_ID: unknown}
     parts.append(packed(TRAINER, b"".join(packed(*item) for item in trainer.items())))
@@ -99,6 +101,28 @@ def with_prefix(proto, prefix):
     Protocol buffers merge two messages of one field, so what follows overrides what came before.
     """
     return proto + packed(NORMALIZER, packed(DUMMY_PREFIX, int(prefix)))
+
+
+def rounded(proto, step=1 / 64):
+    """The same model with every score rounded to a multiple of `step`.
+
+    A unigram model adds up scores: sentencepiece in float32, `tokenizers` in float64. Multiples of
+    1/64 add up exactly in both, to 2 ** 18 (about 100,000 characters), so both libraries find the
+    same ties and break them in the same way.
+    """
+    out = []
+    for number, value in fields(proto):
+        if number == PIECES:
+            text, score, kind = read_piece(value)
+            out.append(packed_piece(text, round(score / step) * step, kind))
+        else:
+            out.append(packed(number, value))
+    return b"".join(out)
+
+
+def packed_piece(text, score, kind):
+    return packed(PIECES, packed(TEXT, text.encode()) + packed(SCORE, float(score))
+                  + packed(TYPE, int(kind)))
 
 
 def packed(number, value):

@@ -11,11 +11,13 @@ transformers 5 puts no space in front of a text that begins with a space already
 training, llama.cpp and transformers 4 do, and so does minillm.
 """
 
+import dataclasses
 import hashlib
 import io
 import json
 import pathlib
 import re
+import warnings
 
 import sentencepiece
 
@@ -51,15 +53,15 @@ class SentencePiece(base.Tokenizer):
         ids = self.model.eos_id(), self.model.bos_id(), self.model.unk_id(), self.model.pad_id()
         self.eos, self.bos, self.unk, self._pad = (None if i < 0 else i for i in ids)
         self.add_bos, self.add_eos = add_bos, add_eos
-        self.find_added(added)
-
-    def find_added(self, added):
-        """Collect the tokens that are found before the text is split, and a pattern for them."""
-        pieces = self.parsed.pieces
-        controls = [base.Added(i, text) for i, (text, _, kind) in enumerate(pieces)
+        controls = [base.Added(i, text) for i, (text, _, kind) in enumerate(self.parsed.pieces)
                     if kind in (proto.CONTROL, proto.UNKNOWN)]
-        self.added = {token.id: token for token in controls}
-        for token in added:
+        self.added = {}
+        self.find([*controls, *added])
+
+    def find(self, tokens):
+        """Find these base.Added tokens in a text before it is split, beside those found so far."""
+        pieces = self.parsed.pieces
+        for token in tokens:
             if token.id < len(pieces) and pieces[token.id][0] != token.content:
                 raise ValueError(f"the added token {token.content!r} has the id {token.id}, which "
                                  f"the sentencepiece model gives to {pieces[token.id][0]!r}")
@@ -69,6 +71,15 @@ class SentencePiece(base.Tokenizer):
             raise ValueError("two added tokens have the same text")
         longest = sorted(self.added.values(), key=lambda token: -len(token.content))
         self.pattern = re.compile("|".join(map(pattern, longest)))
+
+    def mark_special(self, texts):
+        """Find these tokens in a text, and leave them out when ids are decoded."""
+        ids = [self.id_of(text) for text in texts]
+        if None in ids:
+            raise ValueError(f"the special token {texts[ids.index(None)]!r} is not in the "
+                             "vocabulary")
+        known = [self.added.get(i, base.Added(i, text)) for i, text in zip(ids, texts)]
+        self.find(dataclasses.replace(token, special=True) for token in known)
 
     @classmethod
     def train(cls, texts, vocab_size, kind="bpe"):
@@ -92,7 +103,7 @@ class SentencePiece(base.Tokenizer):
                 bos_id=-1, pad_id=-1, max_sentence_length=1 << 20, num_threads=1, minloglevel=3)
         except RuntimeError as error:
             raise ValueError(f"vocab_size={vocab_size} does not fit this text: {error}") from error
-        return cls(out.getvalue())
+        return cls(out.getvalue() if kind == "bpe" else proto.rounded(out.getvalue()))
 
     # --- text to ids and back -------------------------------------------------------------------
 
@@ -176,16 +187,17 @@ class SentencePiece(base.Tokenizer):
             tokenizer = cls(path.read_bytes(), base.chat_template(directory),
                             added=base.added_tokens(directory), prefix=flags["add_prefix_space"],
                             legacy=bool(flags["legacy"]))
-            base.set_special(tokenizer, base.special_names(directory), tokenizer.id_of)
+            names = base.special_names(directory)
+            base.set_special(tokenizer, names, tokenizer.id_of)
+            tokenizer.mark_special([*names.values(), *base.more_special(directory)])
             tokenizer.add_ends(flags["add_bos_token"], flags["add_eos_token"])
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         return tokenizer
 
     def add_ends(self, bos, eos):
-        """Set what `encode` adds; None is LlamaTokenizer's default, BOS where there is one."""
-        self.add_bos = self.bos is not None if bos is None else bos
-        self.add_eos = bool(eos)
+        """Set what `encode` adds. None adds nothing, as in transformers 5; 4 added BOS then."""
+        self.add_bos, self.add_eos = bool(bos), bool(eos)
         for add, name in ((self.add_bos, "bos"), (self.add_eos, "eos")):
             if add and getattr(self, name) is None:
                 raise ValueError(f"add_{name}_token is true, and there is no {name} token")
@@ -209,29 +221,42 @@ class SentencePiece(base.Tokenizer):
     def save(self, directory):
         """Write tokenizer.model, and tokenizer.json with the same ids, as transformers reads it.
 
-        ValueError for a sentencepiece model that has no equal tokenizer.json (see fast.py).
+        A model of others that has no equal tokenizer.json (see fast.py) is saved without one, and a
+        warning says so: minillm reads it as before, transformers may give other ids.
         """
         directory = pathlib.Path(directory)
-        special = self.special_texts()
-        bos, eos = ((self.text_of(i), i) if add else None
-                    for add, i in ((self.add_bos, self.bos), (self.add_eos, self.eos)))
+        config = dict(tokenizer_class="LlamaTokenizer", clean_up_tokenization_spaces=False,
+                      add_bos_token=self.add_bos, add_eos_token=self.add_eos, legacy=self.legacy,
+                      add_prefix_space=self.prefix, **self.special_texts())
         tokens = [self.added[i] for i in sorted(self.added)]
-        fast_file = fast.tokenizer_json(self.parsed, tokens, prefix=self.prefix,
-                                        every_part=self.legacy, bos=bos, eos=eos)
-        fast_file = json.dumps(fast_file, ensure_ascii=False, indent=1) + "\n"
-        beside = {str(t.id): {k: v for k, v in fast.added(t).items() if k != "id"} for t in tokens}
-        config = dict(
-            tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False,
-            add_bos_token=self.add_bos, add_eos_token=self.add_eos, add_prefix_space=self.prefix,
-            legacy=self.legacy, added_tokens_decoder=beside, **special,
-            **{WRITTEN_FROM_MODEL: hashlib.sha256(fast_file.encode()).hexdigest()})
+        config["added_tokens_decoder"] = {
+            str(t.id): {k: v for k, v in fast.added(t).items() if k != "id"} for t in tokens}
         if self.chat_template:
             config["chat_template"] = base.listed(self.chat_template)
+        try:
+            equal = self.tokenizer_json(tokens)
+        except fast.NoEqual as error:
+            if (directory / "tokenizer.json").exists():
+                raise ValueError(f"{directory} holds the tokenizer.json of another tokenizer, and "
+                                 f"this tokenizer.model has no equal one: {error}") from error
+            warnings.warn(f"{directory}: no tokenizer.json is equal to this tokenizer.model, so "
+                          f"transformers may give other ids: {error}", stacklevel=2)
+        else:
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
+            config[WRITTEN_FROM_MODEL] = hashlib.sha256(equal).hexdigest()
+            with files.atomic(directory / "tokenizer.json") as new:
+                new.write_bytes(equal)
         with files.atomic(directory / "tokenizer.model") as new:
             new.write_bytes(self.proto)
-        with files.atomic(directory / "tokenizer.json") as new:
-            new.write_bytes(fast_file.encode())
         base.write_config(directory, config)
+
+    def tokenizer_json(self, tokens):
+        """The bytes of the tokenizer.json that gives the same ids."""
+        bos, eos = ((self.text_of(i), i) if add else None
+                    for add, i in ((self.add_bos, self.bos), (self.add_eos, self.eos)))
+        found = fast.tokenizer_json(self.parsed, tokens, prefix=self.prefix,
+                                    every_part=self.legacy, bos=bos, eos=eos)
+        return json.dumps(found, ensure_ascii=False, indent=1).encode() + b"\n"
 
 
 def processor(proto_bytes):
