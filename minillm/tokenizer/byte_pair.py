@@ -31,7 +31,11 @@ class BytePair(base.Tokenizer):
 
     @classmethod
     def load(cls, directory):
-        """From tokenizer.json and the JSON files beside it."""
+        """From tokenizer.json and the JSON files beside it.
+
+        tokenizer.json itself says whether BOS and EOS are added; add_bos_token of the configuration
+        then has no effect, as in transformers.
+        """
         directory = pathlib.Path(directory)
         tokenizers = files.need("tokenizers", "hub")
         path = directory / "tokenizer.json"
@@ -45,23 +49,9 @@ class BytePair(base.Tokenizer):
             names.pop("unk_token", None)  # byte-level BPE knows every byte
             tokenizer = cls(inner, names, base.chat_template(directory))
             mark_special(inner, [*names.values(), *base.more_special(directory)])
-            config = base.settings(directory, "tokenizer_config.json")
-            tokenizer.add_ends(config.get("add_bos_token"), config.get("add_eos_token"))
         except ValueError as error:
             raise ValueError(f"{directory}: {error}") from error
         return tokenizer
-
-    def add_ends(self, bos, eos):
-        """Make `encode` add BOS and EOS or not; None for both leaves it to tokenizer.json."""
-        for value, name in ((bos, "bos"), (eos, "eos")):
-            if not isinstance(value, bool | None):
-                raise ValueError(f"add_{name}_token is {value!r}, neither true nor false")
-        if bos is None and eos is None:
-            return
-        front = [self.bos] if bos and self.bos is not None else []
-        behind = [self.eos] if eos and self.eos is not None else []
-        if self.inner.encode("").ids != front + behind:
-            self.inner.post_processor = ends_added(self.inner, front, behind)
 
     @classmethod
     def from_gguf(cls, fields):
@@ -77,8 +67,13 @@ class BytePair(base.Tokenizer):
         texts.pop("unk_token", None)
         tokenizer = cls(inner, texts, gguf_names.chat_template(fields))
         tokenizer._ends = gguf_names.ends(fields)
-        llama3 = field("pre") == "llama-bpe"  # llama.cpp's default
-        tokenizer.add_ends(field("add_bos_token", llama3), field("add_eos_token", False))
+        by_default = field("pre") == "llama-bpe" and tokenizer.bos is not None  # as in llama.cpp
+        front = [tokenizer.bos] if field("add_bos_token", by_default) else []
+        behind = [tokenizer.eos] if field("add_eos_token", False) else []
+        if None in front + behind:
+            raise ValueError("the GGUF adds BOS or EOS to every text, and has no id for it")
+        if front or behind:
+            inner.post_processor = ends_added(inner, front, behind)
         return tokenizer
 
     def to_gguf(self, size):
