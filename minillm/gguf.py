@@ -44,7 +44,7 @@ def load(path, dtype, device):
         tokenizer = tokenizers.from_gguf(fields)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
+    except (KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path}: its metadata is of another kind than it should be ({type(error).__name__}: {error})") from error
     by_name = {t.name: t for t in file.tensors}
     parts = {}

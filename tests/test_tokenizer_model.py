@@ -59,7 +59,7 @@ CONFIGS = [
 
 
 def transformers_own(proto, config):
-    """transformers' LlamaTokenizer of the same pieces, without protobuf, which it reads files by."""
+    """transformers' LlamaTokenizer of the same pieces, without its way of reading files."""
     transformers = hugging_face()
     from transformers.tokenization_utils_base import generate_merges
 
@@ -136,8 +136,12 @@ def test_wrong_files_beside_a_tokenizer_model(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message) as caught:
             tokenizers.load(directory(tmp_path, config, **files))
-        assert "\n" not in str(caught.value)
+        assert "\n" not in str(caught.value) and str(caught.value).count(str(tmp_path)) == 1
         (tmp_path / "added_tokens.json").unlink(missing_ok=True)
+    directory(tmp_path, {})
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ValueError, match="^[^:]*tokenizer_config.json is not whole JSON"):
+        tokenizers.load(tmp_path)
     gap = tokenizers.load(directory(tmp_path, {"added_tokens_decoder": {"610": added("<x>")}}))
     assert gap.vocab_size == 611 and gap.encode("<x>") == [610]
     with pytest.raises(ValueError, match="the id 605 has no token"):

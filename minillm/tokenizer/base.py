@@ -160,8 +160,7 @@ def set_special(tokenizer, names, find):
 
 def added_tokens(directory):
     """The Added tokens of added_tokens.json and of tokenizer_config.json, by id."""
-    path = pathlib.Path(directory) / "tokenizer_config.json"
-    listed = settings(directory, path.name).get("added_tokens_decoder") or {}
+    listed = settings(directory, "tokenizer_config.json").get("added_tokens_decoder") or {}
     plain = settings(directory, "added_tokens.json")
     try:
         found = {i: Added(i, content, special=False) for content, i in plain.items()}
@@ -173,8 +172,8 @@ def added_tokens(directory):
                    for token in found.values()):
             raise ValueError("an id is no number, or a text is empty")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} or added_tokens.json has an added token without a number and a "
-                         f"text ({type(error).__name__}: {error})") from error
+        raise ValueError("tokenizer_config.json or added_tokens.json has an added token without a "
+                         f"number and a text ({type(error).__name__}: {error})") from error
     return [found[i] for i in sorted(found)]
 
 

@@ -50,6 +50,8 @@ class BytePair(base.Tokenizer):
             tokenizer = cls(inner, names, base.chat_template(directory))
             mark_special(inner, [*names.values(), *base.more_special(directory)])
         except ValueError as error:
+            if str(directory) in str(error):  # an error of a file beside it, with its own path
+                raise
             raise ValueError(f"{directory}: {error}") from error
         return tokenizer
 

@@ -33,7 +33,15 @@ class Model:
 
 
 def read(proto):
-    """The bytes of a tokenizer.model -> Model."""
+    """The bytes of a tokenizer.model -> Model. ValueError for bytes of another format."""
+    try:
+        return read_model(proto)
+    except (AttributeError, IndexError, TypeError, struct.error, UnicodeDecodeError) as error:
+        raise ValueError(f"this is no sentencepiece model ({type(error).__name__}: {error})"
+                         ) from error
+
+
+def read_model(proto):
     parts = {PIECES: [], TRAINER: [], NORMALIZER: []}
     for number, value in fields(proto):
         if number in parts:
@@ -72,7 +80,10 @@ def fields(message):
         if wire == 0:
             yield number, varint()
             continue
-        size = {1: 8, 5: 4}.get(wire) or varint()
+        if wire not in (1, 2, 5):
+            raise ValueError(f"this is no sentencepiece model: byte {at} begins a field of type "
+                             f"{wire}")
+        size = {1: 8, 2: None, 5: 4}[wire] or varint()
         yield number, message[at : at + size]
         at += size
 

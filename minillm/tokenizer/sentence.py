@@ -192,6 +192,8 @@ class SentencePiece(base.Tokenizer):
             tokenizer.mark_special([*names.values(), *base.more_special(directory)])
             tokenizer.add_ends(flags["add_bos_token"], flags["add_eos_token"])
         except ValueError as error:
+            if str(directory) in str(error):  # an error of a file beside it, with its own path
+                raise
             raise ValueError(f"{path}: {error}") from error
         return tokenizer
 
