@@ -71,6 +71,27 @@ def test_byte_level_bpe_goes_to_gguf_and_back(tmp_path):
     back = written(tmp_path, tokenizer, 800)
     same(tokenizer, back)
     assert back.encode("a") == [1, *back.encode("a", special=False), 2] and back.stops == (2, 0)
+    again = back.to_gguf(800)
+    assert again == {**fields, "tokenizer.ggml.add_space_prefix": False}
+    assert back.to_gguf(802)["tokenizer.ggml.token_type"][798:] == [1, 1, 5, 5]
+    assert back.to_gguf(802)["tokenizer.ggml.tokens"][800:] == ["[unused 800]", "[unused 801]"]
+
+
+def test_the_fields_of_a_sentencepiece_model(tmp_path):
+    fields = in_llama_style(tmp_path).to_gguf(604)
+    fields = {name.removeprefix("tokenizer.ggml."): value for name, value in fields.items()}
+    kinds = fields["token_type"]
+    assert kinds[:4] == [2, 3, 3, 6] and kinds[258:260] == [6, 1] and kinds[599:] == [
+        1, 3, 3, 4, 5]
+    assert fields["tokens"][1] == "<s>" and fields["tokens"][600:] == [
+        "<|im_start|>", "<|im_end|>", "hello", "[unused 603]"]
+    scores = fields["scores"]
+    assert scores[259:262] == [0, -1, -2] and scores[600:] == [-1000] * 4
+    flags = [fields[name] for name in ("add_bos_token", "add_eos_token", "add_space_prefix")]
+    assert flags == [True, False, True] and fields["model"] == "llama"
+    bare = {f"tokenizer.ggml.{name}": value for name, value in fields.items()
+            if not name.startswith("add_")}
+    same(tokenizers.from_gguf(bare), tokenizers.from_gguf(in_llama_style(tmp_path).to_gguf(604)))
 
 
 def test_what_a_gguf_cannot_say_is_refused(tmp_path):

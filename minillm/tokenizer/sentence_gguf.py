@@ -2,7 +2,8 @@
 
 llama.cpp keeps the pieces, their scores and their types, and merges as sentencepiece's BPE does. It
 knows no normalization, and finds special and user-defined tokens before it splits a text. With
-add_space_prefix it puts a space in front of every part between them ("legacy").
+add_space_prefix it puts a space in front of every part between them ("legacy"). A model that is
+not legacy therefore has other ids in llama.cpp behind a special token; a GGUF cannot say it.
 """
 
 from minillm.tokenizer import base, gguf_names, proto
