@@ -285,7 +285,7 @@ def conversation(messages, tokenizer, length, where):
                 raise ValueError(f"{where}: the chat template writes earlier messages another way when message {i + 1} is added, so what "
                                  "the assistant says cannot be told apart")
             turns.append((len(before), len(after)))
-    ids, offsets = tokenizer.spans(text)
+    ids, offsets = tokenizer.spans(text, special=False)  # the template writes BOS itself
     return clip(ids, only(ids, offsets, turns), length)
 
 

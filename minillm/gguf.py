@@ -13,7 +13,7 @@ import struct
 import torch
 
 from minillm import files, hub
-from minillm.tokenizer import BytePair
+from minillm import tokenizer as tokenizers
 from minillm.transformer import Config
 
 NAMES = {
@@ -41,10 +41,10 @@ def load(path, dtype, device):
             raise ValueError(f"{path} is not a whole GGUF file: the tensors {one!r} and {other!r} overlap")
     try:
         config = translate(fields, {t.name for t in file.tensors}, path)
-        tokenizer = BytePair.from_gguf(fields)
+        tokenizer = tokenizers.from_gguf(fields)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
+    except (KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path}: its metadata is of another kind than it should be ({type(error).__name__}: {error})") from error
     by_name = {t.name: t for t in file.tensors}
     parts = {}
@@ -155,7 +155,7 @@ def save(model, path, tokenizer, type="f32"):
     """Write a GGUF file that llama.cpp runs, with the tokenizer and its chat template; whole, or not at all.
 
     type: "f32", "f16", or "q8_0" (8 bits in blocks of 32 with a 16-bit scale). Vectors, and matrices whose rows do not divide by 32,
-    stay in higher precision. ValueError for a model of the GPT-2 family, and for a tokenizer that is not byte-level BPE.
+    stay in higher precision. ValueError for a model of the GPT-2 family, and for a tokenizer that llama.cpp does not run (see `to_gguf`).
     """
     gguf, c = files.need("gguf", "hub"), model.config
     if type not in TYPES:
@@ -164,9 +164,9 @@ def save(model, path, tokenizer, type="f32"):
         raise ValueError("only the Llama family is written as GGUF (RMSNorm, SwiGLU with silu, rotary positions, no biases in the MLP)")
     if c.window:
         raise ValueError(f"llama.cpp's Llama has no sliding window, and this model has window={c.window}")
-    if not isinstance(tokenizer, BytePair):
+    if not isinstance(tokenizer, tokenizers.Tokenizer):
         kind = "none" if tokenizer is None else tokenizer.__class__.__name__
-        raise ValueError(f"a GGUF carries its tokenizer, which has to be byte-level BPE; this is {kind}")
+        raise ValueError(f"a GGUF carries its tokenizer: pass a minillm tokenizer; this is {kind}")
     # llama.cpp's Llama has room for biases too; its Qwen2 has none for another size of the heads.
     arch = "qwen2" if c.qkv_bias and not c.out_bias and c.head_size * c.heads == c.width else "llama"
     fields = tokenizer.to_gguf(c.vocab_size)

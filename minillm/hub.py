@@ -93,7 +93,7 @@ def from_directory(path, dtype, device):
     model = fill(config, {ours: lambda theirs=theirs, part=part: part(tensor(theirs)) for ours, (theirs, part) in names(where).items()},
                  dtype, device, path)
     has_tokenizer = any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
-    return model, tokenizers.load(path) if has_tokenizer else None
+    return model, tokenizers.load(path, size=config.vocab_size) if has_tokenizer else None
 
 
 def tensor_files(path):
@@ -306,6 +306,10 @@ def save(model, path, tokenizer=None, shard_bytes=5_000_000_000, type="f32"):
     for name in ("eos", "bos", "pad"):
         if tokenizer is not None and getattr(tokenizer, name) is not None:
             told[f"{name}_token_id"] = getattr(tokenizer, name)
+    if tokenizer is not None:
+        tokenizer.check_size(model.config.vocab_size, path)
+        if len(tokenizer.stops) > 1:
+            told["eos_token_id"] = list(tokenizer.stops)
     with files.atomic(path) as new:
         new.mkdir()
         (new / "config.json").write_text(json.dumps(told, indent=2, sort_keys=True) + "\n")
