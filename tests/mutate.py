@@ -47,7 +47,6 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # What takes long to import and is no part of minillm is imported once, in the process that all
 # others are forked from.
 HEAVY = ["torch", "torch._dynamo", "transformers", "peft", "sacrebleu", "safetensors.torch"]
-os.environ["OMP_NUM_THREADS"] = "1"
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(HEAVY)
 
@@ -165,7 +164,7 @@ def record(files, tests, path):
     return notes["tests"]
 
 
-def tests_of(mutant, notes):
+def candidates(mutant, notes):
     """{test: seconds} of the tests that could notice a mutant, in the order in which they run."""
     file, change = mutant.file, mutant.change
     names = file, f"test_{pathlib.Path(file).stem}"  # its own doctest, and the file that mirrors it
@@ -189,7 +188,7 @@ def try_all(mutants, notes, files, workers):
     survivors, free = {}, queue.SimpleQueue()
 
     def one(number, mutant):
-        tests, began, copy = tests_of(mutant, notes), time.perf_counter(), free.get()
+        tests, began, copy = candidates(mutant, notes), time.perf_counter(), free.get()
         noticed = copy.notices(mutant, tests) if tests else None
         free.put(copy)
         by = f"by {noticed}" if noticed else f"by none of {len(tests)} tests"
@@ -223,6 +222,7 @@ def main():
     if args.list:
         print("\n".join(f"{number:3d} {mutant}" for number, mutant in mutants.items()))
         return
+    os.environ["OMP_NUM_THREADS"] = "1"  # torch reads it when the first process imports it
     survivors = try_all(mutants, record(files, args.tests, args.map), files, args.workers)
     print(f"{len(mutants) - len(survivors)} of {len(mutants)} noticed")
     for number, mutant in survivors.items():
