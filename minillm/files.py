@@ -1,4 +1,4 @@
-"""Files that are never half written and never lost, and optional packages that are asked for by name.
+"""Files that are never half written and never lost; optional packages, asked for by name.
 
 A program that dies in the middle of a save must leave the old file as it was. So everything that
 `minillm` writes goes to a temporary name in the same directory, is flushed to the disk, and is then
@@ -13,7 +13,6 @@ Three rules keep what the user has:
 """
 
 import contextlib
-import errno
 import hashlib
 import importlib
 import json
@@ -68,8 +67,8 @@ def check_writable(path, directory=False, force=False, own=(), needs=None):
                               "was changed since: choose another directory, or move it away. "
                               "minillm never replaces it")
     if foreign and not force:
-        raise FileExistsError(f"{path} holds {listed(foreign)}, which minillm did not write: choose "
-                              "another directory, or keep that and write beside it with "
+        raise FileExistsError(f"{path} holds {listed(foreign)}, which minillm did not write: "
+                              "choose another directory, or keep that and write beside it with "
                               "force=True (--force)")
 
 
@@ -79,7 +78,8 @@ def check_above(path):
     if not above.is_dir():
         raise NotADirectoryError(f"{path} cannot be written: {above} is not a directory")
     if not os.access(above, os.W_OK | os.X_OK):
-        raise PermissionError(f"{path} cannot be written: there is no permission to write in {above}")
+        raise PermissionError(f"{path} cannot be written: there is no permission to write in "
+                              f"{above}")
 
 
 def behind_links(path):
@@ -101,7 +101,7 @@ def listed(names):
 
 @contextlib.contextmanager
 def atomic(path, own=()):
-    """Yield a temporary path beside `path`; put it at `path` if the block ends well, else remove it.
+    """Yield a temporary path beside `path`; put it at `path` if the block ends well.
 
     The block makes a file or a directory there. A new file gets the mode of the user's umask, one
     that replaces another the mode of that. A directory at `path` loses its files `own` (names) and
@@ -120,7 +120,8 @@ def atomic(path, own=()):
             settle(new, path)
             if path.exists() and path.is_dir() != new.is_dir():
                 kinds = ("a file", "a directory") if new.is_dir() else ("a directory", "a file")
-                raise FileExistsError(f"{path} is {kinds[0]}, and {kinds[1]} was to be written there")
+                raise FileExistsError(f"{path} is {kinds[0]}, and {kinds[1]} was to be written "
+                                      "there")
             if path.is_dir():
                 swap(new, path, own)
             else:
@@ -150,7 +151,7 @@ def one_error(path, scratch=None):
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     except OSError as error:
         if error.errno is None and re.fullmatch(r"\d+ requested and \d+ written", str(error)):
-            raise OSError(f"{path} could not be written whole ({error}): the disk is full") from error
+            raise OSError(f"{path} was not written whole ({error}): the disk is full") from error
         inside = error.filename is None or scratch is None or str(scratch) in str(error.filename)
         if error.errno is None or not inside:
             raise
@@ -172,7 +173,6 @@ def settle(new, old):
         flush(file)
     if new.is_dir() and old.is_dir():
         shutil.copymode(old, new)
-
 
 
 # --- what files say --------------------------------------------------------------------------

@@ -55,8 +55,9 @@ def link(source, target):
     except FileExistsError as error:
         raise FileExistsError(f"{source} is in the way: minillm did not write it") from error
     except OSError as error:
-        raise OSError(error.errno, f"{error.strerror}: the file cannot get a second name (hard link), "
-                      "so it cannot stay while its directory is replaced", str(source)) from error
+        why = (f"{error.strerror}: the file cannot get a second name (hard link), so it cannot "
+               "stay while its directory is replaced")
+        raise OSError(error.errno, why, str(source)) from error
 
 
 def same(a, b):
@@ -67,7 +68,7 @@ def same(a, b):
 
 
 def exchange(a, b):
-    """Let two names change places in one step, where the system can (Linux); says whether it did."""
+    """Let two names change places in one step; False where the system cannot (Linux can)."""
     if sys.platform != "linux":
         return False
     try:
