@@ -22,7 +22,7 @@ def fill(config, parts, dtype, device, source):
         raise ValueError(f"{source} says that it has {config.layers} layers, but it holds "
                          f"{len(parts)} tensors")
     model = empty(config, source)
-    shapes = shapes_of(model)
+    shapes = shapes_of(model, config.tied)
     held = set(parts) - ({"lm_head.weight"} if same_head(config, parts, source) else set())
     check_names(shapes, held, source)
     wrong = []
@@ -53,9 +53,10 @@ def empty(config, source="this configuration"):
         raise ValueError(f"{source} describes a model beyond all memory: {config}") from error
 
 
-def shapes_of(model):
-    """{name: shape} of the parameters."""
-    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+def shapes_of(model, tied):
+    """{name: shape} of the parameters, of a tied model without its head."""
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: tuple(p.shape) for name, p in every if not (tied and name == "lm_head.weight")}
 
 
 def same_head(config, parts, source):

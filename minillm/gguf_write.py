@@ -1,5 +1,6 @@
 """Writing GGUF, llama.cpp's file, from a Transformer; `gguf.py` reads it and says what it holds."""
 
+import contextlib
 import re
 
 import torch
@@ -70,8 +71,7 @@ def write(model, config, path, tokenizer, type):
         for _ in tensors:  # this process's part of each goes to the first
             pass
         return
-    with files.atomic(path) as new:
-        writer = gguf.GGUFWriter(new, arch)
+    with files.atomic(path) as new, contextlib.closing(gguf.GGUFWriter(new, arch)) as writer:
         add_shape(writer, config)
         writer.add_file_type(FILE_TYPES[type])
         for name, value in tokenizer.to_gguf(config.vocab_size).items():
@@ -84,7 +84,6 @@ def write(model, config, path, tokenizer, type):
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-        writer.close()
 
 
 def add_shape(writer, config):

@@ -130,7 +130,8 @@ def check_model(model):
     if not isinstance(model, Transformer):
         raise TypeError(f"save writes minillm's Transformer, not {model.__class__.__name__}; a "
                         "Hugging Face model has save_pretrained")
-    wanted, held = shapes_of(empty(config_of(model))), shapes_of(model)
+    config = config_of(model)
+    wanted, held = (shapes_of(m, config.tied) for m in (empty(config), model))
     check_names(wanted, held, "this model")
     wrong = [name for name in wanted if wanted[name] != held[name]]
     if wrong:
