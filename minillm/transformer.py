@@ -5,7 +5,7 @@
     x = x + mlp(norm(x))
     logits = head(norm(x))
 
-                     GPT-2                  Llama (Touvron et al. 2023, arXiv 2302.13971), Qwen2, SmolLM2
+                     GPT-2                  Llama (Touvron et al. 2023, arXiv 2302.13971), Qwen2 and 3, SmolLM2
     positions        learned, added to x    rotary (RoPE, Su et al. 2021, arXiv 2104.09864), applied to q and k
     norm             LayerNorm              RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467)
     mlp              W2 gelu(W1 x)          SwiGLU: W_down (silu(W_gate x) * W_up x) (Shazeer 2020, arXiv 2002.05202)
@@ -19,7 +19,7 @@ Who sees whom is one rule, over documents and positions: see `attention`. A text
 The leaves carry the names of the Hugging Face Llama (`q_proj` ... `down_proj`), in both families, so the targets of any LoRA
 recipe can be written here as they stand. transformers keeps a file for each architecture and lets them repeat each
 other, so that each can be read alone; here one page serves both, and the price is the few `if`s in the constructors.
-Not included: dropout, biases of attention by distance (ALiBi), mixtures of experts, scaled RoPE.
+Not included: dropout, biases of attention by distance (ALiBi), mixtures of experts.
 """
 
 import contextlib
@@ -36,6 +36,7 @@ from minillm.cache import Cache, write  # noqa: F401  (Cache, left_pad and sampl
 from minillm.generate import generate, left_pad, sample  # noqa: F401
 from minillm.loss import cross_entropy_sum
 from minillm.registry import linear, same_shape
+from minillm.rope import check_scaling, rope_table, rotate
 
 ACTIVATIONS = {
     "silu": F.silu,
@@ -63,10 +64,12 @@ class Config:
     activation: str = "silu"
     gated: bool = True  # SwiGLU's gate
     rope_base: float | None = 10000.0  # None: learned positions
+    rope_scaling: dict | None = None  # for contexts beyond the trained ones; see rope.py
     window: int | None = None  # a token sees so many, itself included (Mistral's sliding window); None: all before it
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False  # the norm of q and of k in each head, before they turn (Qwen3)
     tied: bool = True  # the head is the embedding
 
     def __post_init__(self):
@@ -78,7 +81,7 @@ class Config:
             value = getattr(self, field)
             if not (isinstance(value, (int, float)) and 0 < value < math.inf or value is None and field == "rope_base"):
                 raise ValueError(f"{field}={value!r} is not a number above 0")
-        for field in ("gated", "qkv_bias", "out_bias", "mlp_bias", "tied"):
+        for field in ("gated", "qkv_bias", "out_bias", "mlp_bias", "qk_norm", "tied"):
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"{field}={getattr(self, field)!r} is neither true nor false")
         self.kv_heads = self.kv_heads or self.heads
@@ -88,6 +91,9 @@ class Config:
             raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
         if self.rope_base and self.head_size % 2:
             raise ValueError(f"RoPE turns pairs: head_size={self.head_size} is odd")
+        if self.rope_scaling and not self.rope_base:
+            raise ValueError(f"rope_scaling={self.rope_scaling!r} is for RoPE, and rope_base is None")
+        check_scaling(self.rope_scaling, self.head_size)
         for field, known in (("activation", ACTIVATIONS), ("norm", NORMS)):
             if getattr(self, field) not in known:
                 raise ValueError(f"{field}={getattr(self, field)!r} is unknown; known: {', '.join(known)}")
@@ -117,32 +123,22 @@ class Attention(nn.Module):
         self.k_proj = Linear(c.width, c.kv_heads * c.head_size, bias=c.qkv_bias)
         self.v_proj = Linear(c.width, c.kv_heads * c.head_size, bias=c.qkv_bias)
         self.o_proj = Linear(c.heads * c.head_size, c.width, bias=c.out_bias)
+        self.q_norm = NORMS[c.norm](c.head_size, eps=c.eps) if c.qk_norm else None
+        self.k_norm = NORMS[c.norm](c.head_size, eps=c.eps) if c.qk_norm else None
 
     def forward(self, x, rope=None, mask=None, cache=None):
         def in_heads(y):
             return y.unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # (b, t, h*d) -> (b, h, t, d)
 
         q, k, v = in_heads(self.q_proj(x)), in_heads(self.k_proj(x)), in_heads(self.v_proj(x))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)  # over d
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = write(*cache, k, v)  # (b, g, t, d) -> (b, g, s, d)
         y = fused(q, k, v, mask)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (b, h, t, d) -> (b, t, h*d)
-
-
-def rope_table(positions, head_size, base):
-    """cos and sin of the angles, each (b, 1, t, d), float32; pair i of position p turns by p * base^(-2i/d)."""
-    frequency = base ** -(torch.arange(0, head_size, 2, device=positions.device).float() / head_size)  # (d/2,)
-    angle = positions[:, None, :, None].float() * frequency  # (b, 1, t, d/2)
-    angle = torch.cat([angle, angle], -1)
-    return angle.cos(), angle.sin()
-
-
-def rotate(x, cos, sin):
-    """Turn the pairs (x_i, x_{i+d/2}) of x, (b, h, t, d)."""
-    left, right = x.chunk(2, -1)
-    return x * cos.to(x.dtype) + torch.cat([-right, left], -1) * sin.to(x.dtype)
 
 
 class MLP(nn.Module):
@@ -181,6 +177,7 @@ class Transformer(nn.Module):
     """
 
     recompute = compiled = False
+    source = ""  # the name or the path that `load` was given
 
     def __init__(self, config):
         super().__init__()
@@ -226,7 +223,7 @@ class Transformer(nn.Module):
         positions, visible = look(ids, mask, cache, c.positions, c.window, static)
         if self.embed_positions is not None:
             x = x + self.embed_positions(positions)
-        rope = rope_table(positions, c.head_size, c.rope_base) if c.rope_base else None
+        rope = rope_table(positions, c.head_size, c.rope_base, c.rope_scaling) if c.rope_base else None
         return self.norm(self.blocks(x, rope, visible, cache, static))
 
     def embed(self, ids):
