@@ -1,0 +1,391 @@
+"""The user's own files: every kind of record, what is wrong with them, and what is shown of them."""
+
+import csv
+import json
+
+import pytest
+
+from minillm import data
+from minillm.tokenizer import SentencePiece
+
+CHAT = ("{% for m in messages %}<{{ m['role'] }}>\n{{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>\n{% endif %}")
+# As Qwen3's: the last turn, and no other, begins with a thought.
+THINKING = ("{% for m in messages %}<{{ m['role'] }}>\n"
+            "{% if m['role'] == 'assistant' and loop.last %}<think></think>\n{% endif %}"
+            "{{ m['content'] | trim }}<end>\n{% endfor %}"
+            "{% if add_generation_prompt %}<assistant>\n{% endif %}")
+
+
+@pytest.fixture(scope="module")
+def bare():
+    return SentencePiece.train([data.topics()[:60000]], 600)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(bare):
+    return SentencePiece(bare.proto, CHAT)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """write(name, what): a file of bytes, text, a list of records (.jsonl), or JSON (.json)."""
+
+    def write(name, what):
+        path = tmp_path / name
+        if isinstance(what, str):
+            what = what.encode()
+        if not isinstance(what, bytes):
+            rows = [what] if name.endswith(".json") else what
+            what = "\n".join(json.dumps(row) for row in rows).encode()
+        path.write_bytes(what)
+        return path
+
+    return write
+
+
+def learnt(tokenizer, example):
+    """The text of the part that is learnt, the end of the text left out."""
+    left_out = (data.NOT_LEARNT, tokenizer.eos)
+    return tokenizer.decode([label for label in example.labels if label not in left_out])
+
+
+def said(tokenizer, example):
+    return tokenizer.decode(example.ids)
+
+
+USER = {"role": "user", "content": "hi"}
+BOT = {"role": "assistant", "content": "first"}
+
+
+# --- every kind of record --------------------------------------------------------------------------
+
+
+def test_prompts_and_texts(write, bare):
+    path = write("a.jsonl", [{"prompt": "two plus two is", "completion": " four é"}, {"text": "hello there"}])
+    one, two = data.read(path, bare)
+    assert learnt(bare, one) == " four é" and one.labels[-1] == bare.eos
+    assert two.labels[1:] == two.ids[1:] and said(bare, two) == "hello there"
+    (three,) = data.read(write("a.csv", 'prompt,completion\n"say ""hi"",\nplease",hi\n'), bare)
+    assert learnt(bare, three) == "hi" and said(bare, three) == 'say "hi",\npleasehi'
+
+
+@pytest.mark.parametrize("length", [2, 3, 7, 50, 100])
+def test_a_text_of_any_length_is_learnt_to_its_end(write, bare, length):
+    """Also where the last piece would have one token, which could be learnt from nothing."""
+    for words in range(1, 9):
+        text = "word " * words
+        ids = bare.encode(text) + [bare.eos]
+        for name, what in (("a.txt", text), ("a.jsonl", [{"text": text}])):
+            found = data.read(write(name, what), bare, length=length)
+            assert [label for e in found for label in e.labels[1:]] == ids[1:]
+            assert max(len(e.ids) for e in found) <= length and found.cut == 0
+            assert found.learnt == len(ids) - 1 and found.records == 1
+
+
+def test_a_conversation_learns_what_the_assistant_says(write, tokenizer):
+    messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "say <assistant>\nno"},
+                BOT, {"role": "user", "content": "again"}, {"role": "assistant", "content": "second"}]
+    (example,) = data.read(write("a.jsonl", [{"messages": messages}]), tokenizer)
+    assert learnt(tokenizer, example) == "first\nsecond\n", "the marker in the user's text is no turn"
+    assert said(tokenizer, example) == tokenizer.chat(messages)
+
+
+def test_sharegpt(write, tokenizer):
+    names = [("system", "be kind"), ("human", "hi"), ("gpt", "first"), ("human", "again"), ("gpt", "second")]
+    told = [{"from": who, "value": what, "weight": 1} for who, what in names]
+    as_messages = [{"role": dict(human="user", gpt="assistant").get(who, who), "content": what}
+                   for who, what in names]
+    rows = [{"conversations": told}, {"conversations": as_messages}, {"messages": as_messages},
+            {"messages": told}]
+    found = data.read(write("a.jsonl", rows), tokenizer)
+    assert len(found) == 4 and all(e.ids == found[0].ids and e.labels == found[0].labels for e in found)
+    assert learnt(tokenizer, found[0]) == "first\nsecond\n"
+
+
+ALPACA = [{"instruction": "Add.", "input": "2 and 2", "output": "4"},
+          {"instruction": "Say hi.", "input": "", "output": "hi"},
+          {"instruction": "Say hi.", "output": "hi"},
+          {"instruction": "Say hi.", "input": None, "system": "Be kind.", "output": "hi"}]
+
+
+def test_alpaca_with_a_chat_template_is_a_conversation(write, tokenizer):
+    found = data.read(write("a.json", ALPACA), tokenizer)
+    assert [learnt(tokenizer, e) for e in found] == ["4\n", "hi\n", "hi\n", "hi\n"]
+    assert [said(tokenizer, e) for e in found] == [
+        "<user>\nAdd.\n\n2 and 2\n<assistant>\n4\n", *["<user>\nSay hi.\n<assistant>\nhi\n"] * 2,
+        "<system>\nBe kind.\n<user>\nSay hi.\n<assistant>\nhi\n"]
+
+
+def test_alpaca_without_a_chat_template_is_its_own_prompt(write, bare):
+    found = data.read(write("a.json", ALPACA), bare)
+    assert [learnt(bare, e) for e in found] == ["4", "hi", "hi", "hi"]
+    assert said(bare, found[0]) == (
+        "Below is an instruction that describes a task, paired with an input that provides further "
+        "context. Write a response that appropriately completes the request.\n\n### Instruction:\nAdd."
+        "\n\n### Input:\n2 and 2\n\n### Response:\n4")
+    assert said(bare, found[1]) == said(bare, found[2]) == (
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n### Instruction:\nSay hi.\n\n### Response:\nhi")
+    assert said(bare, found[3]) == "Be kind.\n\n### Instruction:\nSay hi.\n\n### Response:\nhi"
+
+
+def test_a_template_that_writes_the_last_turn_another_way(write, bare):
+    thinking = SentencePiece(bare.proto, THINKING)
+    messages = [USER, BOT, {"role": "user", "content": "again"}, {"role": "assistant", "content": " second "}]
+    (example,) = data.read(write("a.jsonl", [{"messages": messages}]), thinking)
+    assert learnt(thinking, example) == "first<end>\n<think></think>\nsecond<end>\n"
+    counting = SentencePiece(bare.proto, "{{ messages | length }}" + CHAT)
+    with pytest.raises(ValueError, match="line 1: .* when message 2 is added"):
+        data.read(write("a.jsonl", [{"messages": messages}]), counting)
+
+
+def test_a_record_of_two_kinds_is_read_as_the_more_structured_and_says_so(write, tokenizer):
+    rows = [{"text": "all of it", "prompt": "a", "completion": " b"},
+            {"text": "all of it", "messages": [USER, BOT], "id": 7}, {"text": "alone"}]
+    found = data.read(write("a.jsonl", rows), tokenizer)
+    assert [learnt(tokenizer, e) for e in found[:2]] == [" b", "first\n"]
+    assert found.kinds == {("prompt", "completion"): 1, ("messages",): 1, ("text",): 1}
+    assert found.unread == {("text",): 2}
+    assert "1 records of prompt and completion" in found.summary()
+    assert "not read: text, which 2 records have besides" in found.summary()
+
+
+# --- files -------------------------------------------------------------------------------------------
+
+
+def test_line_ends_and_a_byte_order_mark_change_nothing(write, bare):
+    rows = '{"prompt": "a", "completion": " b"}\n{"prompt": "c", "completion": " d"}\n'
+    for name, text in (("a.jsonl", rows), ("a.csv", "prompt,completion\na,b\n\nc,d\n"),
+                       ("a.txt", "one\ntwo\n"), ("a.JSON", '[{"prompt": "a",\n"completion": "b"}]')):
+        plain = data.read(write(name, text), bare)
+        marked = data.read(write(name, b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode()), bare)
+        assert marked == plain and len(plain) > 0
+    assert data.text(write("a.txt", b"\xef\xbb\xbfone\r\ntwo")) == "one\ntwo"
+
+
+@pytest.mark.parametrize("odd", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\r", "\r\n", "\n"])
+def test_a_csv_field_holds_any_line_end(write, bare, odd):
+    path = write("a.csv", f'prompt,completion\nx,"a{odd}b"\ny,c\n')
+    assert data.questions(path, bare).references == [f"a{odd}b", "c"]
+    assert len(data.read(path, bare)) == 2
+
+
+@pytest.mark.parametrize("odd", ["\u2028", "\x85"])
+def test_a_json_line_ends_with_a_newline_only(write, bare, odd):
+    path = write("a.jsonl", f'{{"prompt": "a", "completion": "b{odd}c"}}\n')
+    assert data.questions(path, bare).references == [f"b{odd}c"]
+
+
+def test_a_csv_field_may_be_long_and_the_limit_of_the_program_stays(write, bare):
+    before = csv.field_size_limit()
+    path = write("a.csv", "prompt,completion\n" + "x" * 200_000 + ",y\n,z\nbad\n")
+    assert data.questions(path, bare, skip_bad=True).prompts == ["x" * 200_000, ""]
+    with pytest.raises(ValueError, match="line 4: 1 fields"):
+        data.questions(path, bare)
+    assert csv.field_size_limit() == before
+
+
+LONG = "long " * 300
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.xml", b"{}", "the ending '.xml' is unknown; known: .txt, .jsonl, .json, .csv"),
+    ("a", b"{}", "the ending '' is unknown"),
+    ("a.txt", b"", " is empty"),
+    ("a.txt", b"\xef\xbb\xbf \n", " is empty"),
+    ("a.jsonl", b"\n  \n", " is empty"),
+    ("a.csv", b"", " is empty"),
+    ("a.csv", b"prompt,completion\n\n", " is empty: it has no record"),
+    ("a.json", b"[]", " is empty: it has no record"),
+    ("a.txt", b"fine\nnot \xff\xfe utf", "line 2: not UTF-8 .the byte 0xff."),
+    ("a.jsonl", b'{"text": "abc"}\n{"text": "\xe9"}', "line 2: not UTF-8 .the byte 0xe9."),
+    ("a.csv", b"text\nabc\n\xe9\n", "line 3: not UTF-8 .the byte 0xe9."),
+    ("a.csv", b"t\xe9xt\nabc\n", "line 1: not UTF-8"),
+    ("a.json", b'[\n{"text": "\xe9"}]', "line 2: not UTF-8"),
+    ("a.jsonl", b'{"text": "a b c"}\n{"text": ', "line 2: not JSON"),
+    ("a.jsonl", b'{"text": "abc"},\n', "line 1: not JSON .*Extra data"),
+    ("a.jsonl", b'["text"]', "line 1: a record is an object, this is list"),
+    ("a.jsonl", b'{"text": "abc"}\n\n' + b"[" * 200_000, "line 3: not JSON"),
+    ("a.json", b"[" * 200_000, ": not JSON"),
+    ("a.json", b'{"text": "a"}\n{"text": "b"}', "not JSON .*has to end in .jsonl"),
+    ("a.json", b'{"data": [{"text": "a"}]}', "has to be a list of records, this is dict"),
+    ("a.json", b'[{"text": "abc"}, 3]', "record 2: a record is an object, this is int"),
+    ("a.jsonl", b'{"txt": "a"}', "line 1: the fields are 'txt'; known: 'messages'; .*'text'"),
+    ("a.jsonl", b"{}", "line 1: the fields are none"),
+    ("a.jsonl", b'{"text": 3}', "line 1: 'text' is int .3., not text"),
+    ("a.jsonl", b'{"text": " "}', "line 1: 'text' is empty"),
+    ("a.jsonl", b'{"prompt": 3, "completion": "a"}', "'prompt' is int .3., not text"),
+    ("a.jsonl", b'{"prompt": "a", "completion": [1.5]}', "'completion' is list .*not text"),
+    ("a.jsonl", b'{"prompt": "a", "completion": null}', "'completion' is NoneType"),
+    ("a.jsonl", b'{"prompt": "a", "completion": " "}', "'completion' is empty"),
+    ("a.jsonl", b'{"instruction": "a", "output": ""}', "'output' is empty"),
+    ("a.jsonl", b'{"instruction": " ", "output": "b"}', "'instruction' is empty"),
+    ("a.jsonl", b'{"instruction": "a", "output": "b", "input": 3}', "'input' is int .3., not text"),
+    ("a.jsonl", b'{"text": "\\ud800 abc"}', r"half a character, '\\ud800'"),
+    ("a.jsonl", b'{"prompt": "a", "completion": "\\udcff"}', r"half a character, '\\udcff'"),
+    ("a.jsonl", b'{"messages": "hi"}', "'messages' is str .'hi'., not a list"),
+    ("a.jsonl", b'{"conversations": {}}', "'conversations' is dict"),
+    ("a.jsonl", b'{"prompt": "' + LONG.encode() + b'", "completion": "x"}', "fills the 256 tokens"),
+    ("a.csv", b"prompt,completion\na,b\nc\n", "line 3: 1 fields, the header has 2"),
+    ("a.csv", b'prompt,completion\n"a,b\nc,d\n', "lines 2-[34]: not CSV"),
+    ("a.csv", b'prompt,completion\n"a"b,c\n', "line 2: not CSV"),
+    ("a.csv", b"text,text\na,b\n", "line 1: the header names a field twice"),
+    ("a.csv", b'"te"xt,a\na,b\n', "line 1: not CSV"),
+])
+def test_a_bad_file_is_an_error_with_its_line(write, tokenizer, name, content, message):
+    path = write(name, content)
+    with pytest.raises(ValueError, match=message) as error:
+        data.read(path, tokenizer)
+    text = str(error.value)
+    assert text.count(str(path)) == 1 and "\n" not in text and len(text) < 500
+
+
+@pytest.mark.parametrize("messages, message", [
+    ([USER], "none of the 1 messages is the assistant's"),
+    ([], "none of the 0 messages"),
+    ([{"role": "user"}, BOT], "message 1 needs the texts 'role' and 'content'"),
+    ([USER, {"role": "assistant", "content": None}], "message 2 needs the texts"),
+    ([USER, "hi"], "message 2 needs the texts .* it is str .'hi'."),
+    ([{"from": "human", "value": 3}, BOT], "message 1 needs the texts"),
+    ([USER, {"role": "asistant", "content": "a"}],
+     "message 2: the role 'asistant' is unknown; did you mean 'assistant'"),
+    ([USER, {"role": "gpt", "content": "a"}], "the role 'gpt' is unknown; known: system"),
+    ([{"from": "humans", "value": "a"}, BOT], "the role 'humans' is unknown; did you mean 'human'"),
+    ([USER, {"role": "assistant", "content": " "}], "message 2: the assistant says nothing"),
+    ([USER, {"from": "gpt", "value": ""}], "message 2: the assistant says nothing"),
+    ([USER, {"role": "assistant", "content": "\ud800"}], "half a character"),
+])
+def test_a_bad_conversation_is_an_error_with_its_line(write, tokenizer, messages, message):
+    field = "conversations" if "from" in str(messages) else "messages"
+    path = write("a.jsonl", [{"messages": [USER, BOT]}, {field: messages}])
+    for use in (data.read, data.questions):
+        with pytest.raises(ValueError, match=f"line 2: .*{message}"):
+            use(path, tokenizer)
+
+
+def test_a_conversation_needs_a_chat_template(write, bare):
+    with pytest.raises(ValueError, match="line 1: .*chat template"):
+        data.read(write("a.jsonl", [{"messages": [USER, BOT]}]), bare)
+
+
+def test_settings_are_checked_before_the_file(tmp_path, tokenizer):
+    for length in (1, 0, -5, 2.5, "8", True):
+        with pytest.raises(ValueError, match=f"^length={length!r}: an example has at least 2"):
+            data.read(tmp_path / "not there.jsonl", tokenizer, length=length)
+    endless = SentencePiece(tokenizer.proto)
+    endless.eos = None
+    with pytest.raises(ValueError, match="no end-of-text id"):
+        data.read(tmp_path / "not there.jsonl", endless)
+    with pytest.raises(FileNotFoundError, match="not there.jsonl"):
+        data.read(tmp_path / "not there.jsonl", tokenizer)
+    with pytest.raises(ValueError, match="line 4: no"):
+        data.parse({"text": ""}, tokenizer, 8, "line 4: no")
+
+
+# --- nothing is lost in silence ------------------------------------------------------------------------
+
+
+def test_bad_records_are_skipped_only_when_asked_and_are_counted(write, bare):
+    good = '{"prompt": "a", "completion": " b"}'
+    rows = [good, "{", "", '{"txt": 1}', good, '{"prompt": "' + LONG + '", "completion": "x"}', good]
+    path = write("a.jsonl", "\n".join(rows).encode() + b'\n{"text": "\xff"}\n' + good.encode())
+    found = data.read(path, bare, skip_bad=True)
+    assert (len(found), found.records, len(found.skipped)) == (4, 4, 4)
+    for line, reason, text in zip((2, 4, 6, 8), ("not JSON", "fields", "fills", "UTF-8"), found.skipped):
+        assert text.startswith(f"{path}, line {line}: ") and reason in text and text in found.summary()
+    assert "skipped: 4 bad records" in found.summary()
+    with pytest.raises(ValueError) as error:
+        data.read(path, bare)
+    assert str(error.value) == found.skipped[0]
+    path = write("a.csv", 'prompt,completion\na,b\nc\n"d"e,f\ng,h\n"i,j\nk,l\n')
+    found = data.questions(path, bare, skip_bad=True)
+    assert found.prompts == ["a", "g"]
+    assert [s.split(": ")[0].removeprefix(f"{path}, ") for s in found.skipped] == ["line 3", "line 4", "lines 6-7"]
+
+
+def test_a_file_without_any_good_record_is_an_error_all_the_same(write, bare):
+    path = write("a.jsonl", "{\n" * 8)
+    with pytest.raises(ValueError, match="no record is good, 8 are bad; the first: .*line 1: not JSON"):
+        data.read(path, bare, skip_bad=True)
+
+
+def test_many_skipped_records_are_not_all_listed(write, bare):
+    found = data.read(write("a.jsonl", '{"text": "abc"}\n' + "{\n" * 9), bare, skip_bad=True)
+    assert "skipped: 9 bad records" in found.summary() and "and 4 more" in found.summary()
+    assert len(found.summary().splitlines()) == 1 + 1 + 1 + 5 + 1
+
+
+def test_what_is_cut_off_is_counted(write, bare, tokenizer):
+    fits = len(bare.encode("say a b c")) + 1
+    rows = [{"prompt": "say", "completion": " a b c"}]
+    for length, lost in ((fits, 0), (fits - 1, 1), (fits - 2, 2)):
+        found = data.read(write("a.jsonl", rows), bare, length=length)
+        (example,) = found
+        assert example.cut == lost and found.cut == (lost > 0) and len(example.ids) == length
+        assert ("cut: 1 examples" in found.summary()) == (lost > 0)
+    messages = [USER, BOT, {"role": "user", "content": LONG}]
+    found = data.read(write("a.jsonl", [{"messages": messages}]), tokenizer)
+    assert found.cut == 0, "a question that is cut off loses nothing that was to be learnt"
+    found = data.read(write("a.jsonl", [{"messages": [*messages, BOT]}]), tokenizer)
+    assert found.cut == 1 and found[0].cut == len(tokenizer.encode("first\n"))
+    assert found.tokens == 256 and found.learnt == data.learnt(found[0]) > 0
+
+
+# --- questions -----------------------------------------------------------------------------------------
+
+
+def test_questions_are_what_comes_before_the_answer(write, tokenizer, bare):
+    rows = [{"prompt": "two is", "completion": " 2\n"}, {"text": "no question"},
+            {"messages": [USER, BOT, {"role": "user", "content": "again"},
+                          {"role": "assistant", "content": " second "}, {"role": "user", "content": "bye"}]},
+            ALPACA[0], {"prompt": "a"}]
+    path = write("a.jsonl", rows)
+    found = data.questions(path, tokenizer, skip_bad=True)
+    assert found.prompts == ["two is", "<user>\nhi\n<assistant>\nfirst\n<user>\nagain\n<assistant>\n",
+                             "<user>\nAdd.\n\n2 and 2\n<assistant>\n"]
+    assert found.references == ["2", "second", "4"]
+    assert found.texts == 1 and len(found.skipped) == 1 and "line 5" in found.skipped[0]
+    found = data.questions(write("a.json", ALPACA), bare)
+    assert found.prompts[1].endswith("### Response:\n") and found.references == ["4", "hi", "hi", "hi"]
+    assert data.questions(write("a.txt", "hello"), bare).texts == 1
+
+
+# --- what is shown -------------------------------------------------------------------------------------
+
+
+def test_a_preview_marks_what_is_learnt(write, bare):
+    rows = [{"prompt": "caf\u00e9 \u4e2d", "completion": " \U0001f600 na\u00efve\x1b[31m\u202e\nyes"}, {"text": "word " * 400}]
+    found = data.read(write("a.jsonl", rows), bare)
+    text = data.preview(found, bare, n=2, color=False)
+    assert "caf\u00e9 \u4e2d[[ \U0001f600 na\u00efve\\x1b[31m\\u202e\\n\nyes</s>]]" in text
+    assert "\x1b" not in text and "\u202e" not in text
+    assert text.startswith(found.summary()) and f"{found.tokens:,} tokens, {found.learnt:,} of them" in text
+    assert "characters..." in text and len(text) < 2500
+    (second,) = text.split("\n\n")[2:]
+    assert second.startswith(f"example 2: {len(found[1].ids)} tokens, {len(found[1].ids) - 1} learnt")
+    assert "[[word" not in second, "nothing comes before the first token"
+    colored = data.preview(found, bare, n=1)
+    assert "\x1b[2mcaf\u00e9 \u4e2d\x1b[0m\x1b[32m \U0001f600 na" in colored and "example 2" not in colored
+
+
+def test_a_preview_of_packed_examples_shows_their_documents(bare):
+    parts = [data.parse(dict(prompt=p, completion=c), bare, 99)[0] for p, c in (("ab", " c"), ("de", " f"))]
+    text = data.preview(data.pack(parts, 99), bare, color=False)
+    assert "ab[[ c</s>]]\n--- document 2\nde[[ f</s>]]" in text and "1 examples" in text
+
+
+def test_a_preview_keeps_the_spaces_that_a_tokenizer_drops():
+    """Llama's tokenizer puts a space before the first word and takes one away in decoding."""
+
+    class Llama:
+        pieces = ["\u2581hi", "\u2581there", "<s>", "\u2581"]
+        text_of = pieces.__getitem__
+
+        def decode(self, ids):
+            text = "".join(self.pieces[i] for i in ids if i != 2).replace("\u2581", " ")
+            return text.removeprefix(" ")
+
+    example = data.Example([2, 0, 1, 1, 3], [-100, -100, 1, -100, 3])
+    text = data.preview([example], Llama(), color=False)
+    assert text.endswith("<s>hi[[ there]] there[[ ]]")
