@@ -22,7 +22,8 @@ def tokenizer():
 
 def learnt(tokenizer, example):
     """The text of the part that is learnt, the end of the text left out."""
-    return tokenizer.decode([label for label in example.labels if label not in (data.NOT_LEARNT, tokenizer.eos)])
+    left_out = (data.NOT_LEARNT, tokenizer.eos)
+    return tokenizer.decode([label for label in example.labels if label not in left_out])
 
 
 def test_the_text_is_there_and_always_the_same():
@@ -74,7 +75,8 @@ def test_summary_and_package_learn_the_answer_alone(tokenizer):
         assert len(part.examples) == len(part.prompts) == len(part.references) == 20
         for example, prompt, reference in zip(part.examples, part.prompts, part.references):
             assert learnt(tokenizer, example).strip() == reference
-            assert tokenizer.decode(example.ids[:-1]) == f"{prompt} {reference}" and example.labels[-1] == tokenizer.eos
+            assert tokenizer.decode(example.ids[:-1]) == f"{prompt} {reference}"
+            assert example.ids[-1] == example.labels[-1] == tokenizer.eos
             if name == "package":
                 assert reference in part.choices and reference not in prompt.lower().split()
 
@@ -169,13 +171,16 @@ def test_what_cannot_be_packed_is_an_error(example, length, message):
 
 
 def test_batches_are_padded_masked_and_follow_the_seed():
-    examples = [data.Example(list(range(1, n + 1)), list(range(1, n + 1))) for n in (2, 5, 3, 4, 2)]
+    rows = [list(range(1, n + 1)) for n in (2, 5, 3, 4, 2)]
+    examples = [data.Example(row, list(row)) for row in rows]
     batches = data.Batches(examples, 2, seed=3, pad=9)
     epoch = [next(batches) for _ in range(3)]
-    assert sorted(len(row) - int((row == 9).sum()) for ids, _, _ in epoch for row in ids) == [2, 2, 3, 4, 5]
+    sizes = [len(row) - int((row == 9).sum()) for ids, _, _ in epoch for row in ids]
+    assert sorted(sizes) == [2, 2, 3, 4, 5]
     for ids, labels, mask in epoch:
         mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
-        assert ids[~mask].eq(9).all() and labels[~mask].eq(-100).all() and labels[mask].equal(ids[mask])
+        assert ids[~mask].eq(9).all() and labels[~mask].eq(-100).all()
+        assert labels[mask].equal(ids[mask])
     again = data.Batches(examples, 2, seed=3, pad=9)
     later = [next(again) for _ in range(4)]
     assert all(a[0].equal(b[0]) for a, b in zip(epoch, later))
@@ -188,8 +193,11 @@ def test_batches_are_padded_masked_and_follow_the_seed():
 
 
 @pytest.mark.parametrize("examples, size, message", [
-    ([], 2, "no examples"), ([data.Example([1, 2], [-100, -100])], 2, "example 0 has nothing to learn"),
-    ([data.Example([1, 2], [1])], 2, "2 ids and 1 labels"), ([data.Example([1, 2], [1, 2])], 0, "batch_size=0"),
+    ([], 2, "no examples"),
+    ([data.Example([1, 2], [-100, -100])], 2, "example 0 has nothing to learn"),
+    ([data.Example([1, 2], [1])], 2, "2 ids and 1 labels"),
+    ([data.Example([1, 2], [1, 2])], 0, "batch_size=0"),
+    ([data.Example([1, 2], [1, 2])], 1.5, "batch_size=1.5"),
 ])
 def test_batches_refuse_what_teaches_nothing(examples, size, message):
     with pytest.raises(ValueError, match=message):
@@ -212,9 +220,9 @@ def test_the_order_of_an_epoch_is_what_it_was_in_earlier_versions():
     first = batches.order()
     batches.load_state_dict(dict(epoch=1, position=4))
     assert (first, batches.order()) == ([2, 5, 4, 3, 0, 1], [4, 3, 1, 2, 5, 0])
-    for state in (dict(epoch=0, position=6), dict(epoch=-1, position=0), dict(epoch=0, position=-2)):
+    for epoch, position in ((0, 6), (-1, 0), (0, -2)):
         with pytest.raises(ValueError, match="is no place in 6 examples"):
-            batches.load_state_dict(state)
+            batches.load_state_dict(dict(epoch=epoch, position=position))
 
 
 def test_a_fingerprint_tells_every_difference():

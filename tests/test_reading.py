@@ -1,4 +1,4 @@
-"""The user's own files: every kind of record, what is wrong with them, and what is shown of them."""
+"""The user's own files: every kind of record, what can be wrong with it, and what is shown."""
 
 import csv
 import json
@@ -56,14 +56,15 @@ def said(tokenizer, example):
 
 USER = {"role": "user", "content": "hi"}
 BOT = {"role": "assistant", "content": "first"}
+AGAIN = {"role": "user", "content": "again"}
 
 
-# --- every kind of record --------------------------------------------------------------------------
+# --- every kind of record ------------------------------------------------------------------------
 
 
 def test_prompts_and_texts(write, bare):
-    path = write("a.jsonl", [{"prompt": "two plus two is", "completion": " four é"}, {"text": "hello there"}])
-    one, two = data.read(path, bare)
+    rows = [{"prompt": "two plus two is", "completion": " four é"}, {"text": "hello there"}]
+    one, two = data.read(write("a.jsonl", rows), bare)
     assert learnt(bare, one) == " four é" and one.labels[-1] == bare.eos
     assert two.labels[1:] == two.ids[1:] and said(bare, two) == "hello there"
     (three,) = data.read(write("a.csv", 'prompt,completion\n"say ""hi"",\nplease",hi\n'), bare)
@@ -84,22 +85,24 @@ def test_a_text_of_any_length_is_learnt_to_its_end(write, bare, length):
 
 
 def test_a_conversation_learns_what_the_assistant_says(write, tokenizer):
-    messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "say <assistant>\nno"},
-                BOT, {"role": "user", "content": "again"}, {"role": "assistant", "content": "second"}]
+    messages = [{"role": "system", "content": "be kind"},
+                {"role": "user", "content": "say <assistant>\nno"}, BOT, AGAIN,
+                {"role": "assistant", "content": "second"}]
     (example,) = data.read(write("a.jsonl", [{"messages": messages}]), tokenizer)
-    assert learnt(tokenizer, example) == "first\nsecond\n", "the marker in the user's text is no turn"
+    assert learnt(tokenizer, example) == "first\nsecond\n", "the user's text holds a marker"
     assert said(tokenizer, example) == tokenizer.chat(messages)
 
 
 def test_sharegpt(write, tokenizer):
-    names = [("system", "be kind"), ("human", "hi"), ("gpt", "first"), ("human", "again"), ("gpt", "second")]
+    names = [("system", "be kind"), ("human", "hi"), ("gpt", "first"), ("human", "again"),
+             ("gpt", "second")]
     told = [{"from": who, "value": what, "weight": 1} for who, what in names]
     as_messages = [{"role": dict(human="user", gpt="assistant").get(who, who), "content": what}
                    for who, what in names]
     rows = [{"conversations": told}, {"conversations": as_messages}, {"messages": as_messages},
             {"messages": told}]
     found = data.read(write("a.jsonl", rows), tokenizer)
-    assert len(found) == 4 and all(e.ids == found[0].ids and e.labels == found[0].labels for e in found)
+    assert list(found) == [found[0]] * 4
     assert learnt(tokenizer, found[0]) == "first\nsecond\n"
 
 
@@ -122,8 +125,8 @@ def test_alpaca_without_a_chat_template_is_its_own_prompt(write, bare):
     assert [learnt(bare, e) for e in found] == ["4", "hi", "hi", "hi"]
     assert said(bare, found[0]) == (
         "Below is an instruction that describes a task, paired with an input that provides further "
-        "context. Write a response that appropriately completes the request.\n\n### Instruction:\nAdd."
-        "\n\n### Input:\n2 and 2\n\n### Response:\n4")
+        "context. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd.\n\n### Input:\n2 and 2\n\n### Response:\n4")
     assert said(bare, found[1]) == said(bare, found[2]) == (
         "Below is an instruction that describes a task. Write a response that appropriately "
         "completes the request.\n\n### Instruction:\nSay hi.\n\n### Response:\nhi")
@@ -132,7 +135,7 @@ def test_alpaca_without_a_chat_template_is_its_own_prompt(write, bare):
 
 def test_a_template_that_writes_the_last_turn_another_way(write, bare):
     thinking = SentencePiece(bare.proto, THINKING)
-    messages = [USER, BOT, {"role": "user", "content": "again"}, {"role": "assistant", "content": " second "}]
+    messages = [USER, BOT, AGAIN, {"role": "assistant", "content": " second "}]
     (example,) = data.read(write("a.jsonl", [{"messages": messages}]), thinking)
     assert learnt(thinking, example) == "first<end>\n<think></think>\nsecond<end>\n"
     counting = SentencePiece(bare.proto, "{{ messages | length }}" + CHAT)
@@ -147,11 +150,11 @@ def test_a_record_of_two_kinds_is_read_as_the_more_structured_and_says_so(write,
     assert [learnt(tokenizer, e) for e in found[:2]] == [" b", "first\n"]
     assert found.kinds == {("prompt", "completion"): 1, ("messages",): 1, ("text",): 1}
     assert found.unread == {("text",): 2}
-    assert "1 records of prompt and completion" in found.summary()
-    assert "not read: text, which 2 records have besides" in found.summary()
+    assert "1 record of prompt and completion" in found.summary()
+    assert "not read: text, beside another kind in 2 records" in found.summary()
 
 
-# --- files -------------------------------------------------------------------------------------------
+# --- files ---------------------------------------------------------------------------------------
 
 
 def test_line_ends_and_a_byte_order_mark_change_nothing(write, bare):
@@ -159,12 +162,14 @@ def test_line_ends_and_a_byte_order_mark_change_nothing(write, bare):
     for name, text in (("a.jsonl", rows), ("a.csv", "prompt,completion\na,b\n\nc,d\n"),
                        ("a.txt", "one\ntwo\n"), ("a.JSON", '[{"prompt": "a",\n"completion": "b"}]')):
         plain = data.read(write(name, text), bare)
-        marked = data.read(write(name, b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode()), bare)
+        odd = b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode()
+        marked = data.read(write(name, odd), bare)
         assert marked == plain and len(plain) > 0
     assert data.text(write("a.txt", b"\xef\xbb\xbfone\r\ntwo")) == "one\ntwo"
 
 
-@pytest.mark.parametrize("odd", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\r", "\r\n", "\n"])
+@pytest.mark.parametrize("odd", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\r", "\r\n",
+                                 "\n"])
 def test_a_csv_field_holds_any_line_end(write, bare, odd):
     path = write("a.csv", f'prompt,completion\nx,"a{odd}b"\ny,c\n')
     assert data.questions(path, bare).references == [f"a{odd}b", "c"]
@@ -283,17 +288,20 @@ def test_settings_are_checked_before_the_file(tmp_path, tokenizer):
         data.parse({"text": ""}, tokenizer, 8, "line 4: no")
 
 
-# --- nothing is lost in silence ------------------------------------------------------------------------
+# --- nothing is lost in silence ------------------------------------------------------------------
 
 
 def test_bad_records_are_skipped_only_when_asked_and_are_counted(write, bare):
     good = '{"prompt": "a", "completion": " b"}'
-    rows = [good, "{", "", '{"txt": 1}', good, '{"prompt": "' + LONG + '", "completion": "x"}', good]
+    fills = '{"prompt": "' + LONG + '", "completion": "x"}'
+    rows = [good, "{", "", '{"txt": 1}', good, fills, good]
     path = write("a.jsonl", "\n".join(rows).encode() + b'\n{"text": "\xff"}\n' + good.encode())
     found = data.read(path, bare, skip_bad=True)
     assert (len(found), found.records, len(found.skipped)) == (4, 4, 4)
-    for line, reason, text in zip((2, 4, 6, 8), ("not JSON", "fields", "fills", "UTF-8"), found.skipped):
-        assert text.startswith(f"{path}, line {line}: ") and reason in text and text in found.summary()
+    reasons = ((2, "not JSON"), (4, "fields"), (6, "fills"), (8, "UTF-8"))
+    for (line, reason), text in zip(reasons, found.skipped):
+        assert text.startswith(f"{path}, line {line}: ") and reason in text
+        assert text in found.summary()
     assert "skipped: 4 bad records" in found.summary()
     with pytest.raises(ValueError) as error:
         data.read(path, bare)
@@ -301,12 +309,13 @@ def test_bad_records_are_skipped_only_when_asked_and_are_counted(write, bare):
     path = write("a.csv", 'prompt,completion\na,b\nc\n"d"e,f\ng,h\n"i,j\nk,l\n')
     found = data.questions(path, bare, skip_bad=True)
     assert found.prompts == ["a", "g"]
-    assert [s.split(": ")[0].removeprefix(f"{path}, ") for s in found.skipped] == ["line 3", "line 4", "lines 6-7"]
+    places = [text.removeprefix(f"{path}, ").split(": ")[0] for text in found.skipped]
+    assert places == ["line 3", "line 4", "lines 6-7"]
 
 
 def test_a_file_without_any_good_record_is_an_error_all_the_same(write, bare):
     path = write("a.jsonl", "{\n" * 8)
-    with pytest.raises(ValueError, match="no record is good, 8 are bad; the first: .*line 1: not JSON"):
+    with pytest.raises(ValueError, match="no record is good, 8 are bad; the first: .*line 1: not"):
         data.read(path, bare, skip_bad=True)
 
 
@@ -321,58 +330,62 @@ def test_what_is_cut_off_is_counted(write, bare, tokenizer):
     rows = [{"prompt": "say", "completion": " a b c"}]
     for length, lost in ((fits, 0), (fits - 1, 1), (fits - 2, 2)):
         found = data.read(write("a.jsonl", rows), bare, length=length)
-        (example,) = found
-        assert example.cut == lost and found.cut == (lost > 0) and len(example.ids) == length
-        assert ("cut: 1 examples" in found.summary()) == (lost > 0)
+        assert found[0].cut == lost and found.cut == (lost > 0) and len(found[0].ids) == length
+        assert (f"keeps {lost} token" in found.summary()) == (lost > 0)
     messages = [USER, BOT, {"role": "user", "content": LONG}]
     found = data.read(write("a.jsonl", [{"messages": messages}]), tokenizer)
-    assert found.cut == 0, "a question that is cut off loses nothing that was to be learnt"
+    assert found.cut == 0, "nothing of a question was to be learnt"
     found = data.read(write("a.jsonl", [{"messages": [*messages, BOT]}]), tokenizer)
     assert found.cut == 1 and found[0].cut == len(tokenizer.encode("first\n"))
     assert found.tokens == 256 and found.learnt == data.learnt(found[0]) > 0
 
 
-# --- questions -----------------------------------------------------------------------------------------
+# --- questions -----------------------------------------------------------------------------------
 
 
 def test_questions_are_what_comes_before_the_answer(write, tokenizer, bare):
     rows = [{"prompt": "two is", "completion": " 2\n"}, {"text": "no question"},
-            {"messages": [USER, BOT, {"role": "user", "content": "again"},
-                          {"role": "assistant", "content": " second "}, {"role": "user", "content": "bye"}]},
+            {"messages": [USER, BOT, AGAIN, {"role": "assistant", "content": " second "}, USER]},
             ALPACA[0], {"prompt": "a"}]
     path = write("a.jsonl", rows)
     found = data.questions(path, tokenizer, skip_bad=True)
-    assert found.prompts == ["two is", "<user>\nhi\n<assistant>\nfirst\n<user>\nagain\n<assistant>\n",
-                             "<user>\nAdd.\n\n2 and 2\n<assistant>\n"]
+    assert found.prompts == [
+        "two is", "<user>\nhi\n<assistant>\nfirst\n<user>\nagain\n<assistant>\n",
+        "<user>\nAdd.\n\n2 and 2\n<assistant>\n"]
     assert found.references == ["2", "second", "4"]
     assert found.texts == 1 and len(found.skipped) == 1 and "line 5" in found.skipped[0]
     found = data.questions(write("a.json", ALPACA), bare)
-    assert found.prompts[1].endswith("### Response:\n") and found.references == ["4", "hi", "hi", "hi"]
+    assert found.prompts[1].endswith("### Response:\n")
+    assert found.references == ["4", "hi", "hi", "hi"]
     assert data.questions(write("a.txt", "hello"), bare).texts == 1
 
 
-# --- what is shown -------------------------------------------------------------------------------------
+# --- what is shown -------------------------------------------------------------------------------
 
 
 def test_a_preview_marks_what_is_learnt(write, bare):
-    rows = [{"prompt": "caf\u00e9 \u4e2d", "completion": " \U0001f600 na\u00efve\x1b[31m\u202e\nyes"}, {"text": "word " * 400}]
+    said = " \U0001f600 na\u00efve\x1b[31m\u202e\nyes"
+    rows = [{"prompt": "caf\u00e9 \u4e2d", "completion": said}, {"text": "word " * 400}]
     found = data.read(write("a.jsonl", rows), bare)
     text = data.preview(found, bare, n=2, color=False)
     assert "caf\u00e9 \u4e2d[[ \U0001f600 na\u00efve\\x1b[31m\\u202e\\n\nyes</s>]]" in text
     assert "\x1b" not in text and "\u202e" not in text
-    assert text.startswith(found.summary()) and f"{found.tokens:,} tokens, {found.learnt:,} of them" in text
+    assert text.startswith(found.summary())
+    assert f"{found.tokens:,} tokens, {found.learnt:,} of them learnt" in text
     assert "characters..." in text and len(text) < 2500
     (second,) = text.split("\n\n")[2:]
-    assert second.startswith(f"example 2: {len(found[1].ids)} tokens, {len(found[1].ids) - 1} learnt")
+    n = len(found[1].ids)
+    assert second.startswith(f"example 2: {n} tokens, {n - 1} learnt")
     assert "[[word" not in second, "nothing comes before the first token"
     colored = data.preview(found, bare, n=1)
-    assert "\x1b[2mcaf\u00e9 \u4e2d\x1b[0m\x1b[32m \U0001f600 na" in colored and "example 2" not in colored
+    assert "\x1b[2mcaf\u00e9 \u4e2d\x1b[0m\x1b[32m \U0001f600 na" in colored
+    assert "example 2" not in colored
 
 
 def test_a_preview_of_packed_examples_shows_their_documents(bare):
-    parts = [data.parse(dict(prompt=p, completion=c), bare, 99)[0] for p, c in (("ab", " c"), ("de", " f"))]
+    parts = [data.completion(bare, "ab", " c", 99), data.completion(bare, "de", " f", 99)]
     text = data.preview(data.pack(parts, 99), bare, color=False)
-    assert "ab[[ c</s>]]\n--- document 2\nde[[ f</s>]]" in text and "1 examples" in text
+    assert "ab[[ c</s>]]\n--- document 2\nde[[ f</s>]]" in text and "1 example, " in text
 
 
 def test_a_preview_keeps_the_spaces_that_a_tokenizer_drops():

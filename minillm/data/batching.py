@@ -88,7 +88,7 @@ def collate(examples, pad=0):
 def content(example):
     """All that a model gets of the example, as bytes."""
     rows = [example.ids, example.labels, example.documents or []]
-    return b"".join(array.array("q", [len(row), *row]).tobytes() for row in rows)
+    return b"".join(array.array("q", row).tobytes() for row in (list(map(len, rows)), *rows))
 
 
 def fingerprint(examples):

@@ -16,17 +16,21 @@ def summary(examples):
     tokens, taught = sum(len(e.ids) for e in examples), sum(map(learnt, examples))
     cut, lost = sum(e.cut > 0 for e in examples), sum(e.cut for e in examples)
     longest = max((len(e.ids) for e in examples), default=0)
-    lines = [f"{len(examples):,} examples, {tokens:,} tokens, {taught:,} of them learnt; "
-             f"the longest has {longest:,}"]
-    if cut:
-        lines.append(f"cut: {cut:,} examples are too long and lose {lost:,} tokens that were to be "
-                     "learnt; a larger length= keeps them")
+    lines = [f"{count(len(examples), 'example')}, {count(tokens, 'token')}, {taught:,} of them "
+             f"learnt; the longest example has {longest:,}"]
     for kind, n in getattr(examples, "kinds", {}).items():
-        lines.append(f"{n:,} records of {' and '.join(kind)}")
+        lines.append(f"{count(n, 'record')} of {' and '.join(kind)}")
     for kind, n in getattr(examples, "unread", {}).items():
-        lines.append(f"not read: {' and '.join(kind)}, which {n:,} records have besides")
+        lines.append(f"not read: {' and '.join(kind)}, beside another kind in {count(n, 'record')}")
+    if cut:
+        lines.append(f"cut: {count(cut, 'example')} that would be too long; a larger length= keeps "
+                     f"{count(lost, 'token')} more to learn")
     lines += skips(getattr(examples, "skipped", []))
     return "\n".join(lines)
+
+
+def count(n, what):
+    return f"{n:,} {what}" + ("" if n == 1 else "s")
 
 
 def skips(skipped, most=5):
@@ -34,7 +38,8 @@ def skips(skipped, most=5):
     if not skipped:
         return []
     more = [f"  and {len(skipped) - most:,} more"] if len(skipped) > most else []
-    return [f"skipped: {len(skipped):,} bad records", *(f"  {s}" for s in skipped[:most]), *more]
+    first = [f"  {reason}" for reason in skipped[:most]]
+    return [f"skipped: {count(len(skipped), 'bad record')}", *first, *more]
 
 
 def preview(examples, tokenizer, n=3, color=True):
@@ -47,7 +52,7 @@ def preview(examples, tokenizer, n=3, color=True):
     """
     blocks = [summary(examples)]
     for i, example in enumerate(examples[:n], 1):
-        title = f"example {i}: {len(example.ids):,} tokens, {learnt(example):,} learnt"
+        title = f"example {i}: {count(len(example.ids), 'token')}, {learnt(example):,} learnt"
         if example.cut:
             title += f", {example.cut:,} cut off"
         blocks.append(title + "\n" + painted(example, tokenizer, color))
