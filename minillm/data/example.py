@@ -46,12 +46,24 @@ def pieces(ids, length):
     return [Example(ids[i : i + length], [NOT_LEARNT, *ids[i + 1 : i + length]]) for i in starts]
 
 
-def spans(tokenizer, text):
-    """tokenizer.spans, for a text that UTF-8 can write; ValueError for any other."""
-    half = re.search("[\ud800-\udfff]", text)  # JSON can write one, as \ud800
+def whole(text):
+    """The text; ValueError if it holds half a character, as JSON writes it: \\ud800."""
+    half = re.search("[\ud800-\udfff]", text)
     if half:
         raise ValueError(f"the text holds half a character, {half[0]!r}, which UTF-8 cannot write")
-    return tokenizer.spans(text)
+    return text
+
+
+def spans(tokenizer, text):
+    """(ids, offsets) of a text, without an eos at its end.
+
+    Some tokenizers put eos behind each text, and some files have it in their texts already. An
+    example has it once, and learns it.
+    """
+    ids, offsets = tokenizer.spans(whole(text))
+    if ids and ids[-1] == tokenizer.eos:
+        return ids[:-1], offsets[:-1]
+    return ids, offsets
 
 
 def completion(tokenizer, prompt, answer, length):

@@ -61,9 +61,14 @@ class Reading(list):
 
 @dataclasses.dataclass
 class Questions:
-    """What a file asks: prompts and references, lists of text of one length."""
+    """What a file asks: prompts, their ids, and references, three lists of one length.
+
+    Generate from the ids: they begin and end as the Examples of `read` have them before the answer
+    (a chat template writes its own BOS, other prompts get the tokenizer's).
+    """
 
     prompts: list = dataclasses.field(default_factory=list)
+    ids: list = dataclasses.field(default_factory=list)
     references: list = dataclasses.field(default_factory=list)
     texts: int = 0  # records of plain text, which ask nothing
     skipped: list = dataclasses.field(default_factory=list)  # as in Reading
@@ -106,8 +111,8 @@ def questions(path, tokenizer, skip_bad=False):
         if asked is None:
             found.texts += 1
         else:
-            found.prompts.append(asked[0])
-            found.references.append(asked[1])
+            for row, value in zip((found.prompts, found.ids, found.references), asked):
+                row.append(value)
 
     each(path, reader, use, skip_bad, found.skipped)
     return found

@@ -17,7 +17,7 @@ Messages are {"role":, "content":} or, as ShareGPT writes them, {"from":, "value
 
 import difflib
 
-from minillm.data.example import clip, completion, learnt, only, pieces, spans
+from minillm.data.example import clip, completion, learnt, only, pieces, spans, whole
 
 KINDS = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"),
          ("text",))
@@ -165,7 +165,7 @@ def conversation(messages, tokenizer, length):
     text = tokenizer.chat(messages)
     turns = [find(text, messages, i, tokenizer) for i, message in enumerate(messages)
              if message["role"] == "assistant"]
-    ids, offsets = spans(tokenizer, text)
+    ids, offsets = tokenizer.spans(whole(text))  # the template itself writes what ends a turn
     return clip(ids, only(ids, offsets, turns), length)
 
 
@@ -185,7 +185,8 @@ def find(text, messages, i, tokenizer):
 
 
 def question(record, tokenizer):
-    """(the text that asks, the reference answer) of a record; None for a text, which asks nothing.
+    """(the text that asks, its ids, the reference answer) of a record; None for a text, which asks
+    nothing.
 
     A conversation asks by all that comes before the assistant's last turn, and by what the chat
     template writes to let the assistant speak.
@@ -194,10 +195,9 @@ def question(record, tokenizer):
         case [list(messages)]:
             last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
             asked = tokenizer.chat(messages[:last], generate=True)
-            answer = messages[last]["content"]
+            ids, answer = tokenizer.spans(whole(asked))[0], messages[last]["content"]
         case [str()]:
             return None
         case asked, answer:
-            pass
-    spans(tokenizer, asked + answer)  # refuses half a character
-    return asked, answer.strip()
+            ids = spans(tokenizer, asked)[0]
+    return asked, ids, whole(answer).strip()

@@ -23,7 +23,7 @@ import re
 import sysconfig
 import warnings
 
-from minillm.data.example import at_least, check_length, completion, pieces
+from minillm.data.example import at_least, check_length, completion, pieces, spans
 
 SPLITS = ("train", "validation", "test")
 TASKS = ("language", "summary", "package")
@@ -153,7 +153,7 @@ def task(name, tokenizer, which, limit=None, length=256):
 
 def language(tokenizer, records, length):
     """All records as one text, each ended by eos."""
-    ids = [i for record in records for i in (*tokenizer.encode(record.text), tokenizer.eos)]
+    ids = [i for r in records for i in (*spans(tokenizer, r.text)[0], tokenizer.eos)]
     text = "\n\n".join(record.text for record in records)
     return Task("perplexity", pieces(ids, length), text=text)
 
