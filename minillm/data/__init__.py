@@ -18,3 +18,10 @@ from minillm.data.showing import preview, summary
 from minillm.data.tasks import (
     SPLITS, TASKS, Docstring, Task, check, docstrings, most_documented, split, task, texts, topics,
 )
+
+__all__ = [
+    "Batches", "Docstring", "Example", "NOT_LEARNT", "Questions", "Reading", "SPLITS", "TASKS", "Task",
+    "batches", "check", "collate", "completion", "conversation", "docstrings", "fingerprint",
+    "held_out", "learnt", "most_documented", "pack", "parse", "pieces", "preview", "questions",
+    "read", "split", "summary", "task", "text", "texts", "topics",
+]
