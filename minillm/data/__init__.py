@@ -20,8 +20,8 @@ from minillm.data.tasks import (
 )
 
 __all__ = [
-    "Batches", "Docstring", "Example", "NOT_LEARNT", "Questions", "Reading", "SPLITS", "TASKS", "Task",
-    "batches", "check", "collate", "completion", "conversation", "docstrings", "fingerprint",
-    "held_out", "learnt", "most_documented", "pack", "parse", "pieces", "preview", "questions",
-    "read", "split", "summary", "task", "text", "texts", "topics",
+    "Batches", "Docstring", "Example", "NOT_LEARNT", "Questions", "Reading", "SPLITS", "TASKS",
+    "Task", "batches", "check", "collate", "completion", "conversation", "docstrings",
+    "fingerprint", "held_out", "learnt", "most_documented", "pack", "parse", "pieces", "preview",
+    "questions", "read", "split", "summary", "task", "text", "texts", "topics",
 ]
