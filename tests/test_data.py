@@ -1,25 +1,29 @@
-"""The texts, the tasks made of them, the user's own files, and the order of batches."""
+"""The texts, the tasks made of them, pieces, packing, the order of batches, the held-out share."""
 
 import json
+import random
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from minillm import data
+from minillm.data.packing import first_fit
 from minillm.tokenizer import SentencePiece
+
+at_ease = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    tokenizer = SentencePiece.train([data.topics()[:60000]], 600)
-    tokenizer.chat_template = ("{% for m in messages %}<{{ m['role'] }}>\n{{ m['content'] }}\n{% endfor %}"
-                               "{% if add_generation_prompt %}<assistant>\n{% endif %}")
-    return tokenizer
+    return SentencePiece.train([data.topics()[:60000]], 600)
 
 
 def learnt(tokenizer, example):
     """The text of the part that is learnt, the end of the text left out."""
-    return tokenizer.decode([label for label in example.labels if label not in (data.NOT_LEARNT, tokenizer.eos)])
+    left_out = (data.NOT_LEARNT, tokenizer.eos)
+    return tokenizer.decode([label for label in example.labels if label not in left_out])
 
 
 def test_the_text_is_there_and_always_the_same():
@@ -32,7 +36,7 @@ def test_the_text_is_there_and_always_the_same():
 
 def test_the_splits_share_no_module():
     parts = {which: {d.module for d in data.texts(which)} for which in data.SPLITS}
-    assert not (parts["train"] & parts["test"] | parts["train"] & parts["validation"] | parts["validation"] & parts["test"])
+    assert sum(map(len, parts.values())) == len(set().union(*parts.values()))
     sizes = {which: len(data.texts(which)) for which in data.SPLITS}
     assert sizes["train"] > 4 * sizes["test"] > 0 and sizes["validation"] > 100
     assert data.split("functools") == data.split("functools")
@@ -42,8 +46,27 @@ def test_the_splits_share_no_module():
 
 def test_language_learns_every_token(tokenizer):
     part = data.task("language", tokenizer, "test", length=64)
-    assert part.metric == "perplexity" and all(e.ids == e.labels and 2 <= len(e.ids) <= 64 for e in part.examples)
+    assert part.metric == "perplexity" and all(2 <= len(e.ids) <= 64 for e in part.examples)
     assert part.text.startswith(tokenizer.decode(part.examples[0].ids)[:40])
+    found = [label for e in part.examples for label in e.labels[1:]]
+    assert found.count(tokenizer.eos) == len(data.texts("test")) and data.NOT_LEARNT not in found
+    start = tokenizer.encode(data.docstrings()[0].text)  # any text's ids, to see the rule by itself
+    assert learnt_ids(data.pieces(start, 7)) == start[1:]
+
+
+def learnt_ids(examples):
+    """The labels that the model's loss sees, in order."""
+    return [label for e in examples for label in e.labels[1:] if label != data.NOT_LEARNT]
+
+
+@at_ease
+@given(st.integers(0, 200), st.integers(2, 40))
+def test_every_token_but_the_first_is_learnt_once_whatever_the_length(n, length):
+    ids = list(range(n))
+    pieces = data.pieces(ids, length)
+    assert learnt_ids(pieces) == ids[1:]
+    assert all(2 <= len(e.ids) <= length and len(e.ids) == len(e.labels) for e in pieces)
+    assert all(e.labels[0] == data.NOT_LEARNT and e.labels[1:] == e.ids[1:] for e in pieces)
 
 
 def test_summary_and_package_learn_the_answer_alone(tokenizer):
@@ -52,64 +75,112 @@ def test_summary_and_package_learn_the_answer_alone(tokenizer):
         assert len(part.examples) == len(part.prompts) == len(part.references) == 20
         for example, prompt, reference in zip(part.examples, part.prompts, part.references):
             assert learnt(tokenizer, example).strip() == reference
-            assert tokenizer.decode(example.ids[:-1]) == f"{prompt} {reference}" and example.labels[-1] == tokenizer.eos
+            assert tokenizer.decode(example.ids[:-1]) == f"{prompt} {reference}"
+            assert example.ids[-1] == example.labels[-1] == tokenizer.eos
             if name == "package":
                 assert reference in part.choices and reference not in prompt.lower().split()
-    with pytest.raises(ValueError, match="'langage' is unknown; did you mean 'language'"):
-        data.task("langage", tokenizer, "test")
 
 
-def test_a_file_of_prompts(tmp_path, tokenizer):
-    (tmp_path / "a.jsonl").write_text('{"prompt": "two plus two is", "completion": " four é"}\n\n{"text": "hello there"}\n')
-    one, two = data.read(tmp_path / "a.jsonl", tokenizer)
-    assert learnt(tokenizer, one) == " four é" and learnt(tokenizer, two) == "hello there"[1:] or learnt(tokenizer, two) == "hello there"
-    (tmp_path / "a.csv").write_text('prompt,completion\n"say ""hi"",\nplease",hi\n')
-    (three,) = data.read(tmp_path / "a.csv", tokenizer)
-    assert learnt(tokenizer, three) == "hi" and 'say "hi",\nplease' in tokenizer.decode(three.ids)
-    (tmp_path / "a.txt").write_text("word " * 200)
-    pieces = data.read(tmp_path / "a.txt", tokenizer, length=50)
-    assert [len(p.ids) for p in pieces[:-1]] == [50] * (len(pieces) - 1)
-
-
-def test_a_conversation_learns_what_the_assistant_says(tmp_path, tokenizer):
-    messages = [{"role": "user", "content": "say <assistant>\nno"}, {"role": "assistant", "content": "first"},
-                {"role": "user", "content": "again"}, {"role": "assistant", "content": "second"}]
-    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": messages}))
-    (example,) = data.read(tmp_path / "a.jsonl", tokenizer)
-    assert learnt(tokenizer, example) == "first\nsecond\n", "the marker in the user's own text is not taken for a turn"
-
-
-@pytest.mark.parametrize("name, content, message", [
-    ("a.json", b"{}", "'.json' is unknown; known: .txt, .jsonl, .csv"),
-    ("a.txt", b"", "is empty"),
-    ("a.jsonl", b"\n  \n", "is empty"),
-    ("a.txt", b"fine\nnot \xff\xfe utf", "line 2: not UTF-8"),
-    ("a.jsonl", b'{"text": "a b c"}\n{"text": ', "line 2: not JSON"),
-    ("a.jsonl", b'["text"]', "line 1: a record is an object"),
-    ("a.jsonl", b'{"txt": "a"}', "line 1: the fields are 'txt'; known: 'text'"),
-    ("a.jsonl", b'{"text": 3}', "line 1: 'text' is int, not text"),
-    ("a.jsonl", b'{"messages": "hi"}', "'messages' is str, not a list"),
-    ("a.jsonl", b'{"messages": [{"role": "user"}]}', "'role' and 'content'"),
-    ("a.jsonl", b'{"messages": [{"role": "user", "content": "hi"}]}', "line 1: nothing is left to learn"),
-    ("a.jsonl", b'{"prompt": "' + b"long " * 300 + b'", "completion": "x"}', "nothing is left to learn within 256"),
-    ("a.csv", b"prompt,completion\na,b\nc\n", "line 3: 1 fields, the header has 2"),
-    ("a.csv", b'prompt,completion\n"a,b\n', "line [23]"),
+@pytest.mark.parametrize("name, which, options, message", [
+    ("langage", "test", {}, "'langage' is unknown; did you mean 'language'"),
+    ("summary", "dev", {}, "split 'dev' is unknown"),
+    ("language", "test", dict(length=1), "^length=1: an example has at least 2 tokens"),
+    ("language", "test", dict(length=2.5), "^length=2.5: "),
+    ("summary", "test", dict(limit=0), "^limit=0: "),
+    ("package", "test", dict(limit=-3), "^limit=-3: "),
+    ("summary", "test", dict(length=5), "length=5: the task 'summary' has no record"),
 ])
-def test_a_bad_file_is_an_error_with_its_line(tmp_path, tokenizer, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message) as error:
-        data.read(tmp_path / name, tokenizer)
-    assert str(tmp_path / name) in str(error.value)
+def test_a_task_that_would_be_empty_is_an_error(tokenizer, name, which, options, message):
+    with pytest.raises(ValueError, match=message):
+        data.task(name, tokenizer, which, **options)
+
+
+# --- packing -------------------------------------------------------------------------------------
+
+
+def documents(example):
+    """[(ids, labels)] of the documents of an example, in order."""
+    found = {}
+    for i, label, document in zip(example.ids, example.labels, example.documents):
+        ids, labels = found.setdefault(document, ([], []))
+        ids.append(i)
+        labels.append(label)
+    return list(found.values())
+
+
+def alone(example):
+    return (example.ids, [data.NOT_LEARNT, *example.labels[1:]])
+
+
+sizes_and_room = st.integers(2, 30).flatmap(
+    lambda room: st.tuples(st.lists(st.integers(1, room), max_size=60), st.just(room)))
+
+
+@at_ease
+@given(sizes_and_room)
+def test_packing_finds_the_rows_of_first_fit_decreasing(drawn):
+    sizes, room = drawn
+    rows, naive = [], []
+    for size in sorted(sizes, reverse=True):  # the quadratic way
+        place = next((k for k, used in enumerate(rows) if used + size <= room), len(rows))
+        rows[place:] = [size] if place == len(rows) else [rows[place] + size, *rows[place + 1 :]]
+        naive.append(place)
+    assert list(first_fit(sorted(sizes, reverse=True), room)) == naive
+    examples = [data.Example([k] * size, list(range(size)), cut=k) for k, size in enumerate(sizes)]
+    packed = data.pack(examples, room)
+    assert [len(e.ids) for e in packed] == rows
+    found = sorted(d for e in packed for d in documents(e))
+    assert found == sorted(alone(e) for e in examples)
+    assert sum(e.cut for e in packed) == sum(e.cut for e in examples)
+    assert all(e.documents == sorted(e.documents) and e.documents[0] == 1 for e in packed)
+
+
+@at_ease
+@given(sizes_and_room)
+def test_packed_examples_keep_their_documents_when_they_are_packed_again(drawn):
+    sizes, room = drawn
+    examples = [data.Example([k] * size, list(range(size))) for k, size in enumerate(sizes)]
+    again = data.pack(data.pack(examples, room), 2 * room)
+    assert sorted(d for e in again for d in documents(e)) == sorted(alone(e) for e in examples)
+
+
+def test_many_examples_are_packed_without_looking_at_every_row():
+    """The quadratic way would look at 100 million rows."""
+    draw = random.Random(0)
+    sizes = [draw.randint(1, 32) for _ in range(30_000)]
+    examples = [data.Example([0] * n, [0] * n) for n in sizes]
+    packed = data.pack(examples, 64)
+    assert sum(len(e.ids) for e in packed) == sum(sizes)
+    assert len(packed) == -(-sum(sizes) // 64)  # no number of rows is smaller
+
+
+@pytest.mark.parametrize("example, length, message", [
+    (data.Example([1, 2, 3], [1, 2, 3]), 2, "example 0 has 3 ids, more than a row's length=2"),
+    (data.Example([1, 2], [1, 2]), 1, "^length=1: "),
+    (data.Example([], []), 8, "example 0 has no ids"),
+    (data.Example([1, 2], [1]), 8, "needs as many labels"),
+    (data.Example([1, 2], [1, 2], [1]), 8, "as many document numbers"),
+    (data.Example([1, 2], [1, 2], [0, 1]), 8, "document numbers from 1"),
+])
+def test_what_cannot_be_packed_is_an_error(example, length, message):
+    with pytest.raises(ValueError, match=message):
+        data.pack([example], length)
+
+
+# --- batches -------------------------------------------------------------------------------------
 
 
 def test_batches_are_padded_masked_and_follow_the_seed():
-    examples = [data.Example(list(range(1, n + 1)), list(range(1, n + 1))) for n in (2, 5, 3, 4, 2)]
+    rows = [list(range(1, n + 1)) for n in (2, 5, 3, 4, 2)]
+    examples = [data.Example(row, list(row)) for row in rows]
     batches = data.Batches(examples, 2, seed=3, pad=9)
     epoch = [next(batches) for _ in range(3)]
-    assert sorted(len(row) - int((row == 9).sum()) for ids, _, _ in epoch for row in ids) == [2, 2, 3, 4, 5]
+    sizes = [len(row) - int((row == 9).sum()) for ids, _, _ in epoch for row in ids]
+    assert sorted(sizes) == [2, 2, 3, 4, 5]
     for ids, labels, mask in epoch:
         mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
-        assert ids[~mask].eq(9).all() and labels[~mask].eq(-100).all() and labels[mask].equal(ids[mask])
+        assert ids[~mask].eq(9).all() and labels[~mask].eq(-100).all()
+        assert labels[mask].equal(ids[mask])
     again = data.Batches(examples, 2, seed=3, pad=9)
     later = [next(again) for _ in range(4)]
     assert all(a[0].equal(b[0]) for a, b in zip(epoch, later))
@@ -122,9 +193,69 @@ def test_batches_are_padded_masked_and_follow_the_seed():
 
 
 @pytest.mark.parametrize("examples, size, message", [
-    ([], 2, "no examples"), ([data.Example([1, 2], [-100, -100])], 2, "example 0 has nothing to learn"),
-    ([data.Example([1, 2], [1])], 2, "2 ids and 1 labels"), ([data.Example([1, 2], [1, 2])], 0, "batch_size=0"),
+    ([], 2, "no examples"),
+    ([data.Example([1, 2], [-100, -100])], 2, "example 0 has nothing to learn"),
+    ([data.Example([1, 2], [1])], 2, "2 ids and 1 labels"),
+    ([data.Example([1, 2], [1, 2])], 0, "batch_size=0"),
+    ([data.Example([1, 2], [1, 2])], 1.5, "batch_size=1.5"),
 ])
 def test_batches_refuse_what_teaches_nothing(examples, size, message):
     with pytest.raises(ValueError, match=message):
         data.Batches(examples, size)
+
+
+def test_an_epoch_has_every_example_once_and_len_counts_its_batches():
+    examples = [data.Example([n, n], [n, n]) for n in range(7)]
+    for size, n in ((1, 7), (2, 4), (3, 3), (7, 1), (50, 1)):
+        batches = data.Batches(examples, size)
+        assert len(batches) == n
+        for epoch in range(3):
+            ids = torch.cat([next(batches)[0] for _ in range(n)])
+            assert sorted(ids[:, 0].tolist()) == list(range(7)) and batches.epoch == epoch + 1
+
+
+def test_the_order_of_an_epoch_is_what_it_was_in_earlier_versions():
+    """A checkpoint's place in the data is worth nothing in another order."""
+    batches = data.Batches([data.Example([1, 2], [1, 2])] * 6, 2, seed=3)
+    first = batches.order()
+    batches.load_state_dict(dict(epoch=1, position=4))
+    assert (first, batches.order()) == ([2, 5, 4, 3, 0, 1], [4, 3, 1, 2, 5, 0])
+    for epoch, position in ((0, 6), (-1, 0), (0, -2)):
+        with pytest.raises(ValueError, match="is no place in 6 examples"):
+            batches.load_state_dict(dict(epoch=epoch, position=position))
+
+
+def test_a_fingerprint_tells_every_difference():
+    def make(ids=(1, 2, 3), labels=(-100, 2, 3), documents=None):
+        return data.Example(list(ids), list(labels), documents and list(documents))
+
+    lists = [[make()], [make(), make()], [make(ids=(1, 2, 4))], [make(labels=(-100, -100, 3))],
+             [make(documents=(1, 1, 1))], [make(documents=(1, 2, 2))], [make((1, 2), (1, 2))],
+             [make((1, 2), (1, 2)), make()], [make(), make((1, 2), (1, 2))], []]
+    marks = [data.fingerprint(examples) for examples in lists]
+    assert len(set(marks)) == len(marks) and all(len(mark) == 16 for mark in marks)
+    assert marks[0] == data.fingerprint((make(),)) and marks[-1] == "e3b0c44298fc1c14"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_held_out_share_keeps_duplicates_together_and_moves_nobody(seed):
+    numbers = random.Random(seed).choices(range(300), k=200)
+    examples = [data.Example([n, n + 1], [-100, n + 1]) for n in numbers]
+    train, held = data.held_out(examples, 0.3, seed)
+    assert sorted(e.ids for e in train + held) == sorted(e.ids for e in examples)
+    assert not {tuple(e.ids) for e in train} & {tuple(e.ids) for e in held}
+    more, rest = data.held_out(examples[::-1] + [data.Example([9, 9], [-100, 9])], 0.3, seed)
+    assert [e for e in rest[::-1] if e.ids != [9, 9]] == held
+    assert [e for e in more[::-1] if e.ids != [9, 9]] == train
+
+
+def test_a_held_out_share_is_about_as_large_as_asked_and_follows_the_seed():
+    examples = [data.Example([n, n], [n, n]) for n in range(2000)]
+    for share in (0.1, 0.5):
+        assert len(data.held_out(examples, share)[1]) == pytest.approx(2000 * share, rel=0.15)
+    assert data.held_out(examples, 0.1, 1)[1] != data.held_out(examples, 0.1, 2)[1]
+    for few, share, message in ((examples, 0, "share=0: "), (examples, 1.0, "share=1.0: "),
+                                (examples[:1], 0.5, "of 1 examples holds out"), ([], 0.5, "of 0"),
+                                ([examples[0]] * 9, 0.5, "neither may be 0")):
+        with pytest.raises(ValueError, match=message):
+            data.held_out(few, share)

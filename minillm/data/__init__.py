@@ -1,0 +1,27 @@
+"""What a model learns from: Python's own documentation, and the user's files.
+
+    example     ids, and the label of each id: which part of a text is learnt
+    tasks       three tasks made of the documentation that Python brings along
+    records     a record (text, prompt, conversation, Alpaca, ShareGPT) -> examples
+    reading     a .txt, .jsonl, .json or .csv file -> records -> examples, or questions
+    packing     several examples in a row, so that little is padded
+    batching    the order of the batches, the held-out share, the fingerprint
+    showing     what is learnt and what is not, in colour
+"""
+
+from minillm.data.batching import Batches, batches, collate, fingerprint, held_out
+from minillm.data.example import NOT_LEARNT, Example, completion, learnt, pieces
+from minillm.data.packing import pack
+from minillm.data.reading import Questions, Reading, questions, read, text
+from minillm.data.records import conversation, parse
+from minillm.data.showing import preview, summary
+from minillm.data.tasks import (
+    SPLITS, TASKS, Docstring, Task, check, docstrings, most_documented, split, task, texts, topics,
+)
+
+__all__ = [
+    "Batches", "Docstring", "Example", "NOT_LEARNT", "Questions", "Reading", "SPLITS", "TASKS",
+    "Task", "batches", "check", "collate", "completion", "conversation", "docstrings",
+    "fingerprint", "held_out", "learnt", "most_documented", "pack", "parse", "pieces", "preview",
+    "questions", "read", "split", "summary", "task", "text", "texts", "topics",
+]

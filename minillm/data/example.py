@@ -1,0 +1,100 @@
+"""An Example: ids, and a label for each id, which is the id itself or NOT_LEARNT.
+
+A label has the place of its id: the model's loss shifts by one, so the label at place i is
+compared with what the model predicts after the ids before i. Nothing comes before the first
+id, so its label is always NOT_LEARNT. (A soft prompt would predict it: then one technique
+would learn, and be measured on, more tokens than the others.)
+
+Which part is learnt follows from the structure of the record (its prompt, its messages) and
+from the tokenizer's offsets. Libraries that search the ids for a marker string miss it as
+soon as the text before it changes how it is tokenized.
+"""
+
+import dataclasses
+import re
+
+NOT_LEARNT = -100
+
+
+@dataclasses.dataclass
+class Example:
+    """ids and labels: lists of one length t, at most the `length` that the reader was given."""
+
+    ids: list
+    labels: list
+    documents: list | None = None  # of a packed example: the number of each id's document, from 1
+    cut: int = 0  # how many tokens that were to be learnt lay beyond the length
+
+
+def learnt(example):
+    """How many labels of the Example are learnt."""
+    return len(example.labels[1:]) - example.labels[1:].count(NOT_LEARNT)
+
+
+def pieces(ids, length):
+    """A long text's ids -> Examples of at most `length` ids that learn all of it.
+
+    Each piece starts with the last id of the piece before it. So every id but the first of
+    the text is learnt once, with something before it. Pieces that do not overlap would never
+    learn the ids at their starts, and a last piece of one id would learn nothing. The price is
+    one id more a piece.
+
+    >>> [e.ids for e in pieces([1, 2, 3, 4], 3)]
+    [[1, 2, 3], [3, 4]]
+    """
+    starts = range(0, len(ids) - 1, length - 1)
+    return [Example(ids[i : i + length], [NOT_LEARNT, *ids[i + 1 : i + length]]) for i in starts]
+
+
+def whole(text):
+    """The text; ValueError if it holds half a character, as JSON writes it: \\ud800."""
+    half = re.search("[\ud800-\udfff]", text)
+    if half:
+        raise ValueError(f"the text holds half a character, {half[0]!r}, which UTF-8 cannot write")
+    return text
+
+
+def spans(tokenizer, text):
+    """(ids, offsets) of a text, without an eos at its end.
+
+    Some tokenizers put eos behind each text, and some files have it in their texts already. An
+    example has it once, and learns it.
+    """
+    ids, offsets = tokenizer.spans(whole(text))
+    if ids and ids[-1] == tokenizer.eos:
+        return ids[:-1], offsets[:-1]
+    return ids, offsets
+
+
+def completion(tokenizer, prompt, answer, length):
+    """The Example of which only the answer and the end of the text are learnt."""
+    ids, offsets = spans(tokenizer, prompt + answer)
+    labels = only(ids, offsets, [(len(prompt), len(prompt + answer))])
+    return clip(ids + [tokenizer.eos], labels + [tokenizer.eos], length)
+
+
+def only(ids, offsets, turns):
+    """Labels: the id where it belongs to one of the (start, end) turns, else NOT_LEARNT."""
+
+    def inside(start, end):  # a first byte of a character is an empty span at its start
+        return any(start < last and (end > first or start >= first) for first, last in turns)
+
+    return [i if inside(*span) else NOT_LEARNT for i, span in zip(ids, offsets)]
+
+
+def clip(ids, labels, length):
+    """The Example of the first `length` ids, which counts what it loses."""
+    labels = [NOT_LEARNT, *labels[1:]]
+    lost = labels[length:]
+    return Example(ids[:length], labels[:length], cut=len(lost) - lost.count(NOT_LEARNT))
+
+
+def at_least(name, value, least, why):
+    """ValueError unless `value` is a whole number of at least `least`."""
+    if type(value) is not int or value < least:
+        raise ValueError(f"{name}={value!r}: {why}")
+
+
+def check_length(length):
+    at_least("length", length, 2,
+             "an example has at least 2 tokens, one to learn and one before it")

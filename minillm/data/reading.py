@@ -1,0 +1,283 @@
+"""The user's files -> Examples to train on, or questions to measure by.
+
+    .txt      one text
+    .jsonl    a record a line, a JSON object
+    .json     a list of records
+    .csv      a record a row, under a header that names the fields
+
+What a record may be is in `records`. Files are UTF-8, with or without a byte order mark. A record
+that is no good stops the reading with an error that names its line; with skip_bad=True it is
+left out, and counted. .jsonl and .csv are read record by record, so that a large file is
+not in memory beside what is made of it.
+"""
+
+import collections
+import csv
+import dataclasses
+import json
+import os
+import pathlib
+import re
+
+from minillm.data.example import check_length, learnt
+from minillm.data.records import examples_of, fitting, question
+from minillm.data.showing import summary
+
+
+class Reading(list):
+    """The Examples of a file: a list that also knows what was not learnt.
+
+    path, length    what was read, and the most tokens an Example could have
+    records         how many records the Examples come from
+    skipped         "PATH, line N: the reason" for each bad record that was left out
+    kinds           {kind: records read as it}, a kind being a tuple of field names
+    unread          {kind: records that also fit it, but were read as another kind}
+    """
+
+    def __init__(self, path, length):
+        super().__init__()
+        self.path, self.length, self.records, self.skipped = str(path), length, 0, []
+        self.kinds, self.unread = collections.Counter(), collections.Counter()
+
+    @property
+    def tokens(self):
+        """How many ids all Examples have together."""
+        return sum(len(e.ids) for e in self)
+
+    @property
+    def learnt(self):
+        """How many of these are learnt."""
+        return sum(learnt(e) for e in self)
+
+    @property
+    def cut(self):
+        """How many Examples lost a part of what was to be learnt: it lay beyond `length`."""
+        return sum(e.cut > 0 for e in self)
+
+    def summary(self):
+        """All of this as a short text."""
+        return summary(self)
+
+
+@dataclasses.dataclass
+class Questions:
+    """What a file asks: prompts, their ids, and references, three lists of one length.
+
+    Generate from the ids: they begin and end as the Examples of `read` have them before the answer
+    (a chat template writes its own BOS, other prompts get the tokenizer's).
+    """
+
+    prompts: list = dataclasses.field(default_factory=list)
+    ids: list = dataclasses.field(default_factory=list)
+    references: list = dataclasses.field(default_factory=list)
+    texts: int = 0  # records of plain text, which ask nothing
+    skipped: list = dataclasses.field(default_factory=list)  # as in Reading
+
+
+def read(path, tokenizer, length=256, skip_bad=False):
+    """A .txt, .jsonl, .json or .csv file -> Reading, a list of Examples of at most `length` ids.
+
+    An answer that ends beyond `length` is cut, and counted in `.cut`; a long text is cut into
+    pieces that lose nothing. ValueError, with the line, for what is not UTF-8, not a record,
+    or leaves nothing to learn within `length`; with skip_bad, only if no record is good.
+    """
+    check_length(length)
+    reader = reader_of(path)
+    if tokenizer.eos is None:
+        raise ValueError("this tokenizer has no end-of-text id (eos), with which examples end")
+    found = Reading(path, length)
+
+    def use(record):
+        found.extend(examples_of(record, tokenizer, length))
+        kind, *others = fitting(record)
+        found.kinds[kind] += 1
+        found.unread.update(others)
+
+    found.records = each(path, reader, use, skip_bad, found.skipped)
+    return found
+
+
+def questions(path, tokenizer, skip_bad=False):
+    """The Questions of a file that `read` reads, in its order.
+
+    The prompt of a conversation holds all before the assistant's last turn, by the chat template,
+    and the reference is that turn. The prompt of an Alpaca record is what `read` puts before the
+    output. A text asks nothing. Errors as in `read`, but a long answer is none.
+    """
+    reader, found = reader_of(path), Questions()
+
+    def use(record):
+        asked = question(record, tokenizer)
+        if asked is None:
+            found.texts += 1
+        else:
+            for row, value in zip((found.prompts, found.ids, found.references), asked):
+                row.append(value)
+
+    each(path, reader, use, skip_bad, found.skipped)
+    return found
+
+
+def each(path, reader, use, skip_bad, skipped):
+    """Call use(record) for every record; returns for how many it went well."""
+    good = 0
+    for place, record in reader(path):
+        try:
+            if isinstance(record, ValueError):
+                raise record
+            use(record)
+            good += 1
+        except ValueError as error:
+            skipped.append(f"{path}, {place}: {error}")
+            if not skip_bad:
+                raise ValueError(skipped[-1]) from error
+    if not good and skipped:
+        raise ValueError(f"no record is good, {len(skipped)} are bad; the first: {skipped[0]}")
+    if not good:
+        raise ValueError(f"{path} is empty: it has no record")
+    return good
+
+
+def reader_of(path):
+    """The function that reads such a file."""
+    ending = pathlib.Path(path).suffix
+    if ending.lower() not in READERS:
+        raise ValueError(f"{path}: the ending {ending!r} is unknown; known: {', '.join(READERS)}")
+    return READERS[ending.lower()]
+
+
+# --- from bytes to records -----------------------------------------------------------------------
+# A reader yields (place, record). Where a record cannot be read, it yields the error in its stead,
+# for a generator that raises could not go on. It raises for what spoils the whole file.
+
+
+ODD = re.compile("[\udc80-\udcff]")  # what `opened` makes of the bytes 0x80 to 0xff
+
+
+def opened(path, newline):
+    """The file as text. A byte that is not UTF-8 becomes half a character, and `utf8` finds it."""
+    return open(path, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+
+
+def utf8(text):
+    """ValueError if the text of an `opened` file was not UTF-8."""
+    odd = ODD.search(text)
+    if odd:
+        raise ValueError(f"not UTF-8 (the byte 0x{ord(odd[0]) - 0xDC00:02x})")
+
+
+def text(path):
+    """The text of a file, for training and for measuring alike, with \\n at the end of each line.
+
+    ValueError, with the line, for what is not UTF-8, and for an empty file.
+    """
+    with opened(path, None) as file:
+        whole = file.read()
+    try:
+        utf8(whole)
+    except ValueError as error:
+        line = whole.count("\n", 0, ODD.search(whole).start()) + 1
+        raise ValueError(f"{path}, line {line}: {error}") from error
+    if not whole.strip():
+        raise ValueError(f"{path} is empty")
+    return whole
+
+
+def read_txt(path):
+    yield "all of it", {"text": text(path)}
+
+
+def read_jsonl(path):
+    with opened(path, "\n") as file:  # alone \n ends a line; JSON may hold other line ends
+        for line, row in enumerate(file, 1):
+            if row.strip():
+                yield f"line {line}", json_object(row)
+
+
+def json_object(row):
+    """The object of a line, or the ValueError that it makes."""
+    try:
+        utf8(row)
+    except ValueError as error:
+        return error
+    try:
+        return an_object(json.loads(row))
+    except (ValueError, RecursionError) as error:
+        return ValueError(f"not JSON ({error})")
+
+
+def an_object(record):
+    if isinstance(record, dict):
+        return record
+    return ValueError(f"a record is an object, this is {type(record).__name__}")
+
+
+def read_json(path):
+    whole = text(path)
+    try:
+        records = json.loads(whole)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error}); a file with a record a line has to "
+                         "end in .jsonl") from error
+    if not isinstance(records, list):
+        raise ValueError(f"{path}: a .json file has to be a list of records, this is "
+                         f"{type(records).__name__}")
+    del whole  # it may be large
+    for i, record in enumerate(records, 1):
+        yield f"record {i}", an_object(record)
+
+
+def read_csv(path):
+    longest = os.path.getsize(path)
+    with opened(path, "") as file:  # csv itself ends the lines: a field may hold line ends
+        rows, header = csv.reader(file, strict=True), None
+        while True:
+            first, row = rows.line_num + 1, None
+            try:
+                row = next_row(rows, longest)
+                utf8("".join(row))
+            except StopIteration:
+                return
+            except ValueError as error:
+                row = error
+            lines = f"line {first}" if rows.line_num <= first else f"lines {first}-{rows.line_num}"
+            if header is None and row:
+                header = checked(row, f"{path}, {lines}")
+            elif row:
+                yield lines, fields(header, row)
+
+
+def next_row(rows, longest):
+    """The next row; a field may have up to `longest` characters, for this call alone.
+
+    The csv module keeps one limit for the whole program, 131,072 characters.
+    """
+    before = csv.field_size_limit()
+    csv.field_size_limit(min(max(before, longest), 2**31 - 1))
+    try:
+        return next(rows)
+    except csv.Error as error:
+        raise ValueError(f"not CSV ({error})") from error
+    finally:
+        csv.field_size_limit(before)
+
+
+def checked(header, where):
+    """The header, or the error that spoils the whole file."""
+    if isinstance(header, ValueError):
+        raise ValueError(f"{where}: {header}") from header
+    if len(set(header)) < len(header):
+        raise ValueError(f"{where}: the header names a field twice: {', '.join(header)}")
+    return header
+
+
+def fields(header, row):
+    """{field: text} of a row, or the ValueError that it makes."""
+    if isinstance(row, ValueError):
+        return row
+    if len(row) != len(header):
+        return ValueError(f"{len(row)} fields, the header has {len(header)}")
+    return dict(zip(header, row))
+
+
+READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".json": read_json, ".csv": read_csv}
