@@ -77,10 +77,18 @@ def spread(model, loss):
 def rows(batch):
     """This process's rows of a batch, a tuple of tensors (b, ...) or None."""
     rank, world = place()
-    if len(batch[0]) < world:
-        raise ValueError(f"a batch of {len(batch[0])} rows cannot be shared by {world} processes: choose batch_size, and the number "
-                         "of examples, so that the last batch of an epoch has a row for each")
+    check_rows(len(batch[0]), len(batch[0]))
     return tuple(None if t is None else t[rank::world] for t in batch)
+
+
+def check_rows(examples, batch_size):
+    """ValueError if a batch of an epoch of so many examples has no row for some of the processes."""
+    world = place()[1]
+    least = min(examples % batch_size or batch_size, examples)
+    if least < world:
+        raise ValueError(f"a batch of {least} rows cannot be shared by {world} processes: choose "
+                         "batch_size, and the number of examples, so that the last batch of an epoch "
+                         "has a row for each")
 
 
 def total(value, device):
@@ -89,6 +97,15 @@ def total(value, device):
         return value
     value = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(value)
+    return value.item()
+
+
+def largest(number, device):
+    """The largest of the processes' numbers."""
+    if place()[1] == 1:
+        return number
+    value = torch.tensor(number, device=device)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
     return value.item()
 
 
