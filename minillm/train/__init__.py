@@ -9,15 +9,15 @@
     identity      the model, techniques and data that a checkpoint belongs to
     interrupt     Ctrl-C
 
-- The loss of a step is the sum over all its micro-batches divided by the number of tokens that all of
-  them learn. So `accumulate=k` is the same step as a batch k times as large. (A mean of means weighs
-  short examples more; trl and torchtune both had to mend this.)
-- A training that was interrupted goes on from its newest checkpoint, and every later loss is the same
-  to the last bit.
-- Under torchrun each process computes its share of every batch; the losses stay those of one process
-  (see `minillm.distributed`).
-- transformers' Trainer does this and far more behind callbacks and 100 arguments. Not included: mixed
-  precision by autocast (a bfloat16 model with float32 adapters needs none).
+- The loss of a step is the sum over all its micro-batches divided by the number of tokens
+  that all of them learn. So `accumulate=k` is the same step as a batch k times as large.
+  (A mean of means weighs short examples more; trl and torchtune both had to mend this.)
+- A training that was interrupted goes on from its newest checkpoint, and every later loss
+  is the same to the last bit.
+- Under torchrun each process computes its share of every batch; the losses stay those of
+  one process (see `minillm.distributed`).
+- transformers' Trainer does this and far more behind callbacks and 100 arguments. Not
+  included: mixed precision by autocast (a bfloat16 model with float32 adapters needs none).
 """
 
 from minillm.train.checkpoints import newest, restore, saved

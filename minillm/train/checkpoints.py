@@ -9,8 +9,8 @@ One safetensors file holds
     metadata      the log, the place in the data, all settings, and what else the training relies on
                   (see `identity`): the frozen model, the techniques, the examples
 
-and is written beside its name and then renamed, so a name is always a whole checkpoint. Frozen weights
-are not in it: load the same model and wrap it the same way first.
+and is written beside its name and then renamed, so a name is always a whole checkpoint.
+Frozen weights are not in it: load the same model and wrap it the same way first.
 """
 
 import json
@@ -32,7 +32,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, each of the parameter's shape
 logger = logging.getLogger("minillm")
 
 
-# --- the directory -----------------------------------------------------------------------------------
+# --- the directory ----------------------------------------------------------------------------
 
 
 def saved(directory):
@@ -56,15 +56,15 @@ def ready(directory, resume):
     path = newest(directory)
     if path is not None and not resume:
         raise FileExistsError(f"checkpoints={str(directory)!r} holds those of another training "
-                              f"({len(saved(directory))}, the newest {path.name}): resume=True goes on "
-                              "with it; for a new one choose another directory")
+                              f"({len(saved(directory))}, the newest {path.name}): resume=True "
+                              "goes on with it; for a new one choose another directory")
     if distributed.place()[0] == 0:
         for half in pathlib.Path(directory).glob(".step-*.safetensors.*"):
             shutil.rmtree(half)  # what a run was writing when it was killed
     return path
 
 
-# --- what is in a file -------------------------------------------------------------------------------
+# --- what is in a file ------------------------------------------------------------------------
 
 
 def state(run):
@@ -100,7 +100,8 @@ def save(run):
 
     Of several processes the first writes.
     """
-    tensors = {f"random.{rank}": t for rank, t in enumerate(distributed.gathered(torch.get_rng_state()))}
+    each = distributed.gathered(torch.get_rng_state())
+    tensors = {f"random.{rank}": t for rank, t in enumerate(each)}
     if torch.cuda.is_available():
         each = distributed.gathered(torch.cuda.get_rng_state())
         tensors |= {f"random.cuda.{rank}": t for rank, t in enumerate(each)}
@@ -132,7 +133,7 @@ def keeps_best(run):
     return run.options.restore_best and run.best and run.best["step"] != len(run.history) - 1
 
 
-# --- going on ----------------------------------------------------------------------------------------
+# --- going on ---------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -170,19 +171,22 @@ def opened(path):
     try:
         return read(path)
     except ValueError as error:
-        raise ValueError(f"{error}. To go on from the checkpoint before it, move it away") from error
+        advice = "to go on from the checkpoint before it, move it away"
+        raise ValueError(f"{error}; {advice}") from error
 
 
 def facts_of(run, path, metadata):
-    """(the place in the data, the log) that a file holds; ValueError where it is of another training."""
+    """(the place in the data, the log) in a file; ValueError where it is of another training."""
     try:
         facts = json.loads(metadata["training"])
         then, history = facts["settings"], facts["history"]
         place = {key: int(facts["batches"][key]) for key in ("epoch", "position")}
-        odd = {key: (then.get(key), now) for key, now in run.compared.items() if then.get(key) != now}
+        odd = {key: (then.get(key), now) for key, now in run.compared.items()
+               if then.get(key) != now}
         other = identity.differs(run.model, facts["identity"])
-        whole = all(isinstance(record["loss"], float) and record["step"] == i
-                    and isinstance(measured(record), float | None) for i, record in enumerate(history))
+        whole = all(record["step"] == i and isinstance(record["loss"], float)
+                    and isinstance(measured(record), float | None)
+                    for i, record in enumerate(history))
         whole = whole and path.name == f"step-{len(history):08d}.safetensors"
         whole = whole and 0 <= place["position"] < len(run.batches.examples)
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError, IndexError) as error:
@@ -201,7 +205,8 @@ def facts_of(run, path, metadata):
 def check(run, path, tensors):
     """ValueError if the tensors of the file are not those that this training has."""
     kind = {name: (t.shape, t.dtype) for name, t in state(run).items()}
-    needed = kind | {f"random.{distributed.place()[0]}": ((len(torch.get_rng_state()),), torch.uint8)}
+    needed = dict(kind)
+    needed[f"random.{distributed.place()[0]}"] = torch.get_rng_state().shape, torch.uint8
     if keeps_best(run):
         needed |= {f"best.{name}": value for name, value in kind.items()}
     for name, p in run.learning:
@@ -213,5 +218,5 @@ def check(run, path, tensors):
            or (tuple(tensors[key].shape), tensors[key].dtype) != (tuple(shape), dtype)]
     odd += [key for key in tensors if key not in needed and not key.startswith("random.")]
     if odd:
-        raise ValueError(f"{path} does not fit what learns in this model; {len(odd)} tensors differ, "
-                         f"first {odd[0]!r}. Wrap the model as it was wrapped then")
+        raise ValueError(f"{path} does not fit what learns in this model; {len(odd)} tensors "
+                         f"differ, first {odd[0]!r}. Wrap the model as it was wrapped then")

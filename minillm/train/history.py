@@ -29,7 +29,8 @@ def measured(record):
 def journal(path, history):
     """A function that adds a line to the log file; the lines of the steps that are done come first.
 
-    A log from before is replaced; FileExistsError for any other file. Without a path nothing is written.
+    A log from before is replaced; FileExistsError for any other file. Without a path nothing
+    is written.
     """
     if path is None:
         yield lambda record: None
@@ -67,7 +68,8 @@ class Summary:
                  f"{self.last:.3f} over the last {part}"]
         if self.best:
             what = "held-out loss" if self.measure == "held_out" else "evaluation"
-            lines.append(f"best {what} {self.best['value']:.4g}, after step {self.best['step'] + 1}")
+            step, value = self.best["step"] + 1, self.best["value"]
+            lines.append(f"best {what} {value:.4g}, after step {step}")
         lines.append(f"{self.tokens:,} tokens in {self.seconds:,.1f} s: "
                      f"{self.tokens_per_second:,.0f} tokens/s")
         return "\n".join(lines)
@@ -124,7 +126,7 @@ def picture(history, path):
 
 
 def smoothed(values):
-    """The mean of each value and its neighbours, as many on either side, up to a fortieth of all."""
+    """The mean of each value and its neighbours, up to a fortieth of all on either side."""
     reach, n = max(1, len(values) // 40), len(values)
     windows = [min(reach, i, n - 1 - i) for i in range(n)]  # at the ends fewer, never lopsided
     return [sum(values[i - w : i + w + 1]) / (2 * w + 1) for i, w in enumerate(windows)]

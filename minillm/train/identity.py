@@ -26,7 +26,7 @@ def of(model):
 
 
 def techniques(model):
-    """(site, technique, its options, a digest of what it holds and does not train), innermost first."""
+    """(site, technique, its options, a digest of what it holds and does not train)."""
     for site in walk(model):
         if isinstance(site.module, Format):
             held = dict(site.module.named_buffers())
@@ -86,4 +86,5 @@ def pairs(old, new):
 def listed(entries):
     """Each technique, with how many sites it has."""
     names = [name for _, name, *_ in entries]
-    return ", ".join(f"{name} at {names.count(name)} sites" for name in dict.fromkeys(names)) or "none"
+    counts = [f"{name} at {names.count(name)} sites" for name in dict.fromkeys(names)]
+    return ", ".join(counts) or "none"

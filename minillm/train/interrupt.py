@@ -1,8 +1,8 @@
 """Ctrl-C in the middle of a step must not cost the steps before it.
 
-A signal that arrives while AdamW writes the parameters would leave half of them new and half of them
-old: nothing that could be saved. So the signal is only noted; the loop finishes the step, saves, and
-raises then.
+A signal that arrives while AdamW writes the parameters would leave half of them new and half
+of them old: nothing that could be saved. So the signal is only noted; the loop finishes the
+step, saves, and raises then.
 """
 
 import contextlib
@@ -43,8 +43,8 @@ def deferred(active):
         if asked.signal:
             raise KeyboardInterrupt
         asked.signal = number
-        logger.warning("the training ends with a checkpoint after this step; a second signal ends it "
-                       "at once, without one")
+        logger.warning("the training ends after this step, with a checkpoint; a second signal "
+                       "ends it at once, without one")
 
     if active and threading.current_thread() is threading.main_thread():
         for number, default in ((signal.SIGINT, signal.default_int_handler),

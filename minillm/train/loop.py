@@ -102,8 +102,8 @@ def update(run):
     norm = torch.nn.utils.clip_grad_norm_(parameters, o.clip or math.inf)
     norm = distributed.whole(norm).item()
     if not math.isfinite(total) or not math.isfinite(norm):
-        raise ValueError(f"step {step}: the loss is {total / count} and the gradient's norm {norm}; "
-                         f"a lower learning rate than {o.lr} may help")
+        raise ValueError(f"step {step}: the loss is {total / count} and the gradient's norm "
+                         f"{norm}; a lower learning rate than {o.lr} may help")
 
     # AdamW.
     run.optimizer.step()
@@ -115,7 +115,7 @@ def update(run):
 
 
 def measure(run, record):
-    """Measure the model, in eval mode, into the record; keep a copy of what learns if it is the best."""
+    """Measure the model in eval mode, into the record; copy what learns if it is the best."""
     o = run.options
     run.given.eval()
     with forked(run.device):  # what it draws does not change what the training draws
@@ -140,7 +140,7 @@ class Run:
     def __init__(self, model, examples, options):
         check_compiled(model)
         self.given, self.options = model, options
-        self.model = getattr(model, "_orig_mod", model)  # what torch.compile wraps has the plain names
+        self.model = getattr(model, "_orig_mod", model)  # torch.compile would change the names
         o = options
         self.optimizer = torch.optim.AdamW(groups(self.model, o.lr, o.weight_decay, o.rates),
                                            betas=tuple(o.betas))
@@ -165,7 +165,7 @@ class Run:
         self.identity = identity.of(self.model)
 
     def count(self, record):
-        """Whether the record's evaluation, if it has one, is the best so far; counts those since."""
+        """Whether the record's evaluation, if there is one, is the best; counts those since."""
         value = measured(record)
         if value is None:
             return False
@@ -176,12 +176,13 @@ class Run:
         return False
 
     def due(self, every):
-        """Whether what happens `every` so many steps happens after this one; at the end it always does."""
+        """Whether what happens `every` so many steps, and at the end, happens now."""
         return every is not None and (len(self.history) % every == 0 or self.over())
 
     def over(self):
         o = self.options
-        return len(self.history) >= o.steps or (o.patience is not None and self.waited >= o.patience)
+        stopped = o.patience is not None and self.waited >= o.patience
+        return stopped or len(self.history) >= o.steps
 
     def on_device(self, batch):
         return tuple(None if t is None else t.to(self.device) for t in batch)
@@ -192,12 +193,13 @@ def check_compiled(model):
     compiled = isinstance(model, torch._dynamo.OptimizedModule)
     compiled = compiled or getattr(model, "_compiled_call_impl", None) is not None
     if compiled and hasattr(model, "loss"):
-        raise TypeError("torch.compile(model) compiles the forward of the model, and train calls its "
-                        "`loss`: nothing would be compiled. minillm.compile(model) compiles its blocks")
+        raise TypeError("torch.compile(model) compiles the model's forward, and train calls its "
+                        "`loss`: nothing would be compiled. minillm.compile(model) compiles its "
+                        "blocks")
 
 
 def begin(run, stack):
-    """Enter into the stack all that ends with the training: modes, random numbers, files, the bar."""
+    """Enter into the stack all that ends with the training; (note a line, bar, Asked)."""
     o, rank = run.options, distributed.place()[0]
     stack.enter_context(training_mode(run))
     stack.enter_context(forked(run.device))
@@ -210,14 +212,14 @@ def begin(run, stack):
         if path is not None:
             restore(run, path)
     note = stack.enter_context(journal(o.log if rank == 0 else None, run.history))
-    bar = stack.enter_context(tqdm(total=o.steps, initial=len(run.history), desc=o.name, unit="step",
-                                   disable=not o.progress or rank > 0, leave=False))
-    return note, bar, stack.enter_context(deferred(o.checkpoints is not None))
+    bar = tqdm(total=o.steps, initial=len(run.history), desc=o.name, unit="step",
+               disable=not o.progress or rank > 0, leave=False)
+    return note, stack.enter_context(bar), stack.enter_context(deferred(o.checkpoints is not None))
 
 
 @contextlib.contextmanager
 def training_mode(run):
-    """Dropout is active inside; every module has its own mode again afterwards, whatever happens."""
+    """Dropout is active inside; afterwards every module has its own mode again."""
     modes = [(module, module.training) for module in run.model.modules()]
     run.given.train()
     try:
@@ -242,7 +244,7 @@ def finish(run):
     """Go back to the best step, if there was an evaluation and another step was the last."""
     steps = len(run.history)
     if steps < run.options.steps:
-        logger.info("stopped early after step %d of %d: %d evaluations without a better one than %.4g",
+        logger.info("stopped early after step %d of %d: %d evaluations were not below %.4g",
                     steps, run.options.steps, run.waited, run.best["value"])
     if run.best_state is not None and run.best["step"] != steps - 1:
         put_back(run, run.best_state)

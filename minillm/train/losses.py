@@ -2,10 +2,10 @@
 
     loss = - 1/n  sum over the n learnt tokens of  log p(token | the tokens before it)
 
-The first token of a text has nothing before it. A soft prompt would make it predictable, and the
-training with a prompt would then learn, and report, other tokens than the training without. So
-nobody learns it, here as in `evaluate.perplexity`: the losses of all methods are means over the same
-tokens.
+The first token of a text has nothing before it. A soft prompt would make it predictable, and
+the training with a prompt would then learn, and report, other tokens than the training
+without. So nobody learns it, here as in `evaluate.perplexity`: the losses of all methods are
+means over the same tokens.
 """
 
 import torch
@@ -51,8 +51,9 @@ def held_out_loss(model, examples, batch_size=8, pad=0):
     try:
         for i in range(0, len(examples), batch_size):
             batch = data.collate(examples[i : i + batch_size], pad)
-            total += loss_sum(model, *(None if t is None else t.to(device) for t in batch)).item()
-            count += learnt(batch[1])
+            if n := learnt(batch[1]):
+                batch = (None if t is None else t.to(device) for t in batch)
+                total, count = total + loss_sum(model, *batch).item(), count + n
     finally:
         for module, mode in modes.items():
             module.training = mode

@@ -4,7 +4,9 @@
 
     share(s)     (s + 1) / (warmup + 1)              while s < warmup
                  schedule(x)                         x = (s - warmup) / (steps - warmup), 0 <= x < 1
-    schedule(x)  1, 1 - x or (1 + cos(pi x)) / 2     cosine: Loshchilov & Hutter 2017, arXiv 1608.03983
+    schedule(x)  1, 1 - x or (1 + cos(pi x)) / 2
+
+The cosine is that of Loshchilov & Hutter 2017, arXiv 1608.03983.
 
 LoRA+ (Hayou et al. 2024, arXiv 2402.12354) is rates={r"B$": 16}.
 """
@@ -35,9 +37,9 @@ def groups(model, lr, weight_decay=0.0, rates=None):
     """AdamW's parameter groups: what learns, by its learning rate and its weight decay.
 
     Matrices decay. Vectors, which are biases and norms, do not.
-    rates: {regular expression: factor}. A parameter learns at factor * lr if the expression matches
-    its name from the start or after a dot; of several that match, the last counts. ValueError for an
-    expression that matches nothing that learns, and where nothing learns.
+    rates: {regular expression: factor}. A parameter learns at factor * lr if the expression
+    matches its name from the start or after a dot; of several that match, the last counts.
+    ValueError for an expression that matches nothing that learns, and where nothing learns.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not named:

@@ -10,12 +10,12 @@ from minillm.train.rates import rate
 
 WHOLE = dict(batch_size=1, accumulate=1, keep=1)  # whole numbers, and the least each can be
 WHOLE_OR_NONE = dict(steps=1, every=1, patience=1, save_every=1)
-COMPARED = ("steps", "lr", "batch_size", "accumulate", "schedule", "warmup", "weight_decay", "betas",
-            "clip", "rates", "seed", "pad", "every", "patience", "restore_best")
+COMPARED = ("steps", "lr", "batch_size", "accumulate", "schedule", "warmup", "weight_decay",
+            "betas", "clip", "rates", "seed", "pad", "every", "patience", "restore_best")
 
 
 def resolve(examples, given):
-    """A namespace of all settings, from the arguments that were given; ValueError for a wrong one."""
+    """A namespace of all settings, from the arguments given; ValueError for a wrong one."""
     o = types.SimpleNamespace(**given)
     for name, least in WHOLE.items():
         whole(name, getattr(o, name), least)
