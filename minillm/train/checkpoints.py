@@ -37,10 +37,10 @@ logger = logging.getLogger("minillm")
 
 def saved(directory):
     """The checkpoints in a directory, oldest first."""
-    found = [(re.fullmatch(r"step-(\d{8,})\.safetensors", path.name), path)
-             for path in pathlib.Path(directory).glob("step-*.safetensors")]
-    return [path for match, path in sorted(((m, p) for m, p in found if m),
-                                           key=lambda pair: int(pair[0][1]))]
+    found = pathlib.Path(directory).glob("step-*.safetensors")
+    pattern = re.compile(r"step-(\d{8,})\.safetensors")
+    steps = {int(match[1]): path for path in found if (match := pattern.fullmatch(path.name))}
+    return [steps[step] for step in sorted(steps)]
 
 
 def newest(directory):
