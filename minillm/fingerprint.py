@@ -24,16 +24,14 @@ from minillm.registry import Format, parameters, walk
 SAMPLES = 4  # values of each parameter
 
 
-def of(model, without=()):
+def of(model, without=None):
     """A dict for JSON: the model's name and samples of its own parameters, but those in `without`.
 
-    Parameters that learn are left out: whoever asks saves them.
+    By default those that learn are left out, for whoever asks saves them.
     """
-    samples = {}
-    for name, p in own(model).items():
-        if name not in without and not p.requires_grad:
-            samples[name] = sample(p)
-    return dict(model=name_of(model), samples=samples)
+    every = own(model)
+    without = {name for name, p in every.items() if p.requires_grad} if without is None else without
+    return dict(model=name_of(model), samples={name: sample(p) for name, p in every.items() if name not in without})
 
 
 def own(model):

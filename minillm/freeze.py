@@ -19,15 +19,11 @@ Not included: unfreezing layer by layer while training (ULMFiT's gradual unfreez
 ['layers.3', 'norm.weight']
 """
 
-import json
-
-import safetensors.torch
-import torch
 from torch import nn
 
-from minillm import files
-from minillm.registry import CannotMerge, freeze, parameters, register, select, thaw, walk
-from minillm.verbs import read
+from minillm.learning import freeze, left_to_learn, slots, stopped_by, thaw
+from minillm.registry import CannotMerge, parameters, register, select, walk
+from minillm.store import check_base, check_learned, field, opened, put_back, sorted_out, write
 
 
 class Freeze:
@@ -46,7 +42,7 @@ def wrap(model, targets=None, *, last=2):
         modules = lowest(model, last)
     else:
         modules = [site.name for site in select(model, targets, lambda site: True, None, "module")]
-    names = frozenset(name for name, *_ in parameters(model) if any(name.startswith(m + ".") for m in modules))
+    names = frozenset(name for name, *_ in slots(model) if any(name.startswith(m + ".") for m in modules))
     shared = {id(p) for name, *_, p in parameters(model) if name in names}
     if all(id(p) in shared for *_, p in parameters(model)):
         raise ValueError(f"targets={targets!r} with last={last} freezes every parameter: nothing would be left to learn")
@@ -71,16 +67,17 @@ def lowest(model, last):
 
 def unwrap(model):
     """Let everything learn again that `wrap` froze; returns the model."""
-    stopped(model)
-    return thaw(model, "freeze") or model
+    check_frozen(model)
+    thaw(model, "freeze")
+    return model
 
 
-def stopped(model):
-    """{name: parameter} of what is frozen; an error where nothing is."""
-    found = {name: p for name, owner, key, p in parameters(model) if "freeze" in owner.__dict__.get("_frozen_by", {}).get(key, ())}
-    if not found:
+def check_frozen(model):
+    """The names of what is frozen; ValueError where nothing is."""
+    names = stopped_by(model, "freeze")
+    if not names:
         raise ValueError("nothing is frozen in this model: minillm.freeze.wrap(model) first")
-    return found
+    return names
 
 
 def merge(model, **_):
@@ -91,30 +88,32 @@ def merge(model, **_):
 unmerge = merge
 
 
-def save(model, path):
-    """Write the parameters that were left to learn, and the names of the frozen ones, to a safetensors file."""
-    frozen = stopped(model)
-    tensors = {name: p.detach().contiguous() for name, *_, p in parameters(model) if id(p) not in {id(q) for q in frozen.values()}}
-    with files.atomic(path) as new:
-        safetensors.torch.save_file(tensors, new, {"format": "pt", "technique": "freeze", "frozen": json.dumps(sorted(frozen))})
+def save(model, path, force=False):
+    """Write the parameters that were left to learn, and the names of the frozen ones, to a safetensors file.
+
+    A weight that a format stores by now is written dense. FileExistsError as for every technique's `save`.
+    """
+    write(path, "freeze", model, {}, left_to_learn(model), force, frozen=sorted(check_frozen(model)))
 
 
-@torch.no_grad()
-def load(model, path):
-    """Copy the parameters of the file into the model and freeze the others; returns the model."""
-    tensors, metadata = read(path)
-    if metadata.get("technique") != "freeze":
-        raise ValueError(f"{path} is not a file of freeze; it says technique {metadata.get('technique')!r}")
-    ours, frozen = {name: p for name, *_, p in parameters(model)}, set(json.loads(metadata["frozen"]))
-    for name, t in tensors.items():
-        if name not in ours or ours[name].shape != t.shape:
-            here = f"has {tuple(ours[name].shape)}" if name in ours else "lacks it"
-            raise ValueError(f"{path} does not fit this model: {name!r} is {tuple(t.shape)} in the file, the model {here}")
-    missing = frozen - set(ours)
+def load(model, path, replace=False, any_base=False):
+    """Copy the parameters of the file into the model and freeze the others; returns the model.
+
+    ValueError where something is frozen already, unless `replace`; where the file was made for another
+    model, unless `any_base`.
+    """
+    tensors, metadata = opened(path, "freeze")
+    if stopped_by(model, "freeze") and not replace:
+        raise ValueError(f"the model has freeze already, and {path} would take its place: unwrap it first, or say replace=True")
+    _, own = sorted_out(tensors, {}, path)
+    frozen, shared = set(field(metadata, "frozen", path, list)), field(metadata, "shared", path)
+    missing = frozen - {name for name, *_ in slots(model)}
     if missing:
         raise ValueError(f"{path} freezes {sorted(missing)[0]!r}, which this model lacks ({len(missing)} such)")
-    for name, t in tensors.items():
-        ours[name].copy_(t)
+    check_learned(model, own, path)
+    check_base(model, metadata, path, any_base)
+    put_back(model, own, shared)
+    thaw(model, "freeze")
     freeze(model, "freeze", lambda name: name in frozen)
     return model
 

@@ -208,6 +208,12 @@ class Format(nn.Module):
         """W (out, in), in the dtype that the model computes in."""
         raise NotImplementedError
 
+    @property
+    def weight(self):
+        """The dense weight as the leaf would keep it, for code that reads `.weight` (nn.MultiheadAttention does)."""
+        W = self.dense()
+        return W.T if self.leaf.transposed else W
+
     def forward(self, x):
         return self.leaf.compute(x, self.dense(), self.bias)
 
@@ -405,28 +411,6 @@ def hint(written, sites):
     return "what would have matched: " + ", ".join(repr(name) for name in names)
 
 
-# --- which parameters learn ------------------------------------------------------------------------------------------------
-
-
-def freeze(model, technique, which=lambda name: True):
-    """Stop the model's own parameters from learning, noting on their owners who stopped them."""
-    for name, owner, key, p in parameters(model):
-        stopped = owner.__dict__.setdefault("_frozen_by", {})
-        if which(name) and (p.requires_grad or stopped.get(key)):
-            stopped[key] = stopped.get(key, frozenset()) | {technique}
-            p.requires_grad_(False)
-
-
-def thaw(model, technique):
-    """Let learn what `technique` alone had stopped."""
-    for _, owner, key, p in parameters(model):
-        stopped = owner.__dict__.get("_frozen_by", {})
-        if technique in stopped.get(key, ()):
-            stopped[key] -= {technique}
-            if not stopped[key]:
-                p.requires_grad_(True)
-
-
 # --- the table of techniques ------------------------------------------------------------------------------------------------
 
 TECHNIQUES = {}
@@ -441,3 +425,22 @@ def register(name, cls):
 def techniques():
     """{name: the module that holds its verbs}, in the order of `import minillm`."""
     return {name: sys.modules[cls.__module__] for name, cls in TECHNIQUES.items()}
+
+
+def patches_of(technique, model):
+    """[(site, patch)] of one technique."""
+    return [(site, site.layer.patches[technique]) for site in walk(model)
+            if site.layer and technique in site.layer.patches]
+
+
+def formats_of(technique, model):
+    """[site] of the leaves that one Format stores."""
+    return [site for site in walk(model)
+            if isinstance(site.module, Format) and site.module.technique == technique]
+
+
+def attached(model):
+    """The names of all techniques in the model, to be named in an error."""
+    names = {name for site in walk(model) if site.layer for name in site.layer.patches}
+    names |= {site.module.technique for site in walk(model) if isinstance(site.module, Format)}
+    return ", ".join(sorted(names)) or "nothing"

@@ -9,95 +9,21 @@ which costs no memory and returns weights that differ in their last bits, or who
 """
 
 import copy
-import json
+import functools
+import inspect
 import logging
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import nn
 
-from minillm import distributed, files
-from minillm.registry import (CannotMerge, Format, Layer, Patch, dense, freeze, hidden_linears, hint, leaf, register, select, thaw,
-                              ties, walk)
+from minillm import store
+from minillm.attach import attach, put  # noqa: F401  (the techniques take attach from here)
+from minillm.learning import notes, refreeze, thaw
+from minillm.registry import (CannotMerge, Format, Layer, attached, dense, hidden_linears, leaf, patches_of, register,
+                              select, ties, walk)
+from minillm.store import read  # noqa: F401  (the training loop and the command line read files as well)
 
 log = logging.getLogger("minillm")
-
-
-def attach(cls, model, targets=None, default=hidden_linears, what="leaf", **kwargs):
-    """Wrap what `targets` names (see `registry.select`) with cls(site, **kwargs); in place, returns the model."""
-    sites = select(model, targets, cls.accepts, default(model), what)
-    if issubclass(cls, Format):
-        return store(cls, model, sites, lambda site: cls(site, **kwargs))
-    for site in sites:
-        if site.layer and cls.technique in site.layer.patches:
-            raise ValueError(f"{site.name!r} is already wrapped with {cls.technique}: unwrap or merge it first")
-    return ring(model, [(site, cls(site, **kwargs)) for site in sites])
-
-
-def ring(model, pairs):
-    """Put each patch around its site, in place of one of its own technique if that stands there; returns the model."""
-    for site, patch in pairs:
-        if site.layer is None:
-            site.replace(Layer(site.module).train(site.module.training))
-        site.layer.add(patch)
-    refreeze(model)
-    return model
-
-
-def refreeze(model):
-    """Below a technique that learns, the model does not."""
-    for name in {name for site in walk(model) if site.layer for name, patch in site.layer.patches.items() if learns(patch)}:
-        freeze(model, name)
-
-
-def learns(patch):
-    return any(True for _ in patch.parameters())
-
-
-def store(cls, model, sites, make):
-    """Replace leaves by the Format that `make` gives for each site.
-
-    The emptied leaf waits in it as `shell`, outside the module tree, for unwrap.
-    """
-    tied = ties(model)
-    for site in sites:
-        if isinstance(site.module, Format):
-            raise ValueError(f"{site.name!r} is already stored as {site.module.technique}: "
-                             f"minillm.{site.module.technique}.unwrap(model) first gives its dense weight back")
-        if site.name in tied:
-            raise ValueError(f"{site.name!r} shares its matrix with {', '.join(tied[site.name])}: stored as {cls.technique} "
-                             "it would be a second matrix. minillm.untie(model) first gives each its own")
-        if not torch.isfinite(site.module.weight).all():
-            raise ValueError(f"the weight of {site.name!r} holds nan or infinity, which {cls.technique} cannot store")
-    for site in sites:
-        shell, new = site.module, make(site).train(site.module.training)
-        stopped = shell.__dict__.setdefault("_frozen_by", {})
-        new.__dict__.update(shell=shell, learns=shell.weight.requires_grad or bool(stopped.pop("weight", None)), _frozen_by=stopped)
-        shell.weight = None
-        put(site, new)
-    return model
-
-
-def put(site, base):
-    """Make `base` the site's module: in its Layer, or in the model where there is none left to hold a patch."""
-    if site.layer is not None and len(site.layer.patches):
-        site.layer.base = base
-    else:
-        site.replace(base)
-    site.module = base
-
-
-def patches_of(technique, model):
-    """[(site, patch)] of one technique."""
-    return [(site, site.layer.patches[technique]) for site in walk(model) if site.layer and technique in site.layer.patches]
-
-
-def attached(model):
-    """The names of all techniques in the model, to be named in an error."""
-    names = {name for site in walk(model) if site.layer for name in site.layer.patches}
-    names |= {site.module.technique for site in walk(model) if isinstance(site.module, Format)}
-    return ", ".join(sorted(names)) or "nothing"
 
 
 def merged(module):
@@ -135,8 +61,8 @@ def unwrap(cls, model):
 
 def refill(stored):
     """The leaf that a Format had replaced, with the dense weight in it."""
-    shell, W = stored.__dict__["shell"], stored.dense().detach()
-    shell.weight = nn.Parameter((W.T if stored.leaf.transposed else W).contiguous(), requires_grad=stored.__dict__["learns"])
+    shell, learns = stored.__dict__["shell"], stored.__dict__["learns"] and not notes(stored).get("weight")
+    shell.weight = nn.Parameter(stored.weight.detach().contiguous(), requires_grad=learns)
     if stored.bias is not None:
         shell.bias = stored.bias
     return shell.train(stored.training)
@@ -174,7 +100,8 @@ def merge(cls, model, keep=True, tolerance=0.5):
         if site.name in tied:
             raise ValueError(f"{site.name!r} shares its matrix with {', '.join(tied[site.name])}: merging {name} into it would change "
                              "them too. minillm.untie(model) first gives each its own")
-        base = rebased(site.module, wanted, bias)
+        changed = not torch.equal(wanted, W) or bias is not b
+        base = rebased(site.module, wanted, bias) if changed else copy.copy(site.module)
         error, change = (dense(base)[0].to(W.dtype) - wanted).norm().item(), (wanted - W).norm().item()
         if error > tolerance * change + 1e-6 * wanted.norm().item():
             raise ValueError(f"merging {name} into {site.name!r} ({storage(base)}) would lose it: the rounding is {error / change:.2f} "
@@ -242,100 +169,6 @@ def unmerge(cls, model):
     return model
 
 
-def added(module):
-    """The tensors that a technique added: a Patch's parameters and buffers, a Format's buffers (the bias is the model's)."""
-    return dict(module.state_dict()) if isinstance(module, Patch) else dict(module.named_buffers())
-
-
-def save(cls, model, path):
-    """Write what the technique added, and nothing else, to a safetensors file; the old file stays until the new is whole."""
-    name = cls.technique
-    modules = {site.name: patch for site, patch in patches_of(name, model)}
-    modules |= {site.name: site.module for site in walk(model) if isinstance(site.module, Format) and site.module.technique == name}
-    if not modules:
-        raise ValueError(f"there is no {name} in this model to save; attached: {attached(model)}")
-    tensors = {f"{where}.{key}": distributed.whole(t).contiguous() for where, module in modules.items() for key, t in added(module).items()}
-    sites = {where: module.config() for where, module in modules.items()}
-    if distributed.place()[0] == 0:  # of several processes the first writes
-        with files.atomic(path) as new:
-            safetensors.torch.save_file(tensors, new, {"format": "pt", "technique": name, "sites": json.dumps(sites)})
-    distributed.wait()
-
-
-def load(cls, model, path):
-    """Attach what `save` wrote; in place, returns the model. Every name and shape is checked before the model is touched."""
-    name = cls.technique
-    tensors, metadata = read(path)
-    if metadata.get("technique") != name:
-        holds = metadata.get("technique")
-        remedy = f"it holds {holds}: use minillm.{holds}.load" if holds else "it says no technique: was it written by minillm?"
-        raise ValueError(f"{path} is not a file of {name}; {remedy}")
-    configs, sites = configs_of(metadata, path), {site.name: site for site in walk(model)}
-    for where in configs:
-        if where not in sites or not cls.accepts(sites[where]):
-            possible = [site for site in sites.values() if cls.accepts(site)]
-            raise ValueError(f"{path} has {name} for {where!r}, which this model lacks; {hint(where, possible)}")
-    extra = [site.name for site, _ in patches_of(name, model) if site.name not in configs]
-    if extra:
-        raise ValueError(f"the model has {name} at {extra[0]!r} ({len(extra)} such), which {path} lacks: unwrap it first")
-
-    parts = {where: {} for where in configs}
-    for key, tensor in tensors.items():
-        where = max((w for w in configs if key.startswith(w + ".")), key=len, default=None)
-        if where is None:
-            raise ValueError(f"{path} has the tensor {key!r}, which belongs to none of its sites")
-        parts[where][key.removeprefix(where + ".")] = tensor
-    made = {where: remake(cls, sites[where], config, parts[where], f"{path}, {where!r}") for where, config in configs.items()}
-    if not issubclass(cls, Format):
-        return ring(model, [(sites[where], patch) for where, patch in made.items()])
-    for where in [where for where in made if isinstance(sites[where].module, cls)]:
-        sites[where].module._buffers.update(made.pop(where)._buffers)
-    return store(cls, model, [sites[where] for where in made], lambda site: made[site.name])
-
-
-def remake(cls, site, config, tensors, where):
-    """The Patch or Format that a file holds for a site, which is not touched."""
-    most = max([1 << 16, *(t.numel() for t in tensors.values())])
-    if any(type(value) is int and value > most for value in config.values()):  # memory is asked for only where the file has as much
-        raise ValueError(f"{where}: the settings do not fit the tensors: {config}")
-    try:
-        new = copy.deepcopy(site.module) if isinstance(site.module, cls) else cls(site, **config)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {cls.technique} does not take the settings {config} ({error})") from error
-    if isinstance(new, Format):
-        new.fill(tensors, where)
-        return new
-    ours, theirs = (describe(d) for d in (new.state_dict(), tensors))
-    if ours != theirs:
-        raise ValueError(f"{where} does not fit this model, which needs {ours}; the file has {theirs}")
-    new.load_state_dict(tensors)
-    return new
-
-
-def describe(tensors):
-    return {key: f"{tuple(t.shape)} of {'floats' if t.is_floating_point() else 'integers'}" for key, t in tensors.items()}
-
-
-def configs_of(metadata, path):
-    """{site: the arguments of its technique} that a file tells."""
-    try:
-        configs = json.loads(metadata["sites"])
-        if not all(isinstance(config, dict) for config in configs.values()):
-            raise ValueError("settings are objects")
-    except (KeyError, ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} does not say where its tensors belong ({type(error).__name__}: {error})") from error
-    return configs
-
-
-def read(path):
-    """(tensors, metadata) of a safetensors file; ValueError if it is anything else. Nothing is unpickled."""
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); other formats are not opened") from error
-
-
 def verbs(name, cls):
     """Enter `cls` in the table of techniques; its unwrap, merge, unmerge, save and load."""
     register(name, cls)
@@ -344,7 +177,9 @@ def verbs(name, cls):
         def call(model, *args, **kwargs):
             return verb(cls, model, *args, **kwargs)
 
-        call.__name__, call.__qualname__, call.__doc__, call.__module__ = verb.__name__, verb.__name__, verb.__doc__, cls.__module__
+        functools.update_wrapper(call, verb).__module__ = cls.__module__
+        signature = inspect.signature(verb)
+        call.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
         return call
 
-    return tuple(bound(verb) for verb in (unwrap, merge, unmerge, save, load))
+    return tuple(bound(verb) for verb in (unwrap, merge, unmerge, store.save, store.load))

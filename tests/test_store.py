@@ -1,0 +1,196 @@
+"""What a technique's file holds, which model it belongs to, and that nothing of the user's is lost."""
+
+import json
+import os
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from models import IDS, build, logits
+from torch import nn
+
+import minillm
+from minillm import data, fingerprint
+from minillm.train import train
+
+
+def learn(model, steps=4):
+    draw = torch.Generator().manual_seed(0)
+    rows = [torch.randint(24, (8,), generator=draw).tolist() for _ in range(8)]
+    train(model, [data.Example(row, list(row)) for row in rows], steps=steps, lr=0.05, batch_size=4, progress=False)
+    return model
+
+
+def keys(path):
+    with safetensors.safe_open(path, "pt") as file:
+        return set(file.keys())
+
+
+OPTIONS = {"freeze": dict(last=1), "lora": dict(r=2), "adapters": dict(size=2), "prompts": dict(length=2), "sparse": dict(anyway=True)}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "hf_llama"])
+def test_what_training_changed_is_in_the_file(kind, tmp_path):
+    """For each technique: wrap, train, save; the file on a fresh model gives the trained model."""
+    for name, technique in minillm.techniques().items():
+        model = learn(technique.wrap(build(kind), **OPTIONS.get(name, {}))).eval()
+        technique.save(model, tmp_path / name)
+        again = technique.load(build(kind), tmp_path / name)
+        assert torch.equal(logits(again), logits(model)), name
+        assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in model.parameters()], name
+
+
+def test_below_lora_nothing_of_the_model_is_in_the_file_unless_it_learns(tmp_path):
+    model = minillm.lora.wrap(build("llama"), ["q_proj"], r=2)
+    minillm.lora.save(model, tmp_path / "a")
+    assert keys(tmp_path / "a") == {f"layers.{i}.self_attn.q_proj.{key}" for i in range(3) for key in "AB"}
+    model.lm_head.weight.requires_grad_(True)  # peft calls this modules_to_save
+    learn(model).eval()
+    minillm.lora.save(model, tmp_path / "a")
+    assert "learned:lm_head.weight" in keys(tmp_path / "a") and len(keys(tmp_path / "a")) == 7
+    again = minillm.lora.load(build("llama"), tmp_path / "a")
+    assert logits(again).equal(logits(model)) and again.lm_head.weight.requires_grad
+    minillm.lora.save(model, tmp_path / "b", learned=False)
+    with pytest.raises(ValueError, match="differ, first 'lm_head.weight'"):
+        minillm.lora.load(build("llama"), tmp_path / "b")
+
+
+def test_freeze_saves_what_a_format_stored_since(tmp_path):
+    model = learn(minillm.freeze.wrap(build("llama"), last=1))
+    minillm.quant.wrap(model)
+    minillm.freeze.save(model, tmp_path / "freeze"), minillm.quant.save(model, tmp_path / "quant")
+    assert "learned:layers.2.mlp.up_proj.weight" in keys(tmp_path / "freeze")
+    for order in (("freeze", "quant"), ("quant", "freeze")):
+        again = build("llama")
+        for name in order:
+            minillm.techniques()[name].load(again, tmp_path / name)
+        torch.testing.assert_close(logits(again), logits(model), rtol=1e-6, atol=1e-6)
+    frozen = {name for name, p in minillm.quant.unwrap(model).named_parameters() if not p.requires_grad}
+    assert "layers.0.mlp.up_proj.weight" in frozen and "layers.2.mlp.up_proj.weight" not in frozen
+
+
+def test_freeze_of_a_tied_model_is_saved_once_and_read_under_both_names(tmp_path):
+    model = learn(minillm.freeze.wrap(build("gpt2"), ["layers"]))
+    minillm.freeze.save(model, tmp_path / "a")
+    assert "learned:embed_tokens.weight" in keys(tmp_path / "a") and "learned:lm_head.weight" not in keys(tmp_path / "a")
+    for other in (build("gpt2"), minillm.untie(build("gpt2"))):
+        assert torch.equal(logits(minillm.freeze.load(other, tmp_path / "a")), logits(model))
+
+
+def test_freeze_of_a_file_takes_the_place_of_what_was_frozen(tmp_path):
+    minillm.freeze.save(minillm.freeze.wrap(build("llama"), last=2), tmp_path / "a")
+    model = minillm.freeze.wrap(build("llama"), ["layers.2"])
+    with pytest.raises(ValueError, match="has freeze already.*replace=True"):
+        minillm.freeze.load(model, tmp_path / "a")
+    minillm.freeze.load(model, tmp_path / "a", replace=True)
+    wanted = minillm.freeze.wrap(build("llama"), last=2)
+    assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in wanted.parameters()]
+
+
+# --- the fingerprint --------------------------------------------------------------------------------
+
+
+def other(kind="llama"):
+    model = build(kind)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+@pytest.mark.parametrize("name", minillm.techniques())
+def test_a_file_belongs_to_one_model(name, tmp_path):
+    technique = minillm.techniques()[name]
+    technique.save(technique.wrap(build("llama"), **OPTIONS.get(name, {})), tmp_path / "a", **({} if name == "freeze" else dict(learned=False)))
+    model = other()
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"belongs to another model: it was made for 'Transformer' \(fingerprint \w{8}\), this model is "
+                                         r"'Transformer' \(fingerprint \w{8}\).*first '.*any_base=True"):
+        technique.load(model, tmp_path / "a")
+    assert all(t.equal(before[key]) for key, t in model.state_dict().items()) and not minillm.layers(model)
+    technique.load(model, tmp_path / "a", any_base=True)
+    technique.load(build("llama"), tmp_path / "a")
+
+
+def test_casts_and_formats_keep_the_model(tmp_path):
+    model = minillm.lora.wrap(build("llama"), r=2)
+    minillm.lora.save(model, tmp_path / "a")
+    for base in (build("llama").bfloat16(), build("llama").half(), build("llama").double(), minillm.quant.wrap(build("llama")),
+                 minillm.prune.wrap(build("llama")), minillm.freeze.wrap(build("llama"), last=1)):
+        minillm.lora.load(base, tmp_path / "a")
+    minillm.lora.save(minillm.lora.wrap(minillm.quant.wrap(build("llama").bfloat16()), r=2), tmp_path / "b")
+    minillm.lora.load(build("llama"), tmp_path / "b")
+    with pytest.raises(ValueError, match="another model"):
+        minillm.lora.load(other().bfloat16(), tmp_path / "a")
+
+
+def test_a_merged_model_is_another_model(tmp_path):
+    model = minillm.lora.wrap(build("llama"), r=2)
+    for layer in minillm.layers(model).values():
+        nn.init.normal_(layer.patches["lora"].B)
+    minillm.prune.save(minillm.prune.wrap(minillm.lora.merge(model)), tmp_path / "a", learned=False)
+    with pytest.raises(ValueError, match="another model.*first 'layers.0.self_attn.q_proj.weight'"):
+        minillm.prune.load(build("llama"), tmp_path / "a")
+
+
+def test_the_fingerprint_samples_every_parameter():
+    model = build("llama")
+    then = fingerprint.of(model, without=())
+    assert len(then["samples"]) == len(list(model.parameters())) and fingerprint.differs(model, then) is None
+    assert json.loads(json.dumps(then)) == then
+    for name, p in model.named_parameters():
+        changed = build("llama")
+        with torch.no_grad():
+            dict(changed.named_parameters())[name].add_(1e-3)
+        assert f"1 of {len(then['samples'])} parameters differ, first {name!r}" in fingerprint.differs(changed, then)
+    model.source = "tiny"
+    assert "this model is 'tiny'" in fingerprint.differs(other(), then).replace("'Transformer' (fingerprint", "'tiny' (fingerprint")
+
+
+@pytest.mark.parametrize("base", ["", "[]", "{}", '{"model": "x", "samples": {"a": 1}}',
+                                  '{"model": "x", "samples": {"a": ["int8", [1], [1]]}}'])
+def test_a_broken_fingerprint_is_an_error(base, tmp_path):
+    minillm.lora.save(minillm.lora.wrap(build("llama"), r=2), tmp_path / "a")
+    tensors, metadata = minillm.verbs.read(tmp_path / "a")
+    safetensors.torch.save_file(tensors, tmp_path / "b", dict(metadata, base=base))
+    with pytest.raises(ValueError, match="any_base=True"):
+        minillm.lora.load(build("llama"), tmp_path / "b")
+
+
+# --- files of others ----------------------------------------------------------------------------------
+
+
+def test_a_file_that_is_not_ours_is_never_replaced(tmp_path):
+    model, path = minillm.lora.wrap(build("llama"), r=2), tmp_path / "a"
+    path.write_text("my diary")
+    for technique, m in ((minillm.lora, model), (minillm.freeze, minillm.freeze.wrap(build("llama"), last=1))):
+        with pytest.raises(FileExistsError, match="a exists, and no technique of minillm wrote it; force=True"):
+            technique.save(m, path)
+    assert path.read_text() == "my diary"
+    minillm.lora.save(model, path, force=True)
+    minillm.lora.save(model, path)  # ours by now
+    with pytest.raises(FileExistsError, match="is a directory"):
+        minillm.lora.save(model, tmp_path, force=True)
+    safetensors.torch.save_file({"x": torch.ones(1)}, path)
+    with pytest.raises(FileExistsError):
+        minillm.lora.save(model, path)
+
+
+def test_the_file_has_the_mode_of_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        minillm.lora.save(minillm.lora.wrap(build("llama"), r=2), tmp_path / "a")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_refused_load_changes_nothing(tmp_path):
+    """Also where the last leaf of several cannot be stored."""
+    minillm.quant.save(minillm.quant.wrap(build("llama")), tmp_path / "a")
+    model = build("llama")
+    model.layers[2].mlp.down_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="nan"):
+        minillm.quant.load(model, tmp_path / "a", any_base=True)
+    assert type(model.layers[0].self_attn.q_proj).__name__ == "Linear" and logits(model, IDS).isnan().any()
