@@ -16,8 +16,8 @@ from test_train import examples, losses, quiet
 from torch import nn
 
 import minillm
-from minillm import data, files
-from minillm.train import Interrupted, newest, saved, train
+from minillm import files
+from minillm.train import Interrupted, newest, saved
 
 
 def names(directory):
@@ -44,7 +44,7 @@ def ctrl_c_at(model, forward, number=signal.SIGINT):
     return model.norm.register_forward_hook(send)
 
 
-# --- going on -----------------------------------------------------------------------------------
+# --- going on ---------------------------------------------------------------------------------
 
 
 class BatchNorm(nn.Module):
@@ -77,7 +77,8 @@ def test_a_signal_saves_the_last_whole_step_and_the_run_goes_on_bit_for_bit(make
     hook = ctrl_c_at(model, 9, number)  # in the fourth or fifth step
     options |= dict(checkpoints=tmp_path / "runs", save_every=100, log=tmp_path / "log.jsonl")
     before = signal.getsignal(number)
-    with pytest.raises(Interrupted, match="interrupted after step 4 of 9; saved .*resume=True") as caught:
+    message = "interrupted after step 4 of 9; saved .*resume=True"
+    with pytest.raises(Interrupted, match=message) as caught:
         quiet(model, **options)
     hook.remove()
     assert signal.getsignal(number) is before and isinstance(caught.value, KeyboardInterrupt)
@@ -100,12 +101,13 @@ def test_a_second_signal_acts_at_once(tmp_path, caplog):
     hooks = [ctrl_c_at(model, 3), ctrl_c_at(model, 3)]
     with pytest.raises(KeyboardInterrupt) as caught:
         quiet(model, checkpoints=tmp_path, save_every=1)
-    assert not isinstance(caught.value, Interrupted) and names(tmp_path)[-1] == "step-00000002.safetensors"
+    assert not isinstance(caught.value, Interrupted)
+    assert names(tmp_path)[-1] == "step-00000002.safetensors"
     assert "a second signal ends it at once" in caplog.text
     for hook in hooks:
         hook.remove()
-    rest, expected = quiet(build("llama"), checkpoints=tmp_path, save_every=1, resume=True), build("llama")
-    assert losses(rest) == losses(quiet(expected))
+    rest = quiet(build("llama"), checkpoints=tmp_path, save_every=1, resume=True)
+    assert losses(rest) == losses(quiet(build("llama")))
 
 
 def test_a_signal_that_the_program_handles_is_its_own(tmp_path):
@@ -130,7 +132,8 @@ def test_a_run_goes_on_from_the_best_before_the_interruption(tmp_path):
     with pytest.raises(StopIteration):
         run([3.0, 1.0, 2.0])
     model, history = run([2.0, 2.0, 2.0], resume=True)
-    assert history[-1]["best"] == dict(step=1, value=1.0) and names(tmp_path) == ["step-00000006.safetensors"]
+    assert history[-1]["best"] == dict(step=1, value=1.0)
+    assert names(tmp_path) == ["step-00000006.safetensors"]
     other, held = build("llama"), iter([2.0, 1.0, 3.0, 3.0, 3.0, 3.0])
     quiet(other, steps=6, evaluate=lambda model: next(held), every=1)
     assert same(model, other)
@@ -156,24 +159,25 @@ def test_saving_is_by_default_each_tenth_of_the_steps(tmp_path):
 
 
 def test_only_the_last_are_kept_and_only_checkpoints_are_removed(tmp_path):
-    for name in ("step-best.safetensors", "step-1.safetensors", ".step-notes", "notes"):
+    mine = ("step-best.safetensors", "step-1.safetensors", ".step-notes", "notes")
+    for name in mine:
         (tmp_path / name).write_text("mine")
     half = tmp_path / ".step-00000002.safetensors.abc"
     half.mkdir()
     quiet(build("llama"), checkpoints=tmp_path, save_every=1, keep=3)
     assert names(tmp_path) == [f"step-0000000{i}.safetensors" for i in (4, 5, 6)]
-    assert not half.exists() and all((tmp_path / name).read_text() == "mine" for name in
-                                     ("step-best.safetensors", "step-1.safetensors", ".step-notes", "notes"))
+    assert not half.exists() and all((tmp_path / name).read_text() == "mine" for name in mine)
 
 
-# --- what does not belong together -----------------------------------------------------------------
+# --- what does not belong together ------------------------------------------------------------
 
 
 def test_a_fresh_run_does_not_take_the_directory_of_another(tmp_path):
     quiet(build("llama"), checkpoints=tmp_path, save_every=3)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(FileExistsError, match=r"holds those of another training \(2, the newest "
-                       r"step-00000006.safetensors\): resume=True goes on with it; for a new one choose"):
+    message = (r"holds those of another training \(2, the newest step-00000006.safetensors\): "
+               "resume=True goes on with it; for a new one choose another directory")
+    with pytest.raises(FileExistsError, match=message):
         quiet(build("llama"), checkpoints=tmp_path, steps=2, log=tmp_path / "log")
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -185,10 +189,10 @@ def test_a_fresh_run_does_not_take_the_directory_of_another(tmp_path):
     (dict(rates={"A$": 2}), r"rates=None then, {'A\$': 2} now"),
     (dict(weight_decay=0.1), "weight_decay=0.0 then, 0.1 now"),
     (dict(clip=None), "clip=1.0 then, None now"),
-    (dict(warmup=3, schedule="linear"), "schedule='cosine' then, 'linear' now, warmup=0 then, 3 now"),
+    (dict(warmup=3, schedule="linear"), "schedule='cosine' then, 'linear' now, warmup=0 then, 3"),
     (dict(seed=1), "seed=0 then, 1 now"),
     (dict(held_out=examples(2)), r"every=None then, 1 now, held_out=None then, '2 examples \("),
-    (dict(rows=examples(12, seed=5)), r"data='12 examples \(\w{8}\)' then, '12 examples \(\w{8}\)' now"),
+    (dict(rows=examples(12, seed=5)), r"data='12 examples \(\w{8}\)' then, '12 examples \(\w{8}"),
     (dict(rows=examples(11)), r"data='12 examples \(\w{8}\)' then, '11 examples \(\w{8}\)' now"),
 ])
 def test_other_settings_and_data_are_named(changed, message, tmp_path):
@@ -211,7 +215,7 @@ def rotated():
     return model
 
 
-def masked(sparsity=0.5, base=build):
+def masked(sparsity=0.5):
     return minillm.prune.wrap(lora(), sparsity=sparsity)
 
 
@@ -231,21 +235,22 @@ def other_mask():
 
 
 @pytest.mark.parametrize("then, now, message", [
-    (lora, other_base, r"made for 'Transformer' \(fingerprint \w{8}\), this model is 'Transformer'"),
+    (lora, other_base, r"made for 'Transformer' \(fingerprint \w{8}\), this model is 'T"),
     (lora, lambda: lora().bfloat16(), r"dtypes=\['float32'\] then, \['bfloat16'\] now"),
     (lora, rotated, "the model has rope_base=10000.0 then, 500.0 now"),
-    (lora, lambda: lora(alpha=4.0), r"lora at 'layers.0.self_attn.q_proj' has alpha=16.0 then, 4.0 now \(21"),
-    (lora, lambda: lora(dropout=0.1), "lora at 'layers.0.self_attn.q_proj' has dropout=0.3 then, 0.1 now"),
-    (lora, masked, "the techniques were lora at 21 sites then, they are lora at 21 sites, prune at 21"),
+    (lora, lambda: lora(alpha=4.0), r"lora at .*q_proj' has alpha=16.0 then, 4.0 now \(21 of 21"),
+    (lora, lambda: lora(dropout=0.1), "lora at .*q_proj' has dropout=0.3 then, 0.1 now"),
+    (lora, masked, "were lora at 21 sites then, they are lora at 21 sites, prune at 21 sites now"),
     (masked, lambda: masked(0.25), "prune at .* has sparsity=0.5 then, 0.25 now"),
-    (masked, other_mask, r"prune at 'layers.0.self_attn.q_proj' has tensors=\w{8} then, \w{8} now \(1 of"),
-    (on_int8, lambda: on_int8(2), r"quant at 'layers.0.mlp.up_proj' has tensors=\w{8} then, \w{8} now"),
+    (masked, other_mask, r"prune at .*q_proj' has tensors=\w{8} then, \w{8} now \(1 of"),
+    (on_int8, lambda: on_int8(2), r"quant at '.*0.mlp.up_proj' has tensors=\w{8} then, \w{8} now"),
     (lora, lambda: build("Linear"), "the model has model='Transformer' then, 'Plain' now"),
 ])
 def test_another_model_is_named(then, now, message, tmp_path):
     quiet(then(), checkpoints=tmp_path, steps=2)
     assert len(quiet(then(), checkpoints=tmp_path, steps=2, resume=True)) == 2
-    with pytest.raises(ValueError, match=f"step-00000002.* belongs to another training: .*{message}"):
+    message = f"step-00000002.* belongs to another training: .*{message}"
+    with pytest.raises(ValueError, match=message):
         quiet(now(), checkpoints=tmp_path, steps=2, resume=True)
 
 
@@ -259,12 +264,12 @@ def test_what_learns_has_to_be_what_learnt(tmp_path):
 def test_a_newest_file_that_is_no_checkpoint_is_named(tmp_path):
     quiet(build("llama"), checkpoints=tmp_path, save_every=3)
     bad = tmp_path / "step-00000009.safetensors"
-    for write, message in ((lambda: bad.write_bytes(b"half"), "is not a whole safetensors file.*move it away"),
-                           (lambda: safetensors.torch.save_file({"a": torch.ones(1)}, bad),
-                            "is not a checkpoint of minillm.train"),
-                           (lambda: bad.write_bytes((tmp_path / "step-00000006.safetensors").read_bytes()),
-                            "its log is not whole, or not of this step")):
-        write()
+    safetensors.torch.save_file({"a": torch.ones(1)}, tmp_path / "foreign")
+    renamed = (tmp_path / "step-00000006.safetensors").read_bytes()
+    for content, message in ((b"half", "is not a whole safetensors file.*move it away"),
+                             ((tmp_path / "foreign").read_bytes(), "is not a checkpoint"),
+                             (renamed, "its log is not whole, or not of this step")):
+        bad.write_bytes(content)
         with pytest.raises(ValueError, match=f"step-00000009.safetensors.*{message}"):
             quiet(build("llama"), checkpoints=tmp_path, save_every=3, resume=True)
         assert len(names(tmp_path)) == 3
@@ -273,10 +278,11 @@ def test_a_newest_file_that_is_no_checkpoint_is_named(tmp_path):
 
 
 def test_resuming_an_empty_directory_begins(tmp_path):
-    assert losses(quiet(build("llama"), checkpoints=tmp_path / "new", resume=True)) == losses(quiet(build("llama")))
+    history = quiet(build("llama"), checkpoints=tmp_path / "new", resume=True)
+    assert losses(history) == losses(quiet(build("llama")))
 
 
-# --- what may happen to a process ------------------------------------------------------------------
+# --- what may happen to a process -------------------------------------------------------------
 
 
 def test_two_runs_cannot_share_a_directory(tmp_path):
@@ -311,19 +317,21 @@ from test_train import examples
 import minillm
 torch.set_num_threads(1)
 model = minillm.lora.wrap(build("llama"), r=2, dropout=0.2)
-minillm.train.train(model, examples(), steps=400, lr=1e-2, batch_size=4, warmup=5, progress=False, checkpoints=sys.argv[1], save_every=1,
-                    resume=True, log=sys.argv[1] + "/log.jsonl")
+minillm.train.train(model, examples(), steps=400, lr=1e-2, batch_size=4, warmup=5, progress=False,
+                    checkpoints=sys.argv[1], save_every=1, resume=True,
+                    log=sys.argv[1] + "/log.jsonl")
 """
 
 
 def start(directory):
     here = pathlib.Path(__file__).parent
-    return subprocess.Popen([sys.executable, "-c", RUN, str(directory)], env={**os.environ, "PYTHONPATH": f"{here}:{here.parent}"})
+    environment = {**os.environ, "PYTHONPATH": f"{here}:{here.parent}"}
+    return subprocess.Popen([sys.executable, "-c", RUN, str(directory)], env=environment)
 
 
 @pytest.mark.slow
 def test_a_process_killed_at_any_moment_goes_on_bit_for_bit(tmp_path):
-    """kill -9 ten times, in the middle of a save among them; what is there can be read, and the losses are those of a run left alone."""
+    """kill -9 ten times, some in mid-save; the losses are those of a run that was left alone."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir(), killed.mkdir()
     assert start(whole).wait() == 0
@@ -344,5 +352,6 @@ def test_a_process_killed_at_any_moment_goes_on_bit_for_bit(tmp_path):
             minillm.verbs.read(path)
     assert halves, "no kill met a save"
     assert start(killed).wait() == 0 and not list(killed.glob(".step-*"))
-    logs = [[json.loads(line)["loss"] for line in (d / "log.jsonl").read_text().splitlines()] for d in (whole, killed)]
+    logs = [[json.loads(line)["loss"] for line in (d / "log.jsonl").read_text().splitlines()]
+            for d in (whole, killed)]
     assert logs[0] == logs[1] and len(logs[0]) == 400

@@ -143,7 +143,7 @@ class Run:
         self.model = getattr(model, "_orig_mod", model)  # torch.compile would change the names
         o = options
         self.optimizer = torch.optim.AdamW(groups(self.model, o.lr, o.weight_decay, o.rates),
-                                           betas=tuple(o.betas))
+                                           betas=o.betas)
         self.optimizer.zero_grad(set_to_none=True)  # gradients from before are not of this training
         stepped = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         self.learning = [(n, p) for n, p in self.model.named_parameters() if id(p) in stepped]
@@ -190,8 +190,8 @@ class Run:
 
 def check_compiled(model):
     """TypeError for a compiled model whose compiled part `train` would never call."""
-    compiled = isinstance(model, torch._dynamo.OptimizedModule)
-    compiled = compiled or getattr(model, "_compiled_call_impl", None) is not None
+    wrapped = hasattr(model, "_orig_mod")  # torch.compile(model); the other is model.compile()
+    compiled = wrapped or getattr(model, "_compiled_call_impl", None) is not None
     if compiled and hasattr(model, "loss"):
         raise TypeError("torch.compile(model) compiles the model's forward, and train calls its "
                         "`loss`: nothing would be compiled. minillm.compile(model) compiles its "

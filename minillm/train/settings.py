@@ -8,8 +8,9 @@ import types
 from minillm import data, distributed
 from minillm.train.rates import rate
 
-WHOLE = dict(batch_size=1, accumulate=1, keep=1)  # whole numbers, and the least each can be
-WHOLE_OR_NONE = dict(steps=1, every=1, patience=1, save_every=1)
+WHOLE = dict(steps=1, batch_size=1, accumulate=1, every=1, patience=1, save_every=1, keep=1,
+             pad=0, seed=None)  # whole numbers, and the least that each can be
+OPTIONAL = ("steps", "every", "patience", "save_every")
 COMPARED = ("steps", "lr", "batch_size", "accumulate", "schedule", "warmup", "weight_decay",
             "betas", "clip", "rates", "seed", "pad", "every", "patience", "restore_best")
 
@@ -18,19 +19,16 @@ def resolve(examples, given):
     """A namespace of all settings, from the arguments given; ValueError for a wrong one."""
     o = types.SimpleNamespace(**given)
     for name, least in WHOLE.items():
-        whole(name, getattr(o, name), least)
-    for name, least in WHOLE_OR_NONE.items():
-        if getattr(o, name) is not None:
-            whole(name, getattr(o, name), least)
-    whole("seed", o.seed, None)
-    whole("pad", o.pad, 0)
-    number("lr", o.lr, lambda x: x > 0, "a number above 0")
-    number("weight_decay", o.weight_decay, lambda x: x >= 0, "a number from 0")
+        if getattr(o, name) is not None or name not in OPTIONAL:
+            setattr(o, name, whole(name, getattr(o, name), least))
+    o.lr = number("lr", o.lr, lambda x: x > 0, "a number above 0")
+    o.weight_decay = number("weight_decay", o.weight_decay, lambda x: x >= 0, "a number from 0")
     if o.clip is not None:
-        number("clip", o.clip, lambda x: x > 0, "a number above 0, or None: never clip")
+        o.clip = number("clip", o.clip, lambda x: x > 0, "a number above 0, or None: never clip")
     betas(o)
-    for pattern, factor in (o.rates or {}).items():
-        number(f"rates[{pattern!r}]", factor, lambda x: x >= 0, "a factor from 0")
+    if o.rates is not None:
+        o.rates = {pattern: number(f"rates[{pattern!r}]", factor, lambda x: x >= 0,
+                                   "a factor from 0") for pattern, factor in o.rates.items()}
     data.batches(examples, o.batch_size)  # for its own checks
     distributed.check_rows(len(examples), o.batch_size)
     o.steps = number_of_steps(o, examples)
@@ -42,23 +40,28 @@ def resolve(examples, given):
 
 
 def whole(name, value, least):
+    """The value as an int."""
     right = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not right or least is not None and value < least:
         from_ = "" if least is None else f" from {least}"
         raise ValueError(f"{name}={value!r} is not a whole number{from_}")
+    return int(value)
 
 
 def number(name, value, possible, what):
+    """The value as a float."""
     right = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     if not right or not possible(value):
         raise ValueError(f"{name}={value!r} is not {what}")
+    return float(value)
 
 
 def betas(o):
     if not isinstance(o.betas, (tuple, list)) or len(o.betas) != 2:
         raise ValueError(f"betas={o.betas!r}: AdamW takes two numbers, such as (0.9, 0.999)")
-    for i, beta in enumerate(o.betas):
-        number(f"betas[{i}]", beta, lambda x: 0 <= x < 1, "a number from 0 up to (but not) 1")
+    what = "a number from 0 up to (but not) 1"
+    o.betas = tuple(number(f"betas[{i}]", beta, lambda x: 0 <= x < 1, what)
+                    for i, beta in enumerate(o.betas))
 
 
 def number_of_steps(o, examples):
@@ -67,9 +70,9 @@ def number_of_steps(o, examples):
         raise ValueError(f"steps={o.steps!r} and epochs={o.epochs!r}: give exactly one of the two")
     if o.steps is not None:
         return o.steps
-    number("epochs", o.epochs, lambda x: x > 0, "a number above 0")
+    epochs = number("epochs", o.epochs, lambda x: x > 0, "a number above 0")
     batches = math.ceil(len(examples) / o.batch_size)
-    return max(1, math.ceil(round(o.epochs * batches / o.accumulate, 6)))
+    return max(1, math.ceil(round(epochs * batches / o.accumulate, 6)))
 
 
 def warmup(o):
@@ -80,6 +83,7 @@ def warmup(o):
         o.warmup = round(o.warmup * o.steps)
     elif not isinstance(o.warmup, numbers.Integral) or o.warmup > o.steps:
         raise ValueError(f"warmup={o.warmup!r} is not {what}")
+    o.warmup = int(o.warmup)
 
 
 def evaluation(o):
