@@ -153,6 +153,11 @@ def read(path):
         raise ValueError(f"{path} is not a whole safetensors file ({error}); other formats are not opened") from error
 
 
+def holds(path):
+    """The name of the technique that wrote a file; None where none did."""
+    return read(path)[1].get("technique")
+
+
 def field(metadata, key, path, kind=dict):
     """A JSON field of the metadata."""
     try:

@@ -19,8 +19,8 @@ from torch import nn
 from minillm import store
 from minillm.attach import attach, put  # noqa: F401  (the techniques take attach from here)
 from minillm.learning import notes, refreeze, thaw
-from minillm.registry import (CannotMerge, Format, Layer, attached, dense, hidden_linears, leaf, patches_of, register,
-                              select, ties, walk)
+from minillm.registry import (CannotMerge, Format, Layer, attached, dense, leaf, patches_of, register, ties,
+                              walk)
 from minillm.store import read  # noqa: F401  (the training loop and the command line read files as well)
 
 log = logging.getLogger("minillm")
@@ -69,9 +69,10 @@ def refill(stored):
 
 
 def restore(base):
-    """The module that was there before the last merge into `base`, where `base` is now, learning what it learns."""
+    """The module that was there before the last merge into `base`: on its device, in its dtype, learning what it learns."""
     _, _, old = merged(base)
-    old.to(next((t.device for t in (*base.parameters(), *base.buffers())), None))
+    W, _ = dense(base)
+    old.to(device=W.device, dtype=W.dtype)
     for key, p in old.named_parameters(recurse=False):
         if base._parameters.get(key) is not None:
             p.requires_grad_(base._parameters[key].requires_grad)
@@ -83,7 +84,8 @@ def merge(cls, model, keep=True, tolerance=0.5):
 
     What the base then stores is compared with what was to be stored: where the rounding of the base's format is more than
     `tolerance` of the change (as norms), the merged model would be another one, and nothing is merged. keep=False lets the old
-    base go, to save its memory: then nothing can be unmerged. CannotMerge where the technique is no change of a weight.
+    base go, to save its memory, and those of earlier merges: then nothing can be unmerged. CannotMerge where the technique is
+    no change of a weight.
     """
     if issubclass(cls, Format):
         raise CannotMerge(f"{cls.technique} is a format: it has nothing to fold, and unwrap gives the dense weight back")
@@ -108,6 +110,7 @@ def merge(cls, model, keep=True, tolerance=0.5):
                              f"of the change, more than tolerance={tolerance}. Merge into a dense base (unwrap the format first), or "
                              "keep the patch")
         worst = max(worst, error / change if change else 0.0)
+        base.__dict__.pop("merged_from", None)  # the copy's: of the merges before this one
         if keep:
             base.__dict__["merged_from"] = (name, patch, site.module)
         plan.append((site, base))
