@@ -186,7 +186,7 @@ def test_a_fresh_run_does_not_take_the_directory_of_another(tmp_path):
     (dict(steps=12), "steps=6 then, 12 now"),
     (dict(lr=0.02), "lr=0.01 then, 0.02 now"),
     (dict(betas=(0.9, 0.95)), r"betas=\[0.9, 0.999\] then, \[0.9, 0.95\] now"),
-    (dict(rates={"A$": 2}), r"rates=None then, {'A\$': 2} now"),
+    (dict(rates={"A$": 2}), r"rates=None then, {'A\$': 2.0} now"),
     (dict(weight_decay=0.1), "weight_decay=0.0 then, 0.1 now"),
     (dict(clip=None), "clip=1.0 then, None now"),
     (dict(warmup=3, schedule="linear"), "schedule='cosine' then, 'linear' now, warmup=0 then, 3"),
