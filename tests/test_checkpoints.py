@@ -254,6 +254,15 @@ def test_another_model_is_named(then, now, message, tmp_path):
         quiet(now(), checkpoints=tmp_path, steps=2, resume=True)
 
 
+@pytest.mark.parametrize("name", ["hf_gpt2", "hf_llama"])
+def test_models_of_others_are_held_out_saved_and_resumed(name, tmp_path):
+    options = dict(held_out=examples(3), checkpoints=tmp_path, save_every=3)
+    history = quiet(minillm.lora.wrap(build(name), r=2), **options)
+    newest(tmp_path).unlink()
+    rest = quiet(minillm.lora.wrap(build(name), r=2), resume=True, **options)
+    assert losses(rest) == losses(history) and rest[-1]["best"] == history[-1]["best"]
+
+
 def test_what_learns_has_to_be_what_learnt(tmp_path):
     quiet(minillm.freeze.wrap(build("llama"), last=1), checkpoints=tmp_path, steps=2)
     for other in (build("llama"), minillm.freeze.wrap(build("llama"), last=2)):

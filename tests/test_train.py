@@ -271,6 +271,12 @@ def test_packed_examples_have_the_loss_of_their_documents():
     assert together["loss"] == pytest.approx(alone["loss"], rel=1e-5)
 
 
+def test_a_model_without_a_mask_takes_no_padding():
+    with pytest.raises(ValueError, match="Plain takes no attention_mask.*of one length, or batch"):
+        quiet(build("Linear"))
+    assert len(quiet(build("Linear"), batch_size=1)) == 6
+
+
 def test_the_held_out_loss_is_a_mean_over_tokens_without_dropout():
     model, rows = minillm.lora.wrap(build("llama"), r=2, dropout=0.5).train(), examples(7)
     for layer in minillm.layers(model).values():

@@ -8,6 +8,8 @@ without. So nobody learns it, here as in `evaluate.perplexity`: the losses of al
 means over the same tokens.
 """
 
+import inspect
+
 import torch
 import torch.nn.functional as F
 
@@ -33,10 +35,20 @@ def loss_sum(model, ids, labels, mask=None):
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"{type(model).__name__} has no mask for packed examples: "
                          "give it the examples unpacked")
+    if mask is not None and not takes_mask(model):
+        raise ValueError(f"the forward of {type(model).__name__} takes no attention_mask, so it "
+                         "cannot know what is padding: give it examples of one length, or "
+                         "batch_size=1")
     output = model(ids) if mask is None else model(ids, attention_mask=mask)
     logits = getattr(output, "logits", output)  # (b, t, vocab)
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(),
                            ignore_index=data.NOT_LEARNT, reduction="sum")
+
+
+def takes_mask(model):
+    forward = getattr(model, "_orig_mod", model).forward  # of what torch.compile has wrapped
+    arguments = inspect.signature(forward).parameters.values()
+    return any(a.name == "attention_mask" or a.kind is a.VAR_KEYWORD for a in arguments)
 
 
 @torch.no_grad()
