@@ -1,17 +1,22 @@
 """One training in several processes, started by torchrun: each computes its rows of every batch.
 
-    gradient = sum over processes of (gradient of its summed loss) / (learnt tokens of the whole batch)
+    gradient = sum over processes of (gradient of its summed loss) / (learnt tokens of the batch)
 
-    data parallel     each process holds the model whole; the gradients are summed             (DDP, Li et al. 2020, arXiv 2006.15704)
-    sharded           each holds 1/world of every weight, and has the others' sent to it when   (FSDP2; ZeRO-3, Rajbhandari et al. 2020,
-                      a block's turn comes: `shard(model)` before the training                   arXiv 1910.02054)
+    data parallel   each process holds the whole model; the gradients are summed
+    sharded         each holds 1/world of every weight, and gets the others' parts when it is a
+                    block's turn: call `shard(model)` before the training
 
-Every process draws the whole batch, which is only ids, and takes every world-th row. So the order of the data does not depend on the number
-of processes, the learnt tokens are known without asking the others, and the losses are those of one process. (Both of torch's
-wrappers take the mean over the processes: multiplying by their number makes it the sum.)
+Data parallel: DDP, Li et al. 2020, arXiv 2006.15704. Sharded: FSDP2, after ZeRO-3, Rajbhandari et
+al. 2020, arXiv 1910.02054.
 
-accelerate and the Trainer hide this behind a launcher's configuration; here it is two functions that `train` calls.
-Not included: tensor and pipeline parallelism, mixed precision inside FSDP (choose the dtypes yourself, as on one device).
+Every process draws the whole batch, which is only ids, and takes every world-th row. So the order
+of the data does not depend on the number of processes, the learnt tokens are known without asking
+the others, and the losses are those of one process. (Both of torch's wrappers take the mean over
+the processes: multiplying by their number makes it the sum.)
+
+accelerate and the Trainer hide this behind a launcher's configuration; here it is two functions
+that `train` calls. Not included: tensor and pipeline parallelism, mixed precision inside FSDP
+(choose the dtypes yourself, as on one device).
 """
 
 import atexit
@@ -26,15 +31,21 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def start():
-    """Join the processes that torchrun started, if it did (NCCL with CUDA, else gloo); returns the device of this one."""
-    cuda = torch.cuda.is_available()
+    """Join the processes that torchrun started, if it did; returns the device of this process.
+
+    They talk through NCCL with CUDA, else through gloo.
+    """
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)  # first: the processes then talk to each other through it
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        if device.type == "cuda":
+            dist.init_process_group("nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
         atexit.register(dist.destroy_process_group)
-    if not cuda:
-        return torch.device("cpu")
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def place():
@@ -43,12 +54,17 @@ def place():
 
 
 def shard(model):
-    """Spread every weight of minillm's Transformer over the processes, block by block; in place, returns the model.
+    """Spread every weight of minillm's Transformer over the processes, block by block.
 
-    Wrap it with techniques before: they are spread as well. What `save` of a technique and the checkpoints write is whole again.
+    In place; returns the model. Wrap it with techniques before: they are spread as well. What
+    `save` of a technique and the checkpoints write is whole again. RuntimeError where there are
+    no other processes, TypeError for another model.
     """
     if not dist.is_initialized():
-        raise RuntimeError("shard needs several processes: start the program with torchrun, and call minillm.distributed.start()")
+        raise RuntimeError("shard needs several processes: start the program with torchrun, and "
+                           "call minillm.distributed.start()")
+    if not hasattr(model, "layers") or not hasattr(model, "loss"):
+        raise TypeError(f"shard is for minillm's Transformer, not {type(model).__name__}")
     for block in model.layers:
         fully_shard(block)
     fully_shard(model)
@@ -68,7 +84,7 @@ class Loss(nn.Module):
 
 
 def spread(model, loss):
-    """`loss`, as a function of a batch, so that a backward through it leaves the processes with one gradient, their mean."""
+    """`loss` as a function of a batch; its backward leaves the mean gradient in all processes."""
     if place()[1] == 1 or isinstance(model, FSDPModule):
         return Loss(model, loss)
     return DistributedDataParallel(Loss(model, loss))
@@ -77,10 +93,18 @@ def spread(model, loss):
 def rows(batch):
     """This process's rows of a batch, a tuple of tensors (b, ...) or None."""
     rank, world = place()
-    if len(batch[0]) < world:
-        raise ValueError(f"a batch of {len(batch[0])} rows cannot be shared by {world} processes: choose batch_size, and the number "
-                         "of examples, so that the last batch of an epoch has a row for each")
+    check_rows(len(batch[0]), len(batch[0]))
     return tuple(None if t is None else t[rank::world] for t in batch)
+
+
+def check_rows(examples, batch_size):
+    """ValueError if a batch of an epoch of so many examples has no row for some process."""
+    world = place()[1]
+    least = min(examples % batch_size or batch_size, examples)
+    if least < world:
+        raise ValueError(f"a batch of {least} rows cannot be shared by {world} processes: choose "
+                         "batch_size, and the number of examples, so that the last batch of an "
+                         "epoch has a row for each")
 
 
 def total(value, device):
@@ -89,6 +113,15 @@ def total(value, device):
         return value
     value = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(value)
+    return value.item()
+
+
+def largest(number, device):
+    """The largest of the processes' numbers."""
+    if place()[1] == 1:
+        return number
+    value = torch.tensor(number, device=device)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
     return value.item()
 
 
@@ -114,4 +147,6 @@ def whole(t):
 
 def like(t, parameter):
     """A whole tensor, spread as the parameter is."""
-    return distribute_tensor(t, parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else t.to(parameter.device)
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(t, parameter.device_mesh, parameter.placements)
+    return t.to(parameter.device)

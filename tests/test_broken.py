@@ -219,7 +219,8 @@ def test_broken_training_checkpoints(tmp_path):
     def run(**options):
         torch.manual_seed(0)
         model = minillm.lora.wrap(build("llama"), r=2)
-        return minillm.train.train(model, examples(), steps=2, lr=1e-2, batch_size=4, progress=False, checkpoints=tmp_path, **options)
+        return minillm.train.train(model, examples(), steps=2, lr=1e-2, batch_size=4, progress=False, checkpoints=tmp_path, keep=1,
+                                   **options)
 
     run()
     (path,) = tmp_path.glob("step-*")

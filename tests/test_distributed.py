@@ -1,18 +1,21 @@
-"""Two processes train as one does: the losses, what is saved, and what a checkpoint goes on from."""
+"""Two processes train as one does: the losses, the files, and what a checkpoint goes on from."""
 
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
 import pytest
+import safetensors.torch
 import torch
 from models import build
 from test_train import examples
 
 import minillm
 from minillm import distributed
+from minillm.train import Interrupted
 from minillm.verbs import read
 
 HERE = pathlib.Path(__file__).parent
@@ -24,7 +27,7 @@ run(sys.argv[1], sys.argv[2])
 
 
 def run(kind, directory):
-    """One of the processes: full, LoRA and LoRA on int8, data parallel or sharded; then the same again from a checkpoint."""
+    """One of the processes: full, LoRA and LoRA on int8; then the same again from a checkpoint."""
     distributed.start()
     torch.set_num_threads(1)
     for name, wraps in CASES.items():
@@ -33,15 +36,38 @@ def run(kind, directory):
             if kind == "sharded":
                 distributed.shard(model)
             path = pathlib.Path(directory)
-            history = training(model, checkpoints=path / name, save_every=4, resume=again, log=path / f"{name}.{again}.jsonl")
+            history = training(model, checkpoints=path / name, save_every=4, resume=again,
+                               log=path / f"{name}.{again}.jsonl", **measure(name))
             if again:
                 assert len(list((path / name).glob("step-*"))) == 2
             elif distributed.place()[0] == 0:
-                max((path / name).glob("step-*")).unlink()  # the next run goes on from the one before
+                max((path / name).glob("step-*")).unlink()  # the next goes on from the one before
             distributed.wait()
+        whole = {key: distributed.whole(p.detach()) for key, p in model.named_parameters()}
+        if distributed.place()[0] == 0:
+            safetensors.torch.save_file(whole, path / f"{name}.whole")
         if "lora" in wraps:
             minillm.lora.save(model, path / f"{name}.safetensors")
     assert history[-1]["step"] == 5
+    interrupted(kind, path / "interrupted")
+
+
+def interrupted(kind, directory):
+    """A signal to the second process ends both, with one checkpoint."""
+    model = wrapped(("lora",))
+    if kind == "sharded":
+        distributed.shard(model)
+    passes = iter(range(9))
+
+    def send(module, args, output):
+        if distributed.place()[0] == 1 and next(passes) == 2:  # in the second step
+            signal.raise_signal(signal.SIGINT)
+
+    model.norm.register_forward_hook(send)
+    with pytest.raises(Interrupted, match="interrupted after step 2 of 6"):
+        training(model, checkpoints=directory, save_every=6)
+    distributed.wait()
+    assert [path.name for path in directory.glob("step-*")] == ["step-00000002.safetensors"]
 
 
 CASES = {"full": (), "lora": ("lora",), "lora on int8": ("quant", "lora")}
@@ -56,8 +82,16 @@ def wrapped(wraps):
 
 
 def training(model, **options):
-    return minillm.train.train(model, examples(16), steps=6, lr=1e-2, batch_size=4, accumulate=2, warmup=2, weight_decay=0.1,
-                               progress=False, **options)
+    usual = dict(steps=6, lr=1e-2, batch_size=4, accumulate=2, warmup=2, weight_decay=0.1)
+    return minillm.train.train(model, examples(16), progress=False, **{**usual, **options})
+
+
+def measure(name):
+    """Held-out examples; or a measure by which the first is the best, before the checkpoint."""
+    if name == "lora":
+        return dict(held_out=examples(3, seed=9), every=2)
+    values = iter([1.0, 2.0, 3.0])
+    return dict(evaluate=lambda model: next(values), every=2)
 
 
 @pytest.mark.parametrize("kind", ["data parallel", "sharded"])
@@ -70,15 +104,20 @@ def test_two_processes_train_as_one(tmp_path, kind):
     assert done.returncode == 0, done.stderr[-4000:]
     for name, wraps in CASES.items():
         model = wrapped(wraps)
-        expected = training(model)
+        expected = training(model, **measure(name))
         for again in (False, True):
-            lines = [json.loads(line) for line in (tmp_path / f"{name}.{again}.jsonl").read_text().splitlines()]
-            for key in ("loss", "norm"):
-                assert [line[key] for line in lines] == pytest.approx([record[key] for record in expected], rel=1e-4), (name, again, key)
-            assert [line["tokens"] for line in lines] == [record["tokens"] for record in expected]
+            log = (tmp_path / f"{name}.{again}.jsonl").read_text()
+            lines = [json.loads(line) for line in log.splitlines()]
+            for key in ("loss", "norm", "tokens", "learnt", "held_out"):
+                found, wanted = ([r[key] for r in h if key in r] for h in (lines, expected))
+                assert found == pytest.approx(wanted, rel=1e-4), (name, again, key)
+            assert lines[-1]["best"]["step"] == expected[-1]["best"]["step"]
+        whole = safetensors.torch.load_file(tmp_path / f"{name}.whole")
+        for key, p in model.named_parameters():
+            torch.testing.assert_close(whole[key], p.detach(), rtol=1e-3, atol=1e-4)
         if "lora" in wraps:
             minillm.lora.save(model, tmp_path / "one.safetensors")
-            one, two = read(tmp_path / "one.safetensors")[0], read(tmp_path / f"{name}.safetensors")[0]
+            one, two = (read(tmp_path / f"{n}.safetensors")[0] for n in ("one", name))
             assert one.keys() == two.keys()
             for key, t in one.items():
                 torch.testing.assert_close(two[key], t, rtol=1e-3, atol=1e-4)
@@ -87,9 +126,13 @@ def test_two_processes_train_as_one(tmp_path, kind):
 def test_a_batch_has_a_row_for_each_process(monkeypatch):
     monkeypatch.setattr(distributed, "place", lambda: (1, 3))
     ids = torch.arange(8).view(4, 2)
-    assert distributed.rows((ids, ids, None))[0].tolist() == [[2, 3]] and distributed.rows((ids, ids, None))[2] is None
-    with pytest.raises(ValueError, match="a batch of 2 rows cannot be shared by 3 processes: choose batch_size"):
+    found = distributed.rows((ids, ids, None))
+    assert found[0].tolist() == [[2, 3]] and found[2] is None
+    message = "a batch of 2 rows cannot be shared by 3 processes: choose batch_size"
+    with pytest.raises(ValueError, match=message):
         distributed.rows((ids[:2], ids[:2], None))
+    with pytest.raises(ValueError, match=message):  # before any work: the last of an epoch is small
+        training(None, batch_size=7)
 
 
 def test_shard_wants_several_processes():

@@ -1,0 +1,31 @@
+"""The training loop, whole: batches, the loss, the schedule, evaluation, checkpoints, the log.
+
+    loop          `train`, and one optimizer step from top to bottom: read `update` first
+    settings      its arguments, checked
+    rates         the learning rate over the steps, and for each group of parameters
+    losses        the loss of a batch, and of held-out examples
+    history       the log, its summary and its picture
+    checkpoints   what a file holds, and how a training goes on from it
+    identity      the model, techniques and data that a checkpoint belongs to
+    interrupt     Ctrl-C
+
+- The loss of a step is the sum over all its micro-batches divided by the number of tokens
+  that all of them learn. So `accumulate=k` is the same step as a batch k times as large.
+  (A mean of means weighs short examples more; trl and torchtune both had to mend this.)
+- A training that was interrupted goes on from its newest checkpoint, and every later loss
+  is the same to the last bit.
+- Under torchrun each process computes its share of every batch; the losses stay those of
+  one process (see `minillm.distributed`).
+- transformers' Trainer does this and far more behind callbacks and 100 arguments. Not
+  included: mixed precision by autocast (a bfloat16 model with float32 adapters needs none).
+"""
+
+from minillm.train.checkpoints import newest, restore, saved
+from minillm.train.history import Summary, picture, summary
+from minillm.train.interrupt import Interrupted
+from minillm.train.loop import train
+from minillm.train.losses import held_out_loss, loss_sum
+from minillm.train.rates import SCHEDULES, groups, rate
+
+__all__ = ["SCHEDULES", "Interrupted", "Summary", "groups", "held_out_loss", "loss_sum", "newest",
+           "picture", "rate", "restore", "saved", "summary", "train"]

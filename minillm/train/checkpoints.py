@@ -1,0 +1,222 @@
+"""Checkpoints: a training that was interrupted goes on as if it had not been, to the last bit.
+
+One safetensors file holds
+
+    model.*       what learns                    buffer.*   buffers (BatchNorm's running statistics)
+    optimizer.*   AdamW's two moments and its step, of each parameter that has had a gradient
+    best.*        model.* and buffer.* after the best step, where that is not this one
+    random.*      the state of each process's random numbers
+    metadata      the log, the place in the data, all settings, and what else the training relies on
+                  (see `identity`): the frozen model, the techniques, the examples
+
+and is written beside its name and then renamed, so a name is always a whole checkpoint.
+Frozen weights are not in it: load the same model and wrap it the same way first.
+"""
+
+import json
+import logging
+import pathlib
+import re
+import shutil
+
+import safetensors.torch
+import torch
+
+from minillm import distributed, files
+from minillm.registry import Format, Patch
+from minillm.train import identity
+from minillm.train.history import measured
+from minillm.verbs import read
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, each of the parameter's shape
+logger = logging.getLogger("minillm")
+
+
+# --- the directory ----------------------------------------------------------------------------
+
+
+def saved(directory):
+    """The checkpoints in a directory, oldest first."""
+    found = pathlib.Path(directory).glob("step-*.safetensors")
+    pattern = re.compile(r"step-(\d{8,})\.safetensors")
+    steps = {int(match[1]): path for path in found if (match := pattern.fullmatch(path.name))}
+    return [steps[step] for step in sorted(steps)]
+
+
+def newest(directory):
+    """The last checkpoint in a directory, or None."""
+    return next(reversed(saved(directory)), None)
+
+
+def ready(directory, resume):
+    """The checkpoint to go on from, or None for a training from the start.
+
+    FileExistsError where that would mix two trainings in one directory.
+    """
+    path = newest(directory)
+    if path is not None and not resume:
+        raise FileExistsError(f"checkpoints={str(directory)!r} holds those of another training "
+                              f"({len(saved(directory))}, the newest {path.name}): resume=True "
+                              "goes on with it; for a new one choose another directory")
+    if distributed.place()[0] == 0:
+        for half in pathlib.Path(directory).glob(".step-*.safetensors.*"):
+            shutil.rmtree(half)  # what a run was writing when it was killed
+    return path
+
+
+# --- what is in a file ------------------------------------------------------------------------
+
+
+def state(run):
+    """{name: tensor} of what the training changes in the model."""
+    learning = {f"model.{name}": p.detach() for name, p in run.learning}
+    return learning | {f"buffer.{name}": b for name, b in buffers(run.model)}
+
+
+def buffers(model):
+    """[(name, buffer)] of the persistent buffers outside of techniques, whose own never change."""
+    inside = {id(m) for part in model.modules() if isinstance(part, (Format, Patch))
+              for m in part.modules()}
+    return [(f"{name}.{key}" if name else key, b)
+            for name, module in model.named_modules() if id(module) not in inside
+            for key, b in module._buffers.items()
+            if b is not None and key not in module._non_persistent_buffers_set]
+
+
+def snapshot(run):
+    """A copy of `state`, to come back to."""
+    return {name: t.clone() for name, t in state(run).items()}
+
+
+@torch.no_grad()
+def put_back(run, tensors):
+    """Copy tensors, whole or spread over the processes as the model is, into the model."""
+    for name, t in state(run).items():
+        t.copy_(tensors[name])
+
+
+def save(run):
+    """Write `step-N.safetensors`, then remove all but the last `keep`; returns its path.
+
+    Of several processes the first writes.
+    """
+    each = distributed.gathered(torch.get_rng_state())
+    tensors = {f"random.{rank}": t for rank, t in enumerate(each)}
+    if torch.cuda.is_available():
+        each = distributed.gathered(torch.cuda.get_rng_state())
+        tensors |= {f"random.cuda.{rank}": t for rank, t in enumerate(each)}
+    for name, t in state(run).items():
+        tensors[name] = distributed.whole(t).contiguous()
+    for name, p in run.learning:
+        for key, t in run.optimizer.state.get(p, {}).items():  # none without a gradient
+            tensors[f"optimizer.{key}.{name}"] = distributed.whole(t).contiguous()
+    if keeps_best(run):
+        for name, t in run.best_state.items():
+            tensors[f"best.{name}"] = distributed.whole(t).contiguous()
+    directory = pathlib.Path(run.options.checkpoints)
+    path = directory / f"step-{len(run.history):08d}.safetensors"
+    facts = dict(settings=run.compared, identity=run.identity, history=run.history,
+                 batches=run.batches.state_dict())
+    if distributed.place()[0] == 0:
+        with files.atomic(path) as new:
+            metadata = {"format": "pt", "training": json.dumps(facts)}
+            safetensors.torch.save_file(tensors, new, metadata)
+        for old in saved(directory)[: -run.options.keep]:
+            old.unlink()
+    distributed.wait()
+    logger.info("saved %s", path)
+    return path
+
+
+def keeps_best(run):
+    """Whether the best parameters so far are others than those of the last step."""
+    return run.options.restore_best and run.best and run.best["step"] != len(run.history) - 1
+
+
+# --- going on ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def restore(run, path):
+    """Put everything back as it was when the checkpoint was written, once all of it is checked."""
+    tensors, metadata = opened(path)
+    place, history = facts_of(run, path, metadata)
+    run.history = history
+    for record in history:
+        run.count(record)
+    check(run, path, tensors)
+    rank = distributed.place()[0]
+    try:
+        torch.set_rng_state(tensors[f"random.{rank}"])
+        if f"random.cuda.{rank}" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors[f"random.cuda.{rank}"])
+    except RuntimeError as error:
+        raise ValueError(f"{path}: its random state is none ({error})") from error
+    ours = state(run)
+    put_back(run, {name: distributed.like(tensors[name], t) for name, t in ours.items()})
+    for name, p in run.learning:
+        if f"optimizer.step.{name}" in tensors:  # not there: it has never had a gradient
+            run.optimizer.state[p] = {
+                "step": tensors[f"optimizer.step.{name}"],
+                **{key: distributed.like(tensors[f"optimizer.{key}.{name}"], p) for key in MOMENTS}}
+    if run.best and run.options.restore_best:
+        where = "best." if keeps_best(run) else ""
+        run.best_state = {name: distributed.like(tensors[where + name], t).clone()
+                          for name, t in ours.items()}
+    run.batches.load_state_dict(place)
+
+
+def opened(path):
+    """(tensors, metadata) of the newest checkpoint; an error says what to do if it is broken."""
+    try:
+        return read(path)
+    except ValueError as error:
+        advice = "to go on from the checkpoint before it, move it away"
+        raise ValueError(f"{error}; {advice}") from error
+
+
+def facts_of(run, path, metadata):
+    """(the place in the data, the log) in a file; ValueError where it is of another training."""
+    try:
+        facts = json.loads(metadata["training"])
+        then, history = facts["settings"], facts["history"]
+        place = {key: int(facts["batches"][key]) for key in ("epoch", "position")}
+        odd = {key: (then.get(key), now) for key, now in run.compared.items()
+               if then.get(key) != now}
+        other = identity.differs(run.model, facts["identity"])
+        whole = all(record["step"] == i and isinstance(record["loss"], float)
+                    and isinstance(measured(record), float | None)
+                    for i, record in enumerate(history))
+        whole = whole and path.name == f"step-{len(history):08d}.safetensors"
+        whole = whole and 0 <= place["position"] < len(run.batches.examples)
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError, IndexError) as error:
+        raise ValueError(f"{path} is not a checkpoint of minillm.train "
+                         f"({type(error).__name__}: {error})") from error
+    if odd:
+        listed = ", ".join(f"{key}={old!r} then, {new!r} now" for key, (old, new) in odd.items())
+        raise ValueError(f"{path} was written with other settings: {listed}")
+    if other:
+        raise ValueError(f"{path} belongs to another training: {other}")
+    if not whole:
+        raise ValueError(f"{path}: its log is not whole, or not of this step")
+    return place, history
+
+
+def check(run, path, tensors):
+    """ValueError if the tensors of the file are not those that this training has."""
+    kind = {name: (t.shape, t.dtype) for name, t in state(run).items()}
+    needed = dict(kind)
+    needed[f"random.{distributed.place()[0]}"] = torch.get_rng_state().shape, torch.uint8
+    if keeps_best(run):
+        needed |= {f"best.{name}": value for name, value in kind.items()}
+    for name, p in run.learning:
+        moments = {f"optimizer.{key}.{name}": (p.shape, p.dtype) for key in MOMENTS}
+        moments[f"optimizer.step.{name}"] = ((), torch.float32)
+        if any(key in tensors for key in moments):
+            needed |= moments
+    odd = [key for key, (shape, dtype) in needed.items() if key not in tensors
+           or (tuple(tensors[key].shape), tensors[key].dtype) != (tuple(shape), dtype)]
+    odd += [key for key in tensors if key not in needed and not key.startswith("random.")]
+    if odd:
+        raise ValueError(f"{path} does not fit what learns in this model; {len(odd)} tensors "
+                         f"differ, first {odd[0]!r}. Wrap the model as it was wrapped then")

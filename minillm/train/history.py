@@ -1,0 +1,132 @@
+"""The log of a training: a dict for each step, also as a file, a summary and a picture.
+
+    step         counted from 0
+    loss         nats per learnt token, of this step's batch, before its update
+    rate, norm   the learning rate; the gradient's norm before clipping
+    learnt       the tokens whose prediction the step learnt
+    tokens       all tokens that the model read, without padding
+    seconds      of the step, without evaluation and saving
+    held_out     the loss on held-out examples after the step (or `evaluation`: what evaluate= gave)
+    best         the best of these so far: {"step", "value"}
+"""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+
+from minillm import files
+
+MEASURES = ("held_out", "evaluation")
+
+
+def measured(record):
+    """What was measured after this step, or None."""
+    return next((record[key] for key in MEASURES if key in record), None)
+
+
+@contextlib.contextmanager
+def journal(path, history):
+    """A function that adds a line to the log file; the lines of the steps that are done come first.
+
+    A log from before is replaced; FileExistsError for any other file. Without a path nothing
+    is written.
+    """
+    if path is None:
+        yield lambda record: None
+        return
+    path = pathlib.Path(path)
+    start = '{"step": '  # of every log, also of one whose first line is cut
+    if path.is_file():
+        with open(path, "rb") as file:
+            old = file.read(len(start))
+        if not start.encode().startswith(old):
+            raise FileExistsError(f"log={str(path)!r} is a file, and no log of a training: "
+                                  "choose another name, or remove it")
+    with files.atomic(path) as new:
+        new.write_text("".join(json.dumps(record) + "\n" for record in history))
+    with open(path, "a", buffering=1) as lines:
+        yield lambda record: lines.write(json.dumps(record) + "\n")
+
+
+@dataclasses.dataclass
+class Summary:
+    """A training in a few numbers; `str()` of it is text."""
+
+    steps: int
+    first: float  # mean loss per learnt token over the first tenth of the steps
+    last: float  # over the last tenth
+    best: dict | None  # of the measure: {"step" (from 0), "value"}
+    measure: str | None  # "held_out" or "evaluation"
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+
+    def __str__(self):
+        part = max(1, self.steps // 10)
+        lines = [f"loss {self.first:.3f} over the first {part} of {self.steps} steps, "
+                 f"{self.last:.3f} over the last {part}"]
+        if self.best:
+            what = "held-out loss" if self.measure == "held_out" else "evaluation"
+            step, value = self.best["step"] + 1, self.best["value"]
+            lines.append(f"best {what} {value:.4g}, after step {step}")
+        lines.append(f"{self.tokens:,} tokens in {self.seconds:,.1f} s: "
+                     f"{self.tokens_per_second:,.0f} tokens/s")
+        return "\n".join(lines)
+
+
+def summary(history):
+    """The Summary of what `train` returned. ValueError where that is empty."""
+    if not history:
+        raise ValueError("the log is empty: no step was made")
+    part = max(1, len(history) // 10)
+    tokens, seconds = (sum(record[key] for record in history) for key in ("tokens", "seconds"))
+    best = next((record["best"] for record in reversed(history) if "best" in record), None)
+    measure = next((key for key in MEASURES for record in history if key in record), None)
+    return Summary(len(history), mean(history[:part]), mean(history[-part:]), best, measure, tokens,
+                   seconds, tokens / seconds if seconds else 0.0)
+
+
+def mean(records):
+    """The loss per learnt token over several steps."""
+    return sum(r["loss"] * r["learnt"] for r in records) / sum(r["learnt"] for r in records)
+
+
+def picture(history, path):
+    """Draw the loss (raw, smoothed, held out) and the learning rate over the steps.
+
+    path: a .png, .svg or .pdf file. Smoothed: the mean over a window of a twentieth of the steps.
+    """
+    path = pathlib.Path(path)
+    kind = path.suffix.lower().removeprefix(".")
+    if kind not in ("png", "svg", "pdf"):
+        raise ValueError(f"{str(path)!r}: a picture ends in .png, .svg or .pdf")
+    if not history:
+        raise ValueError("the log is empty: there is nothing to draw")
+    files.need("matplotlib", "plot")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    steps, losses = [r["step"] + 1 for r in history], [r["loss"] for r in history]
+    above.plot(steps, losses, color="C0", alpha=0.3, linewidth=1, label="loss of each step")
+    above.plot(steps, smoothed(losses), color="C0", label="smoothed")
+    points = [(r["step"] + 1, measured(r)) for r in history if measured(r) is not None]
+    if points:
+        label = "held-out loss" if any("held_out" in r for r in history) else "evaluation"
+        above.plot(*zip(*points), "o-", color="C1", markersize=4, label=label)
+        x, y = min(points, key=lambda point: point[1])
+        above.plot(x, y, "*", color="C1", markersize=12, label=f"best: {y:.3g} after step {x}")
+    above.set(ylabel="nats per learnt token")
+    above.legend(fontsize="small")
+    below.plot(steps, [r["rate"] for r in history], color="C2")
+    below.set(xlabel="step", ylabel="learning rate")
+    with files.atomic(path) as new:
+        figure.savefig(new, format=kind, dpi=120)
+
+
+def smoothed(values):
+    """The mean of each value and its neighbours, up to a fortieth of all on either side."""
+    reach, n = max(1, len(values) // 40), len(values)
+    windows = [min(reach, i, n - 1 - i) for i in range(n)]  # at the ends fewer, never lopsided
+    return [sum(values[i - w : i + w + 1]) / (2 * w + 1) for i, w in enumerate(windows)]

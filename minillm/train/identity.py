@@ -1,0 +1,90 @@
+"""What a checkpoint relies on and does not hold: the frozen model, the techniques, the data.
+
+A resumed training is the same training only if all of it is the same. So a checkpoint describes it,
+and `differs` names the first thing that is another now, with both values.
+"""
+
+import dataclasses
+import hashlib
+import json
+
+import torch
+
+from minillm import distributed, fingerprint
+from minillm.registry import Format, walk
+
+
+def of(model):
+    """A dict for JSON that describes all of the model that does not learn."""
+    config = getattr(model, "config", None)
+    return dict(
+        model=type(model).__name__,
+        dtypes=sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()}),
+        config=dataclasses.asdict(config) if dataclasses.is_dataclass(config) else None,
+        techniques=[list(entry) for entry in techniques(model)],
+        base=fingerprint.of(model))
+
+
+def techniques(model):
+    """(site, technique, its options, a digest of what it holds and does not train)."""
+    for site in walk(model):
+        if isinstance(site.module, Format):
+            held = dict(site.module.named_buffers())
+            yield site.name, site.module.technique, site.module.config(), digest(held)
+        for name, patch in site.layer.patches.items() if site.layer else ():
+            held = {key: p for key, p in patch.named_parameters() if not p.requires_grad}
+            yield site.name, name, patch.config(), digest(held | dict(patch.named_buffers()))
+
+
+def digest(tensors):
+    """Eight hex digits of the dtypes, shapes and values."""
+    sha = hashlib.sha256()
+    for key, t in sorted(tensors.items()):
+        t = distributed.whole(t.detach()).cpu().contiguous()
+        sha.update(f"{key} {t.dtype} {tuple(t.shape)}".encode())
+        sha.update(t.reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()[:8]
+
+
+def examples(rows):
+    """A line that describes a list of `data.Example`: how many, and a digest of them all."""
+    sha = hashlib.sha256()
+    for row in rows:
+        sha.update(json.dumps([list(row.ids), list(row.labels), row.documents]).encode())
+    return f"{len(rows)} examples ({sha.hexdigest()[:8]})"
+
+
+def differs(model, then):
+    """What of the model is not as `then` describes it: a sentence with both values, or None.
+
+    TypeError, KeyError or ValueError where `then` is no description.
+    """
+    now = json.loads(json.dumps(of(model)))
+    for key in ("model", "dtypes", "config"):
+        if now[key] != then[key]:
+            return "the model has " + pairs({key: then[key]}, {key: now[key]})
+    ours, theirs = now["techniques"], then["techniques"]
+    if [entry[:2] for entry in ours] != [entry[:2] for entry in theirs]:
+        return f"the techniques were {listed(theirs)} then, they are {listed(ours)} now"
+    odd = [(a, b) for a, b in zip(theirs, ours) if a != b]
+    if odd:
+        (site, name, old, _), (_, _, new, _) = odd[0]
+        what = pairs(old, new) if old != new else f"tensors={odd[0][0][3]} then, {odd[0][1][3]} now"
+        return f"{name} at {site!r} has {what} ({len(odd)} of {len(ours)} such differ)"
+    return fingerprint.differs(model, then["base"])
+
+
+def pairs(old, new):
+    """The entries that differ, each with both values."""
+    if any(isinstance(value, dict) for value in (*old.values(), *new.values())):
+        (old,), (new,) = old.values(), new.values()  # a configuration: its own entries
+        old, new = old or {}, new or {}
+    keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
+    return ", ".join(f"{key}={old.get(key)!r} then, {new.get(key)!r} now" for key in keys)
+
+
+def listed(entries):
+    """Each technique, with how many sites it has."""
+    names = [name for _, name, *_ in entries]
+    counts = [f"{name} at {names.count(name)} sites" for name in dict.fromkeys(names)]
+    return ", ".join(counts) or "none"

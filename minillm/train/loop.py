@@ -1,0 +1,250 @@
+"""The training loop: read `update` first, one optimizer step from top to bottom.
+
+    theta <- AdamW(theta, gradient of the mean cross-entropy per learnt token)
+
+AdamW: Loshchilov & Hutter 2019, arXiv 1711.05101. What learns is what has `requires_grad`: the
+techniques decide that by `wrap`, not the loop.
+"""
+
+import contextlib
+import itertools
+import json
+import logging
+import math
+import time
+
+import torch
+from tqdm.auto import tqdm
+
+from minillm import data, distributed, files
+from minillm.train import identity
+from minillm.train.checkpoints import put_back, ready, restore, save, snapshot
+from minillm.train.history import journal, measured
+from minillm.train.interrupt import Interrupted, deferred
+from minillm.train.losses import held_out_loss, learnt, loss_sum
+from minillm.train.rates import groups, rate
+from minillm.train.settings import COMPARED, resolve
+
+logger = logging.getLogger("minillm")
+
+
+def train(model, examples, *, steps=None, epochs=None, lr, batch_size=8, accumulate=1,
+          schedule="cosine", warmup=0, weight_decay=0.0, betas=(0.9, 0.999), clip=1.0, rates=None,
+          seed=0, pad=0, held_out=None, evaluate=None, every=None, patience=None, restore_best=True,
+          checkpoints=None, save_every=None, keep=2, resume=False, log=None, progress=True,
+          name="train"):
+    """Train what learns in the model on a list of `data.Example`; returns the log (see `history`).
+
+    steps, epochs    one of them: optimizer steps, or times through the examples (0.5 is a half)
+    lr, schedule     AdamW's peak rate, and "constant", "linear" or "cosine" after the warm-up
+    warmup           steps in which the rate rises; a number below 1 is a share of all steps
+    batch_size, accumulate    examples of a batch padded to one length (`pad`), batches of a step
+    weight_decay, betas       AdamW's; the decay is that of matrices alone
+    clip             the largest norm of the gradient; None: it is never clipped
+    rates            {regular expression: factor} of the rate, for parameters by name
+    seed             decides the order of the examples (a new one each epoch) and the dropout
+    held_out         examples whose mean loss is measured, in the log as "held_out"; or
+    evaluate         a function of the model to a number, lower being better ("evaluation"),
+                     each after `every` so many steps (a tenth of all) and after the last
+    patience         the training ends after so many of these without a better one
+    restore_best     the model ends as it was after the best of them; costs a copy of what learns
+    checkpoints      a directory, which gets a file each `save_every` steps (a tenth of all), after
+                     the last and on Ctrl-C; the last `keep` stay. resume=True goes on from the
+                     newest, or begins where there is none
+    log              a file of JSON lines, the returned log; progress, name: of the bar
+
+    ValueError for a setting that makes no sense, where nothing learns, where a checkpoint is of
+    another training, and where the loss is no longer a number; FileExistsError where `checkpoints`
+    holds another training's; Interrupted, a KeyboardInterrupt, after a Ctrl-C that was saved.
+    """
+    given = {key: value for key, value in locals().items() if key not in ("model", "examples")}
+    run = Run(model, examples, resolve(examples, given))
+    with contextlib.ExitStack() as stack:
+        note, bar, asked = begin(run, stack)
+        while not run.over():
+            record = update(run)
+            run.history.append(record)
+            if run.due(run.options.every):
+                measure(run, record)
+            note(record)
+            show(bar, record)
+            signal = distributed.largest(asked.signal, run.device)  # to any of the processes
+            if checkpoints is not None and (run.due(run.options.save_every) or signal):
+                path = save(run)
+            if signal:
+                raise Interrupted(path, len(run.history), run.options.steps, signal)
+        finish(run)
+    return run.history
+
+
+def update(run):
+    """One optimizer step; returns its line of the log."""
+    began, o, step = time.perf_counter(), run.options, len(run.history)
+
+    # The learning rate of this step, for each group of parameters.
+    share = rate(step, o.steps, o.schedule, o.warmup)
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["peak"] * share
+
+    # The gradient: of the sum over all micro-batches, divided by the tokens that all of them learn.
+    # (A mean of means would weigh short examples more.)
+    micro = [run.on_device(batch) for batch in itertools.islice(run.batches, o.accumulate)]
+    count = sum(learnt(labels) for _, labels, _ in micro)
+    total = 0.0
+    for batch in micro:
+        part = run.loss(*distributed.rows(batch))
+        (part * (distributed.place()[1] / count)).backward()
+        total += part.item()
+    total = distributed.total(total, run.device)
+
+    # Clipping: the gradients of all parameters together have at most this norm.
+    parameters = [p for _, p in run.learning]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, o.clip or math.inf)
+    norm = distributed.whole(norm).item()
+    if not math.isfinite(total) or not math.isfinite(norm):
+        raise ValueError(f"step {step}: the loss is {total / count} and the gradient's norm "
+                         f"{norm}; a lower learning rate than {o.lr} may help")
+
+    # AdamW.
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+
+    tokens = sum(ids.numel() if mask is None else int((mask > 0).sum()) for ids, _, mask in micro)
+    return dict(step=step, loss=total / count, rate=o.lr * share, norm=norm, learnt=count,
+                tokens=tokens, seconds=time.perf_counter() - began)
+
+
+def measure(run, record):
+    """Measure the model in eval mode, into the record; copy what learns if it is the best."""
+    o = run.options
+    run.given.eval()
+    with forked(run.device):  # what it draws does not change what the training draws
+        if o.held_out is not None:
+            value = held_out_loss(run.given, o.held_out, o.batch_size, o.pad)
+        else:
+            value = float(o.evaluate(run.given))
+    run.given.train()
+    value = distributed.total(value, run.device) / distributed.place()[1]
+    if not math.isfinite(value):
+        raise ValueError(f"step {record['step']}: the evaluation is {value}, which is no number to "
+                         "compare")
+    record["held_out" if o.held_out is not None else "evaluation"] = value
+    if run.count(record) and o.restore_best:
+        run.best_state = snapshot(run)
+    record["best"] = dict(run.best)
+
+
+class Run:
+    """What changes while a training runs: a checkpoint holds all of it."""
+
+    def __init__(self, model, examples, options):
+        check_compiled(model)
+        self.given, self.options = model, options
+        self.model = getattr(model, "_orig_mod", model)  # torch.compile would change the names
+        o = options
+        self.optimizer = torch.optim.AdamW(groups(self.model, o.lr, o.weight_decay, o.rates),
+                                           betas=o.betas)
+        self.optimizer.zero_grad(set_to_none=True)  # gradients from before are not of this training
+        stepped = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        self.learning = [(n, p) for n, p in self.model.named_parameters() if id(p) in stepped]
+        self.device = self.learning[0][1].device
+        self.batches = data.batches(examples, o.batch_size, o.seed, o.pad)
+        self.loss = distributed.spread(model, loss_sum)
+        self.history = []
+        self.best, self.best_state, self.waited = None, None, 0  # of the evaluations
+        self.identity = self.compared = None  # only checkpoints need them
+
+    def describe(self):
+        """Write down all that a resumed training has to have in common with this one."""
+        o = self.options
+        settings = {key: getattr(o, key) for key in COMPARED}
+        settings |= dict(data=identity.examples(self.batches.examples),
+                         held_out=o.held_out and identity.examples(o.held_out),
+                         processes=distributed.place()[1])
+        self.compared = json.loads(json.dumps(settings))
+        self.identity = identity.of(self.model)
+
+    def count(self, record):
+        """Whether the record's evaluation, if there is one, is the best; counts those since."""
+        value = measured(record)
+        if value is None:
+            return False
+        if self.best is None or value < self.best["value"]:
+            self.best, self.waited = dict(step=record["step"], value=value), 0
+            return True
+        self.waited += 1
+        return False
+
+    def due(self, every):
+        """Whether what happens `every` so many steps, and at the end, happens now."""
+        return every is not None and (len(self.history) % every == 0 or self.over())
+
+    def over(self):
+        o = self.options
+        stopped = o.patience is not None and self.waited >= o.patience
+        return stopped or len(self.history) >= o.steps
+
+    def on_device(self, batch):
+        return tuple(None if t is None else t.to(self.device) for t in batch)
+
+
+def check_compiled(model):
+    """TypeError for a compiled model whose compiled part `train` would never call."""
+    wrapped = hasattr(model, "_orig_mod")  # torch.compile(model); the other is model.compile()
+    compiled = wrapped or getattr(model, "_compiled_call_impl", None) is not None
+    if compiled and hasattr(model, "loss"):
+        raise TypeError("torch.compile(model) compiles the model's forward, and train calls its "
+                        "`loss`: nothing would be compiled. minillm.compile(model) compiles its "
+                        "blocks")
+
+
+def begin(run, stack):
+    """Enter into the stack all that ends with the training; (note a line, bar, Asked)."""
+    o, rank = run.options, distributed.place()[0]
+    stack.enter_context(training_mode(run))
+    stack.enter_context(forked(run.device))
+    torch.manual_seed(o.seed + rank)
+    if o.checkpoints is not None:
+        if rank == 0:
+            stack.enter_context(files.lock(o.checkpoints))
+        path = ready(o.checkpoints, o.resume)
+        run.describe()
+        if path is not None:
+            restore(run, path)
+    note = stack.enter_context(journal(o.log if rank == 0 else None, run.history))
+    bar = tqdm(total=o.steps, initial=len(run.history), desc=o.name, unit="step",
+               disable=not o.progress or rank > 0, leave=False)
+    return note, stack.enter_context(bar), stack.enter_context(deferred(o.checkpoints is not None))
+
+
+@contextlib.contextmanager
+def training_mode(run):
+    """Dropout is active inside; afterwards every module has its own mode again."""
+    modes = [(module, module.training) for module in run.model.modules()]
+    run.given.train()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def forked(device):
+    """The random numbers drawn inside do not change those drawn afterwards."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
+def show(bar, record):
+    speed = record["tokens"] / record["seconds"]
+    bar.set_postfix_str(f"loss {record['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False)
+    bar.update()
+
+
+def finish(run):
+    """Go back to the best step, if there was an evaluation and another step was the last."""
+    steps = len(run.history)
+    if steps < run.options.steps:
+        logger.info("stopped early after step %d of %d: %d evaluations were not below %.4g",
+                    steps, run.options.steps, run.waited, run.best["value"])
+    if run.best_state is not None and run.best["step"] != steps - 1:
+        put_back(run, run.best_state)

@@ -1,0 +1,74 @@
+"""The loss of a batch and of held-out examples, the same for all techniques.
+
+    loss = - 1/n  sum over the n learnt tokens of  log p(token | the tokens before it)
+
+The first token of a text has nothing before it. A soft prompt would make it predictable, and
+the training with a prompt would then learn, and report, other tokens than the training
+without. So nobody learns it, here as in `evaluate.perplexity`: the losses of all methods are
+means over the same tokens.
+"""
+
+import inspect
+
+import torch
+import torch.nn.functional as F
+
+from minillm import data
+from minillm.registry import prepare
+
+
+def learnt(labels):
+    """How many tokens a batch with these labels (b, t) learns."""
+    return int((labels[:, 1:] != data.NOT_LEARNT).sum())
+
+
+def loss_sum(model, ids, labels, mask=None):
+    """The summed cross-entropy, in nats, over the learnt labels of a batch: ids, labels (b, t).
+
+    For minillm's models and all others that compute logits (b, t, vocab) from ids.
+    """
+    labels = labels.clone()
+    labels[:, 0] = data.NOT_LEARNT  # before `prepare`, which may put a prompt in front
+    ids, labels, mask = prepare(model, ids, labels, mask)
+    if hasattr(model, "loss"):
+        return model.loss(ids, labels, mask, reduction="sum")
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"{type(model).__name__} has no mask for packed examples: "
+                         "give it the examples unpacked")
+    if mask is not None and not takes_mask(model):
+        raise ValueError(f"the forward of {type(model).__name__} takes no attention_mask, so it "
+                         "cannot know what is padding: give it examples of one length, or "
+                         "batch_size=1")
+    output = model(ids) if mask is None else model(ids, attention_mask=mask)
+    logits = getattr(output, "logits", output)  # (b, t, vocab)
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(),
+                           ignore_index=data.NOT_LEARNT, reduction="sum")
+
+
+def takes_mask(model):
+    forward = getattr(model, "_orig_mod", model).forward  # of what torch.compile has wrapped
+    arguments = inspect.signature(forward).parameters.values()
+    return any(a.name == "attention_mask" or a.kind is a.VAR_KEYWORD for a in arguments)
+
+
+@torch.no_grad()
+def held_out_loss(model, examples, batch_size=8, pad=0):
+    """The mean loss per learnt token, in nats, of a list of `data.Example`; nothing is changed.
+
+    The model computes as it does when it is used: without dropout.
+    """
+    device, modes = next(model.parameters()).device, {m: m.training for m in model.modules()}
+    total, count = 0.0, 0
+    model.eval()
+    try:
+        for i in range(0, len(examples), batch_size):
+            batch = data.collate(examples[i : i + batch_size], pad)
+            if n := learnt(batch[1]):
+                batch = (None if t is None else t.to(device) for t in batch)
+                total, count = total + loss_sum(model, *batch).item(), count + n
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    if not count:
+        raise ValueError(f"none of the {len(examples)} held-out examples has anything to learn")
+    return total / count

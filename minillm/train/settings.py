@@ -1,0 +1,118 @@
+"""The arguments of `train`, checked before any work and completed with their defaults."""
+
+import math
+import numbers
+import pathlib
+import types
+
+from minillm import data, distributed
+from minillm.train.rates import rate
+
+WHOLE = dict(steps=1, batch_size=1, accumulate=1, every=1, patience=1, save_every=1, keep=1,
+             pad=0, seed=None)  # whole numbers, and the least that each can be
+OPTIONAL = ("steps", "every", "patience", "save_every")
+COMPARED = ("steps", "lr", "batch_size", "accumulate", "schedule", "warmup", "weight_decay",
+            "betas", "clip", "rates", "seed", "pad", "every", "patience", "restore_best")
+
+
+def resolve(examples, given):
+    """A namespace of all settings, from the arguments given; ValueError for a wrong one."""
+    o = types.SimpleNamespace(**given)
+    for name, least in WHOLE.items():
+        if getattr(o, name) is not None or name not in OPTIONAL:
+            setattr(o, name, whole(name, getattr(o, name), least))
+    o.lr = number("lr", o.lr, lambda x: x > 0, "a number above 0")
+    o.weight_decay = number("weight_decay", o.weight_decay, lambda x: x >= 0, "a number from 0")
+    if o.clip is not None:
+        o.clip = number("clip", o.clip, lambda x: x > 0, "a number above 0, or None: never clip")
+    betas(o)
+    if o.rates is not None:
+        o.rates = {pattern: number(f"rates[{pattern!r}]", factor, lambda x: x >= 0,
+                                   "a factor from 0") for pattern, factor in o.rates.items()}
+    data.batches(examples, o.batch_size)  # for its own checks
+    distributed.check_rows(len(examples), o.batch_size)
+    o.steps = number_of_steps(o, examples)
+    warmup(o)
+    rate(0, o.steps, o.schedule)
+    evaluation(o)
+    files_of(o)
+    return o
+
+
+def whole(name, value, least):
+    """The value as an int."""
+    right = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not right or least is not None and value < least:
+        from_ = "" if least is None else f" from {least}"
+        raise ValueError(f"{name}={value!r} is not a whole number{from_}")
+    return int(value)
+
+
+def number(name, value, possible, what):
+    """The value as a float."""
+    right = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not right or not possible(value):
+        raise ValueError(f"{name}={value!r} is not {what}")
+    return float(value)
+
+
+def betas(o):
+    if not isinstance(o.betas, (tuple, list)) or len(o.betas) != 2:
+        raise ValueError(f"betas={o.betas!r}: AdamW takes two numbers, such as (0.9, 0.999)")
+    what = "a number from 0 up to (but not) 1"
+    o.betas = tuple(number(f"betas[{i}]", beta, lambda x: 0 <= x < 1, what)
+                    for i, beta in enumerate(o.betas))
+
+
+def number_of_steps(o, examples):
+    """As it was given, or as many as `epochs` times through the examples take."""
+    if (o.steps is None) == (o.epochs is None):
+        raise ValueError(f"steps={o.steps!r} and epochs={o.epochs!r}: give exactly one of the two")
+    if o.steps is not None:
+        return o.steps
+    epochs = number("epochs", o.epochs, lambda x: x > 0, "a number above 0")
+    batches = math.ceil(len(examples) / o.batch_size)
+    return max(1, math.ceil(round(epochs * batches / o.accumulate, 6)))
+
+
+def warmup(o):
+    """A share of the steps becomes a number of steps."""
+    what = f"a whole number of steps from 0 to {o.steps}, or a share of them below 1"
+    number("warmup", o.warmup, lambda x: x >= 0, what)
+    if o.warmup < 1:
+        o.warmup = round(o.warmup * o.steps)
+    elif not isinstance(o.warmup, numbers.Integral) or o.warmup > o.steps:
+        raise ValueError(f"warmup={o.warmup!r} is not {what}")
+    o.warmup = int(o.warmup)
+
+
+def evaluation(o):
+    """`every` without a number is a tenth of the steps."""
+    if o.held_out is not None and o.evaluate is not None:
+        raise ValueError("held_out= and evaluate= are two measures of one thing: give one of them")
+    if o.evaluate is not None and not callable(o.evaluate):
+        raise ValueError(f"evaluate={o.evaluate!r} is not a function of the model")
+    if o.held_out is not None:
+        try:
+            data.batches(o.held_out, 1)
+        except ValueError as error:
+            raise ValueError(f"held_out: {error}") from error
+    if o.held_out is not None or o.evaluate is not None:
+        o.every = o.every or max(1, o.steps // 10)
+        return
+    for name in ("every", "patience"):
+        if getattr(o, name) is not None:
+            raise ValueError(f"{name}={getattr(o, name)} needs something to evaluate: "
+                             "give held_out= examples, or a function evaluate=")
+
+
+def files_of(o):
+    """`save_every` without a number is a tenth of the steps."""
+    if o.checkpoints is not None:
+        if pathlib.Path(o.checkpoints).is_file():
+            raise ValueError(f"checkpoints={str(o.checkpoints)!r} is a file, not a directory")
+        o.save_every = o.save_every or max(1, o.steps // 10)
+    elif o.save_every is not None:
+        raise ValueError(f"save_every={o.save_every} needs a directory: give checkpoints=")
+    elif o.resume:
+        raise ValueError(f"resume={o.resume!r} needs a directory to go on from: give checkpoints=")
