@@ -6,7 +6,9 @@ three are counted, the last is measured by listening to what autograd saves in o
 """
 
 import collections
+import ctypes
 import dataclasses
+import gc
 import json
 import pathlib
 import statistics
@@ -14,9 +16,11 @@ import sys
 import time
 
 import torch
+import torch.nn.functional as F
 
 from minillm import files
-from minillm.registry import Format
+from minillm.evaluate import logits
+from minillm.registry import Format, prepare, walk
 
 
 @dataclasses.dataclass
@@ -62,19 +66,36 @@ class Report:
             figure.savefig(new, format="png", dpi=120)
 
 
-def report(model, batch=1, length=128, repeats=5):
-    """The Report of a model; activations and time are those of `batch` rows of `length` random ids."""
+def report(model, batch=1, length=128, repeats=5, vocabulary=None):
+    """The Report of a model; activations and time are those of `batch` rows of `length` random ids below `vocabulary`.
+
+    vocabulary: by default the configuration's, or the rows of the first embedding. ValueError where there is neither, and for
+    a batch below 1 or a length below 2, in which nothing is predicted.
+    """
+    if batch < 1 or length < 2:
+        raise ValueError(f"batch={batch}, length={length}: at least one row of two tokens")
     learning = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(p.numel() * p.element_size() for p in learning)
-    vocabulary = model.config.vocab_size
+    vocabulary = vocabulary or size_of_vocabulary(model)
     device = next(model.parameters()).device
-    length = min(length, getattr(model.config, "positions", length))
+    config = getattr(model, "config", None)
+    length = min(length, getattr(config, "positions", getattr(config, "max_position_embeddings", length)))
     ids = torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(0)).to(device)
     return Report(
         parameters=sum(p.numel() for p in model.parameters()), trainable=sum(p.numel() for p in learning),
         bytes_by_format=bytes_by_format(model), weights=total_bytes(model), gradients=gradients, optimizer=2 * gradients,
         activations=saved_bytes(model, ids) if learning else 0, seconds_per_token=seconds(model, ids, repeats) / ids.numel(),
         batch=batch, length=length)
+
+
+def size_of_vocabulary(model):
+    """How many ids a model takes."""
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    lookups = (site.shape[1] for site in walk(model) if site.leaf is not None and site.leaf.lookup)  # W is (width, vocabulary)
+    size = size or next(lookups, None)
+    if size is None:
+        raise ValueError(f"{type(model).__name__} has no config.vocab_size and no embedding: give vocabulary=")
+    return size
 
 
 def bytes_by_format(model):
@@ -105,7 +126,10 @@ def saved_bytes(model, ids):
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        loss = model.loss(ids, ids) if hasattr(model, "loss") else model(input_ids=ids, labels=ids).loss
+        if hasattr(model, "hidden") and hasattr(model, "lm_head"):
+            loss = model.loss(*prepare(model, ids, ids))
+        else:
+            loss = F.cross_entropy(logits(model, ids)[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
         del loss
     return sum(saved.values())
 
@@ -147,13 +171,79 @@ def figure(value):
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
+# --- the peak of memory -----------------------------------------------------------------------------------------------------
+
+
+class Peak:
+    """The most memory that a block of code needs for a model: `with Peak(model) as peak: train(...)`, then peak.bytes.
+
+    bytes = the model's parameters and buffers, counted, + the most that the process grew by during the block. Of training this is the
+    weights, gradients, the optimizer's state, activations and what the operators work in. What the process held before the block
+    (the program, text, other copies of the model) is not in it. On Linux the kernel's record of the peak is reset first, and
+    memory that was freed earlier goes back to the system, for reused memory would not show as growth. With the model on
+    CUDA it is torch's own count on the device. Where a record cannot be reset (macOS), only growth beyond
+    the earlier peak is seen, and the figure is too small if the process has held more before.
+    """
+
+    def __init__(self, model):
+        self.model, self.bytes = model, 0
+
+    def __enter__(self):
+        self.cuda = next(self.model.parameters()).is_cuda
+        self.weights = total_bytes(self.model)
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+            return self
+        give_back()
+        self.before = held() if reset_peak() else peak_memory()
+        return self
+
+    def __exit__(self, *_):
+        peak = torch.cuda.max_memory_allocated() if self.cuda else peak_memory()
+        self.bytes = self.weights + max(0, peak - self.before)
+
+
+def give_back():
+    """Return memory that is free in the allocator to the system, where it is glibc's."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError, TypeError):  # another libc or system
+        pass
+
+
+def reset_peak():
+    """Let the kernel's record of this process's peak begin anew; False where it cannot (man 5 proc, clear_refs)."""
+    try:
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def status(field):
+    """A field of /proc/self/status in bytes, or None on other systems."""
+    path = pathlib.Path("/proc/self/status")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), None)
+
+
+def held():
+    """The bytes of memory that this process holds now (Linux)."""
+    return status("VmRSS")
+
+
 def peak_memory():
-    """The most bytes that this process has held so far; with CUDA in use, the most on the device."""
+    """The most bytes that this process has held since it began, or since `reset_peak`; with CUDA in use, the most on the device.
+
+    The whole process: the program, its libraries and text as well as the model. `Peak` has what training a model needs.
+    """
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
-    status = pathlib.Path("/proc/self/status")
-    if status.exists():  # getrusage would begin with the peak of the process that started this one
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
+    if (peak := status("VmHWM")) is not None:  # getrusage would begin with the peak of the process that started this one
+        return peak
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -2,7 +2,7 @@
 
 import re
 
-from minillm.registry import Format, leaf, parameters, walk
+from minillm.registry import Format, Layer, leaf, walk
 
 
 class Tree(str):
@@ -45,7 +45,7 @@ def show(model):
         times *= multiplicity(lines, site.name)
         learn, total, size = (times * sum(row[i] for row in below(site.name)) for i in (2, 3, 4))
         lines.append((site.name, "  " * site.name.count(".") + name, text, learn, total, size, times))
-    total = [sum(row[i] for row in rows) + extra for i, extra in zip((2, 3, 4), root_tensors(model))]
+    total = [sum(row[i] for row in rows) + extra for i, extra in zip((2, 3, 4), root_tensors(model, seen))]
     lines.insert(0, ("", type(model).__name__, "", *total, 1))
     return Tree("\n".join(line(*columns) for _, *columns, _ in lines))
 
@@ -73,7 +73,9 @@ def own_tensors(site):
     return own + [t for patch in (site.layer.patches.values() if site.layer else ()) for t in (*patch.parameters(), *patch.buffers())]
 
 
-def root_tensors(model):
-    """(learning, parameters, bytes) of what the model itself owns directly."""
-    own = [p for name, _, _, p in parameters(model) if "." not in name]
-    return (sum(p.numel() for p in own if p.requires_grad), sum(p.numel() for p in own), sum(p.numel() * p.element_size() for p in own))
+def root_tensors(model, seen):
+    """(learning, parameters and buffers, bytes) of what the model itself owns directly, without the storages in `seen`."""
+    root = model.base if isinstance(model, Layer) else model
+    own = [t for table in (root._parameters, root._buffers) for t in table.values() if t is not None]
+    own = [t for t in own if t.is_meta or t.data_ptr() not in seen]
+    return (sum(t.numel() for t in own if t.requires_grad), sum(t.numel() for t in own), sum(t.numel() * t.element_size() for t in own))
