@@ -26,9 +26,9 @@ from minillm import data as texts
 from minillm import hub
 from minillm.compare.picture import picture
 from minillm.compare.row import RATES, measure, own, score, scores, sweep
-from minillm.compare.table import Table, failed, shown, text, write
+from minillm.compare.table import Table, failed, shown, text, tried, write
 
-__all__ = ["RATES", "SIZES", "Table", "compare", "failed", "measure", "picture", "score", "scores", "shown", "sweep", "text", "write"]
+__all__ = ["RATES", "SIZES", "Table", "compare", "failed", "measure", "picture", "score", "scores", "shown", "sweep", "text", "tried", "write"]
 
 SIZES = {  # what a run takes by default: the tiny model needs more steps and has the speed for them
     "tiny": dict(steps=100, seeds=3, batch_size=4, windows=24, limit=64),
@@ -65,7 +65,7 @@ def compare(model="tiny", task="language", names=None, *, data=None, out=None, f
     if progress and len(todo) < len(names):
         print(f"{table.path} has {', '.join(table.done())} of the same settings: not measured again", file=sys.stderr)
     for name in tqdm(todo, desc="compare", unit="technique", disable=not progress):
-        table.add(row(name, settings | dict(progress=progress)))
+        table.add(measured(name, settings | dict(progress=progress)))
     if out is not None:
         table.finish()
     return [table.rows[name] for name in names]
@@ -91,7 +91,7 @@ def check(names, model, task, data, settings, sizes):
     return dict(model=str(model), task=None if data else task, data=data and str(data), **settings)
 
 
-def row(name, settings):
+def measured(name, settings):
     """The row of one technique, measured in a process of its own; an error becomes a row too."""
     try:
         return apart(measure, name, settings)
