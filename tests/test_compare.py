@@ -1,4 +1,6 @@
-"""The comparison: rows that survive failures, kills and Ctrl-C, outputs that are checked first, and the sweep."""
+"""The comparison: rows that survive failures, kills and Ctrl-C, outputs that are
+checked first, and the sweep.
+"""
 
 import json
 import os
@@ -7,21 +9,25 @@ import pytest
 import torch
 
 import minillm
-from minillm import compare, data, evaluate
-from minillm.compare import row, table
+from minillm import compare, data
+from minillm.compare import table
 from minillm.tokenizer import SentencePiece
 
 pytest.importorskip("matplotlib")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "small"
+def small(path):
+    """A small model in a directory of its own; the directory."""
     tokenizer = SentencePiece.train([data.topics()[:40000]], 500)
     torch.manual_seed(0)
     config = minillm.Config(500, 32, 3, 4, kv_heads=2, ffn=64, positions=512)
     minillm.save(minillm.Transformer(config), path, tokenizer=tokenizer)
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return small(tmp_path_factory.mktemp("model") / "small")
 
 
 def record(value, name="perplexity", half=1.0):
@@ -33,15 +39,33 @@ def figures(name, settings):
     change = record(-0.1, "change of perplexity", 0.05)
     after = record(100.0 if name == "none" else 90.0)
     return dict(
-        technique=name, metric="perplexity", rate=None if name == "none" else 0.01, sweep={"0.01": 90.0},
-        at_edge=False, trainable=100, peak_bytes=10**7, seconds=1.0, before=record(100.0), after=after,
-        after_change=change, after_seeds=[90.0], int8=record(91.0), int8_change=change, int8_bytes=10**6,
-        pruned=record(120.0), pruned_change=change, pruned_bytes=10**6, bytes=4 * 10**6,
-        scores=dict(perplexity=dict(before=record(100.0), after=after, after_change=change)))
+        technique=name,
+        metric="perplexity",
+        rate=None if name == "none" else 0.01,
+        sweep={"0.01": 90.0},
+        at_edge=False,
+        trainable=100,
+        peak_bytes=10**7,
+        seconds=1.0,
+        before=record(100.0),
+        after=after,
+        after_change=change,
+        after_seeds=[90.0],
+        int8=record(91.0),
+        int8_change=change,
+        int8_bytes=10**6,
+        pruned=record(120.0),
+        pruned_change=change,
+        pruned_bytes=10**6,
+        bytes=4 * 10**6,
+        scores=dict(perplexity=dict(before=record(100.0), after=after, after_change=change)),
+    )
 
 
 class Worker:
-    """Stands in for the process of each technique; `failing` raises there, `interrupt` is Ctrl-C in it."""
+    """Stands in for the process of each technique; `failing` raises there, `interrupt`
+    is Ctrl-C in it.
+    """
 
     def __init__(self, monkeypatch, failing=None, interrupt=None):
         self.failing, self.interrupt, self.measured = failing, interrupt, []
@@ -87,7 +111,10 @@ def test_an_interrupted_run_goes_on_where_it_was(model, tmp_path, monkeypatch):
 def test_rows_of_other_settings_are_not_mixed(model, tmp_path, monkeypatch):
     worker = Worker(monkeypatch)
     run(model, tmp_path, ["none"])
-    for given, message in ((dict(steps=7), "steps=40 then, 7 now"), (dict(seed=3), "seed=0 then, 3 now")):
+    for given, message in (
+        (dict(steps=7), "steps=40 then, 7 now"),
+        (dict(seed=3), "seed=0 then, 3 now"),
+    ):
         with pytest.raises(FileExistsError, match=message):
             run(model, tmp_path, ["none"], **given)
     monkeypatch.setattr(table, "versions", lambda threads: dict(torch="0.1"))
@@ -102,11 +129,27 @@ def test_the_table_keeps_settings_and_versions(model, tmp_path, monkeypatch):
     Worker(monkeypatch)
     run(model, tmp_path, ["none"], seed=5, threads=1)
     written = json.loads((tmp_path / "table.json").read_text())
-    expected = dict(model=model, task="language", data=None, length=16, seed=5, seeds=1, steps=40,
-                    sweep_steps=40, batch_size=4, windows=8, limit=32, threads=1, records=None)
+    expected = dict(
+        model=model,
+        task="language",
+        data=None,
+        length=16,
+        seed=5,
+        seeds=1,
+        steps=40,
+        sweep_steps=40,
+        batch_size=4,
+        windows=8,
+        limit=32,
+        threads=1,
+        records=None,
+    )
     assert {key: written["settings"][key] for key in expected} == expected
     assert len(written["settings"]["weights"]) == 16
-    assert written["versions"]["torch"] == torch.__version__ and written["versions"]["threads_used"] == 1
+    assert (
+        written["versions"]["torch"] == torch.__version__
+        and written["versions"]["threads_used"] == 1
+    )
     assert {"minillm", "numpy", "python", "machine", "transformers"} < set(written["versions"])
 
 
@@ -116,17 +159,29 @@ def test_outputs_are_checked_before_the_work(model, tmp_path, monkeypatch):
     for name in ("json", "md", "png"):
         (tmp_path / name).mkdir()
         (tmp_path / name / f"table.{name}").write_text("[]")
-    for name, message in (("file", "is a file"), ("json", "is not a table"), ("md", "table.md is there"),
-                          ("png", "table.png is there")):
+    for name, message in (
+        ("file", "is a file"),
+        ("json", "is not a table"),
+        ("md", "table.md is there"),
+        ("png", "table.png is there"),
+    ):
         with pytest.raises(FileExistsError, match=message):
             run(model, tmp_path / name)
-    assert (tmp_path / "file").read_text() == "mine" and (tmp_path / "json" / "table.json").read_text() == "[]"
-    monkeypatch.setattr(table.tempfile, "TemporaryFile", lambda dir: (_ for _ in ()).throw(PermissionError("no")))
+    assert (tmp_path / "file").read_text() == "mine" and (
+        tmp_path / "json" / "table.json"
+    ).read_text() == "[]"
+    monkeypatch.setattr(
+        table.tempfile, "TemporaryFile", lambda dir: (_ for _ in ()).throw(PermissionError("no"))
+    )
     with pytest.raises(PermissionError):
         run(model, tmp_path / "new")
-    for given, message in ((dict(names=["lroa"]), "'lroa' is not one.*'lora'"), (dict(steps=0), "steps=0"),
-                           (dict(windows=-1), "windows=-1"), (dict(task="sumary"), "sumary"),
-                           (dict(stepz=3), "stepz: unknown; known: steps")):
+    for given, message in (
+        (dict(names=["lroa"]), "'lroa' is not one.*'lora'"),
+        (dict(steps=0), "steps=0"),
+        (dict(windows=-1), "windows=-1"),
+        (dict(task="sumary"), "sumary"),
+        (dict(stepz=3), "stepz: unknown; known: steps"),
+    ):
         with pytest.raises(ValueError, match=message):
             compare.compare(model, **given)
 
@@ -138,102 +193,20 @@ def test_an_error_in_another_process_comes_back_as_text():
 
 def test_a_process_that_is_killed_is_a_row(model, tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "measure", os.abort)
-    monkeypatch.setattr(compare, "apart", lambda function, *arguments, apart=compare.apart: apart(function))
+    monkeypatch.setattr(
+        compare, "apart", lambda function, *arguments, apart=compare.apart: apart(function)
+    )
     rows = run(model, tmp_path, ["none"])
     assert "signal 6" in rows[0]["error"] and "error" in (tmp_path / "table.md").read_text()
     assert not (tmp_path / "table.png").exists()
 
 
-# --- the sweep --------------------------------------------------------------------------------------------------------------
-
-
-def test_a_sweep_moves_on_while_its_edge_is_best():
-    found = row.sweep(0.002, lambda lr: abs(torch.tensor(lr).log()).item())
-    assert len(found["sweep"]) == 6 and found["at_edge"]
-    assert found["rate"] == pytest.approx(0.2), "0.002 times the square root of 10, four times over"
-    inside = row.sweep(0.002, lambda lr: abs(lr - 0.001))
-    assert len(inside["sweep"]) == 4 and not inside["at_edge"] and inside["rate"] == pytest.approx(0.002 / 10**0.5)
-
-
-def test_a_sweep_has_the_sign_of_its_metric_and_ties_take_the_smaller_rate():
-    found = row.sweep(0.1, lambda lr: 0.75 if lr > 0.05 else 0.5, better=1)
-    assert found["rate"] == pytest.approx(0.1) and max(found["sweep"].values()) == 0.75
-    assert min(found["sweep"].values()) == 0.5 and len(found["sweep"]) == 3
-
-
-def test_a_rate_that_diverges_is_worse_than_all():
-    def quality(lr):
-        if lr > 0.01:
-            raise ValueError("step 3: the loss is nan")
-        return 50.0
-
-    found = row.sweep(0.02, quality)
-    assert found["sweep"]["0.02"] is None and found["rate"] < 0.01 and found["sweep"]["0.0063"] == 50
-    json.dumps(found, allow_nan=False)
-    with pytest.raises(ValueError, match="at every learning rate tried"):
-        row.sweep(1e9, quality)
-    with pytest.raises(ValueError, match="what is this"):
-        row.sweep(1.0, lambda lr: (_ for _ in ()).throw(ValueError("what is this")))
-    line = compare.tried(figures("lora", None) | dict(sweep={"0.01": 0.5, "0.1": None}, at_edge=True))
-    assert line == "lora: learning rate 0.01, the best of 0.01: 0.5, 0.1: nan on the validation split; the best is at the edge of the sweep"
-
-
-# --- whole rows -------------------------------------------------------------------------------------------------------------
-
-
-def settings(model, **given):
-    sizes = dict(steps=3, sweep_steps=2, seeds=2, batch_size=2, windows=5, limit=6)
-    return dict(model=model, task="language", data=None, length=32, seed=0, threads=None, progress=False) | sizes | given
-
-
-@pytest.fixture(scope="module")
-def records(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "own.jsonl"
-    lines = [dict(prompt=f"How much is {i} and {i}?", completion=f" It is {2 * i}.") for i in range(60)]
-    path.write_text("\n".join(map(json.dumps, lines + lines[:10])))
-    return path
-
-
-def test_a_row_is_measured_over_seeds(model, records):
-    none, lora = (row.measure(name, settings(model, data=str(records), task=None)) for name in ("none", "lora"))
-    assert none["before"] == none["after"] == lora["before"] and none["after_change"]["value"] == 0
-    assert len(lora["after_seeds"]) == 2 and lora["after_seeds"][0] != lora["after_seeds"][1]
-    assert lora["after"]["value"] == pytest.approx(sum(lora["after_seeds"]) / 2)
-    change = lora["after_change"]
-    assert change["low"] < change["value"] < change["high"] and change["n"] == none["before"]["n"] >= 6
-    assert lora["peak_bytes"] >= lora["bytes"] and lora["trainable"] > 0 and len(lora["sweep"]) >= 3
-    assert lora["int8_bytes"] < lora["bytes"] and lora["pruned_change"]["low"] is not None
-    assert json.dumps([none, lora], allow_nan=False)
-    printed = compare.text([none, lora])
-    assert "against untuned" in printed and " examples and 2 seeds" in printed and "lora: learning rate" in printed
-
-
-@pytest.mark.parametrize("task, names", [("summary", {"ROUGE-L", "ROUGE-1", "ROUGE-2", "BLEU"}), ("package", {"accuracy", "F1 (macro)"})])
-def test_the_other_tasks_have_all_their_metrics(model, task, names):
-    m, tokenizer = minillm.load(model)
-    part = data.task(task, tokenizer, "test", limit=5, length=100)
-    found = compare.scores(m, tokenizer, part, 64, 2)
-    assert set(found) == names and next(iter(found)) == part.metric
-    assert compare.score(m, tokenizer, part, 64, 2) == found[part.metric] and found[part.metric].n == 5
-
-
-def test_a_file_of_the_user_is_split_by_hash(model, records, tmp_path):
-    m, tokenizer = minillm.load(model)
-    parts = row.own(records, tokenizer, 32)
-    kept = {split: {str(example.ids) for example in part.examples} for split, part in parts.items()}
-    assert {split: len(texts) for split, texts in kept.items()} == dict(train=48, validation=6, test=6)
-    assert len(set.union(*kept.values())) == 60 and sum(len(part.examples) for part in parts.values()) == 70
-    none = row.measure("none", settings(model, data=str(records), task=None))
-    assert none["metric"] == "perplexity" and none["before"]["n"] == len(parts["test"].examples)
-    assert none["before"]["value"] == evaluate.completions(m, parts["test"].examples)
-    few = tmp_path / "few.jsonl"
-    few.write_text("\n".join(records.read_text().splitlines()[:9]))
-    with pytest.raises(ValueError, match="few.jsonl has 9 different examples"):
-        compare.compare(model, data=few, length=32)
-
-
 def test_the_picture_shows_intervals_of_the_change(tmp_path):
-    rows = [figures("none", None), figures("lora", None), figures("prompts", None) | dict(error="lost")]
+    rows = [
+        figures("none", None),
+        figures("lora", None),
+        figures("prompts", None) | dict(error="lost"),
+    ]
     rows[1]["after"] |= dict(low=None, high=None)
     compare.picture(rows, tmp_path / "a.png", "a title")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

@@ -10,7 +10,7 @@ from models import build
 from torch import nn
 
 import minillm
-from minillm import report
+from minillm import memory, report
 
 
 def test_the_report_counts_by_hand():
@@ -28,7 +28,9 @@ def test_the_report_counts_by_hand():
     assert f"{lora:,}" in told.table()
     fewer = report.report(minillm.freeze.wrap(build("llama"), last=1), batch=2, length=16)
     assert fewer.activations < report.report(build("llama"), batch=2, length=16).activations
-    assert report.total_bytes(build("gpt2")) == 4 * sum(p.numel() for p in build("gpt2").parameters()), "a tied matrix counts once"
+    assert report.total_bytes(build("gpt2")) == 4 * sum(
+        p.numel() for p in build("gpt2").parameters()
+    ), "a tied matrix counts once"
 
 
 def test_the_report_is_drawn(tmp_path):
@@ -40,20 +42,32 @@ def test_the_report_is_drawn(tmp_path):
 def test_a_table_lines_up_and_is_markdown():
     text = report.table([dict(name="a", count=1234567), dict(name="longer", share=0.123456)])
     lines = text.splitlines()
-    assert len({len(line) for line in lines}) == 1 and lines[1].startswith("|---") and "1,234,567" in lines[2] and "0.1235" in lines[3]
+    assert (
+        len({len(line) for line in lines}) == 1
+        and lines[1].startswith("|---")
+        and "1,234,567" in lines[2]
+        and "0.1235" in lines[3]
+    )
 
 
 def test_a_process_counts_its_own_peak_and_not_its_parents():
     big = torch.ones(1 << 28, dtype=torch.uint8)  # 256 MiB here, none of it there
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with concurrent.futures.ProcessPoolExecutor(
+        1, mp_context=multiprocessing.get_context("spawn")
+    ) as pool:
         theirs = pool.submit(report.peak_memory).result()
     assert 0 < theirs < report.peak_memory() - big.numel() // 2
 
 
 def test_a_report_needs_no_configuration():
     told = report.report(build("Linear"), batch=2, length=8)
-    assert told.parameters == sum(p.numel() for p in build("Linear").parameters()) and told.activations > 0
-    with pytest.raises(ValueError, match="Sequential has no config.vocab_size and no embedding: give vocabulary="):
+    assert (
+        told.parameters == sum(p.numel() for p in build("Linear").parameters())
+        and told.activations > 0
+    )
+    with pytest.raises(
+        ValueError, match="Sequential has no config.vocab_size and no embedding: give vocabulary="
+    ):
         report.report(nn.Sequential(nn.Linear(4, 4)))
     with pytest.raises(ValueError, match="batch=1, length=1"):
         report.report(build("llama"), length=1)
@@ -64,12 +78,17 @@ def test_a_report_of_a_hugging_face_model():
     assert report.report(build("hf_gpt2"), length=64).length == 32, "no more than its positions"
 
 
-needs_reset = pytest.mark.skipif(not report.reset_peak(), reason="this system cannot reset a process's peak")
+needs_reset = pytest.mark.skipif(
+    not memory.reset_peak(), reason="this system cannot reset a process's peak"
+)
 
 
 @needs_reset
 def test_the_peak_of_training_is_its_own():
-    """Copies made before it, and text that was held before it, are not in it; gradients and the optimizer's state are."""
+    """Copies made before it, and text that was held before it, are not in it; gradients
+    and the optimizer's state are.
+    """
+
     def step(model):
         optimizer = torch.optim.AdamW(model.parameters())
         model(torch.ones(1, 2048)).sum().backward()
@@ -84,7 +103,9 @@ def test_the_peak_of_training_is_its_own():
     copy = {key: t.clone() for key, t in model.state_dict().items()}
     with report.Peak(model) as peak:
         step(model)
-    assert 4 * size <= peak.bytes < 6.5 * size, "weights, gradients, two states, and up to two that AdamW works in"
+    assert (
+        4 * size <= peak.bytes < 6.5 * size
+    ), "weights, gradients, two states, and up to two that AdamW works in"
     with report.Peak(model) as idle:
         pass
     assert size <= idle.bytes < 1.2 * size and copy and small.bytes >= 0

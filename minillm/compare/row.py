@@ -1,4 +1,6 @@
-"""One row of the table: load, sweep the learning rate, train once for each seed, measure, make small, measure again."""
+"""One row of the table: load, sweep the learning rate, train once for each seed,
+measure, make small, measure again.
+"""
 
 import copy
 import hashlib
@@ -11,7 +13,14 @@ from minillm import data, evaluate, hub, report, train
 from minillm.registry import CannotMerge, techniques
 
 # The usual learning rate of each, where its sweep begins. "full" trains everything, "none" nothing.
-RATES = {"none": None, "full": 3e-4, "freeze": 1e-3, "prompts": 3e-2, "lora": 2e-3, "adapters": 2e-3}
+RATES = {
+    "none": None,
+    "full": 3e-4,
+    "freeze": 1e-3,
+    "prompts": 3e-2,
+    "lora": 2e-3,
+    "adapters": 2e-3,
+}
 STEP = 10**0.5  # between neighbouring rates of a sweep
 MOST = 6  # rates that a sweep tries
 
@@ -28,17 +37,37 @@ def measure(name, settings):
 
     before = quality(model)
     main = next(iter(before))  # the metric that the sweep and the table go by
-    row = dict(technique=name, metric=main, rate=None, trainable=0, peak_bytes=0, seconds=0.0, before=before[main].record())
+    row = dict(
+        technique=name,
+        metric=main,
+        rate=None,
+        trainable=0,
+        peak_bytes=0,
+        seconds=0.0,
+        before=before[main].record(),
+    )
     if name == "none":
         trained = [model]
     else:
+
         def attempt(lr):
-            tried, _ = fit(name, model, splits["train"], tokenizer, settings, lr, settings["sweep_steps"], settings["seed"])
+            tried, _ = fit(
+                name,
+                model,
+                splits["train"],
+                tokenizer,
+                settings,
+                lr,
+                settings["sweep_steps"],
+                settings["seed"],
+            )
             return float(quality(tried, "validation", max(2, settings["windows"] // 2))[main])
 
         row |= sweep(RATES[name], attempt, evaluate.metric(main).better)
-        trained = (fitted(row, name, model, splits["train"], tokenizer, settings, seed)
-                   for seed in range(settings["seed"], settings["seed"] + settings["seeds"]))
+        trained = (
+            fitted(row, name, model, splits["train"], tokenizer, settings, seed)
+            for seed in range(settings["seed"], settings["seed"] + settings["seeds"])
+        )
     after, less = [], {"int8": [], "pruned": []}
     for one in trained:
         after.append(quality(one) if name != "none" else before)
@@ -52,13 +81,19 @@ def measure(name, settings):
     row |= changes("after", before[main], mains)
     for column, scored in less.items():
         row |= changes(column, mains, scored)
-    row["scores"] = {other: dict(before=before[other].record(), **changes("after", before[other], [scores[other] for scores in after]))
-                     for other in before}
+    row["scores"] = {
+        other: dict(
+            before=before[other].record(),
+            **changes("after", before[other], [scores[other] for scores in after]),
+        )
+        for other in before
+    }
     return row
 
 
 def changes(column, before, after):
-    """{column: the mean over the seeds, its change: against `before`, its seeds: each one's figure}, for JSON.
+    """{column: the mean over the seeds, its change: against `before`, its seeds: each
+    one's figure}, for JSON.
 
     The ends of the figure are those of the paired change, put on the figure before.
     """
@@ -71,22 +106,38 @@ def changes(column, before, after):
         start = statistics.fmean(before) if isinstance(before, list) else float(before)
         metric = evaluate.metric(record["name"])
         record |= dict(low=metric.moved(start, change.low), high=metric.moved(start, change.high))
-    return {column: record, f"{column}_change": change.record(), f"{column}_seeds": [float(one) for one in after]}
+    return {
+        column: record,
+        f"{column}_change": change.record(),
+        f"{column}_seeds": [float(one) for one in after],
+    }
 
 
-# --- training ---------------------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 def fit(name, model, part, tokenizer, settings, lr, steps, seed):
-    """(a copy of the model, wrapped and trained; what it cost: a dict of its peak of memory and seconds)."""
+    """(a copy of the model, wrapped and trained; what it cost: a dict of its peak of
+    memory and seconds).
+    """
     model = copy.deepcopy(model)
     torch.manual_seed(seed)
     if name in techniques():
         techniques()[name].wrap(model)
     with report.Peak(model) as peak:
         began = time.perf_counter()
-        train.train(model, part.examples, steps=steps, lr=lr, batch_size=settings["batch_size"], warmup=max(1, steps // 10),
-                    seed=seed, pad=tokenizer.pad or 0, progress=settings["progress"], name=f"{name} at {lr:.2g}")
+        train.train(
+            model,
+            part.examples,
+            steps=steps,
+            lr=lr,
+            batch_size=settings["batch_size"],
+            warmup=max(1, steps // 10),
+            seed=seed,
+            pad=tokenizer.pad or 0,
+            progress=settings["progress"],
+            name=f"{name} at {lr:.2g}",
+        )
         seconds = time.perf_counter() - began
     return model, dict(peak_bytes=peak.bytes, seconds=seconds)
 
@@ -99,10 +150,12 @@ def fitted(row, name, model, part, tokenizer, settings, seed):
 
 
 def sweep(usual, quality, better=-1):
-    """dict(rate: the best learning rate, sweep: {rate: quality(rate)}, at_edge: whether no worse rate was found on one side of it).
+    """dict(rate: the best learning rate, sweep: {rate: quality(rate)}, at_edge: whether
+    no worse rate was found on one side of it).
 
-    Three rates around the usual one, then on while the best is at an edge, MOST at the most. A tie goes to the smaller rate, which
-    changes the model less. A rate at which the loss is no longer a number gets None, and is worse than all others.
+    Three rates around the usual one, then on while the best is at an edge, MOST at the
+    most. A tie goes to the smaller rate, which changes the model less. A rate at which
+    the loss is no longer a number gets None, and is worse than all others.
     """
     found, grid = {}, [usual / STEP, usual, usual * STEP]
     while grid:
@@ -117,15 +170,24 @@ def sweep(usual, quality, better=-1):
         if not grid and len(found) < MOST and best in (min(found), max(found)):
             grid.append(best * STEP if best == max(found) else best / STEP)
     if found[best] is None:
-        raise ValueError(f"at every learning rate tried ({', '.join(f'{lr:.2g}' for lr in sorted(found))}) the loss became nan or inf")
-    return dict(rate=best, sweep={f"{lr:.2g}": found[lr] for lr in sorted(found)}, at_edge=best in (min(found), max(found)))
+        raise ValueError(
+            f"at every learning rate tried ({', '.join(f'{lr:.2g}' for lr in sorted(found))}) "
+            "the loss became nan or inf"
+        )
+    return dict(
+        rate=best,
+        sweep={f"{lr:.2g}": found[lr] for lr in sorted(found)},
+        at_edge=best in (min(found), max(found)),
+    )
 
 
-# --- making small -----------------------------------------------------------------------------------------------------------
+# --- making small ---------------------------------------------------------------------------------
 
 
 def merged(name, model):
-    """What the technique learnt merged into the weights, where it can be; in place, returns the model."""
+    """What the technique learnt merged into the weights, where it can be; in place,
+    returns the model.
+    """
     try:
         return techniques()[name].merge(model, keep=False) if name in techniques() else model
     except CannotMerge:
@@ -141,7 +203,7 @@ def pruned(model):
     return prune.merge(prune.wrap(model, sparsity=0.5), keep=False)
 
 
-# --- the text and its metrics -----------------------------------------------------------------------------------------------
+# --- the text and its metrics ---------------------------------------------------------------------
 
 
 def parts(tokenizer, settings):
@@ -149,39 +211,58 @@ def parts(tokenizer, settings):
     if settings["data"]:
         return own(settings["data"], tokenizer, settings["length"])
     limits = dict(train=None, validation=settings["limit"], test=settings["limit"])
-    return {split: data.task(settings["task"], tokenizer, split, length=settings["length"], limit=limit)
-            for split, limit in limits.items()}
+    return {
+        split: data.task(settings["task"], tokenizer, split, length=settings["length"], limit=limit)
+        for split, limit in limits.items()
+    }
 
 
 def own(path, tokenizer, length):
-    """{split: Task} of a file of the user's: a tenth of its examples for test, a tenth for validation, the rest for training.
+    """{split: Task} of a file of the user's: a tenth of its examples for test, a tenth
+    for validation, the rest for training.
 
-    The order of a hash of the ids decides, so equal examples are in one split. The metric is the perplexity of what the examples
-    learn, such as the completions. ValueError for a file of fewer than 10 different examples.
+    The order of a hash of the ids decides, so equal examples are in one split. The
+    metric is the perplexity of what the examples learn, such as the completions.
+    ValueError for a file of fewer than 10 different examples.
     """
     groups = {}
     for example in data.read(path, tokenizer, length):
-        groups.setdefault(hashlib.sha256(str((example.ids, example.labels)).encode()).digest(), []).append(example)
+        groups.setdefault(
+            hashlib.sha256(str((example.ids, example.labels)).encode()).digest(), []
+        ).append(example)
     if len(groups) < 10:
-        raise ValueError(f"{path} has {len(groups)} different examples: a comparison needs 10 at least, to train, validate and test")
+        raise ValueError(
+            f"{path} has {len(groups)} different examples: "
+            "a comparison needs 10 at least, to train, validate and test"
+        )
     ordered = [groups[key] for key in sorted(groups)]
     tenth = len(ordered) // 10
-    cut = dict(test=ordered[:tenth], validation=ordered[tenth : 2 * tenth], train=ordered[2 * tenth :])
-    return {split: data.Task("perplexity", [example for group in chosen for example in group]) for split, chosen in cut.items()}
+    cut = dict(
+        test=ordered[:tenth], validation=ordered[tenth : 2 * tenth], train=ordered[2 * tenth :]
+    )
+    return {
+        split: data.Task("perplexity", [example for group in chosen for example in group])
+        for split, chosen in cut.items()
+    }
 
 
 def scores(model, tokenizer, part, length, windows):
     """{name: Score} of all the task's metrics on one split; the first is the task's own."""
     if part.metric == "perplexity":
-        one = (evaluate.perplexity(model, tokenizer, part.text, length=2 * length, windows=windows) if part.text
-               else evaluate.completions(model, part.examples, tokenizer.pad or 0))
+        one = (
+            evaluate.perplexity(model, tokenizer, part.text, length=2 * length, windows=windows)
+            if part.text
+            else evaluate.completions(model, part.examples, tokenizer.pad or 0)
+        )
         return {one.name: one}
     if part.choices:
         chosen = evaluate.choose(model, tokenizer, part.prompts, part.choices)
         found = [evaluate.accuracy(chosen, part.references), evaluate.f1(chosen, part.references)]
     else:
         texts = evaluate.generate_text(model, tokenizer, part.prompts, first_line=True)
-        found = [evaluate.rouge(texts, part.references, kind) for kind in ("rougeL", "rouge1", "rouge2")]
+        found = [
+            evaluate.rouge(texts, part.references, kind) for kind in ("rougeL", "rouge1", "rouge2")
+        ]
         found.append(evaluate.bleu(texts, part.references))
     return {one.name: one for one in found}
 

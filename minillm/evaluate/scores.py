@@ -1,4 +1,6 @@
-"""Metrics of answers beside their references: accuracy, F1, BLEU, ROUGE, each a Score with its interval."""
+"""Metrics of answers beside their references: accuracy, F1, BLEU, ROUGE, each a Score
+with its interval.
+"""
 
 import math
 import re
@@ -10,16 +12,20 @@ import numpy as np
 
 from minillm.evaluate.intervals import Metric, difference, score
 
-# Characters of scripts that put no space between words: Thai, Lao, Burmese, Khmer, kana and Chinese characters.
-NO_SPACES = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
-                       "\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]")
+# Characters of scripts without spaces between words: Thai, Lao, Burmese, Khmer, kana and Chinese.
+NO_SPACES = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
+    "\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
+)
 
 
 def words(text):
-    """The words of a text in any script, in lower case: letters, digits and the marks on them; all else separates.
+    """The words of a text in any script, in lower case: letters, digits and the marks
+    on them; all else separates.
 
-    In scripts without spaces every character is a word. On ASCII text these are the tokens of rouge-score, which drops
-    every other character, so that its ROUGE of a Russian or Chinese text is 0.
+    In scripts without spaces every character is a word. On ASCII text these are the
+    tokens of rouge-score, which drops every other character, so that its ROUGE of a
+    Russian or Chinese text is 0.
     """
     letters = "".join(c if unicodedata.category(c)[0] in "LNM" else " " for c in text.lower())
     return NO_SPACES.sub(r" \g<0> ", letters).split()
@@ -33,7 +39,7 @@ class Words:
         return words(text)
 
 
-# --- what the rows of examples become ---------------------------------------------------------------------------------------
+# --- what the rows of examples become -------------------------------------------------------------
 
 
 def log_perplexity(parts):
@@ -42,10 +48,14 @@ def log_perplexity(parts):
 
 
 def counts(parts):
-    """parts (n, 2), the predicted and the true class of each -> (true positives, predicted, true), each (classes,)."""
+    """parts (n, 2), the predicted and the true class of each -> (true positives,
+    predicted, true), each (classes,).
+    """
     predicted, true = parts.astype(int).T
     classes = int(parts.max()) + 1
-    return tuple(np.bincount(x, minlength=classes) for x in (true[predicted == true], predicted, true))
+    return tuple(
+        np.bincount(x, minlength=classes) for x in (true[predicted == true], predicted, true)
+    )
 
 
 def macro_f1(parts):
@@ -60,12 +70,20 @@ def micro_f1(parts):
 
 
 def corpus_bleu(parts):
-    """parts (n, 2 + 2 * 4): the lengths of answer and reference, then matches and totals of n-grams of 1 to 4 words."""
+    """parts (n, 2 + 2 * 4): the lengths of answer and reference, then matches and
+    totals of n-grams of 1 to 4 words.
+    """
     from sacrebleu.metrics import BLEU
 
     sums, n = parts.sum(0).astype(int).tolist(), 4
-    return BLEU.compute_bleu(correct=sums[2 : 2 + n], total=sums[2 + n :], sys_len=sums[0], ref_len=sums[1], smooth_method="exp",
-                             max_ngram_order=n).score
+    return BLEU.compute_bleu(
+        correct=sums[2 : 2 + n],
+        total=sums[2 + n :],
+        sys_len=sums[0],
+        ref_len=sums[1],
+        smooth_method="exp",
+        max_ngram_order=n,
+    ).score
 
 
 METRICS = {
@@ -80,29 +98,42 @@ METRICS = {
 
 
 def metric(name):
-    """The Metric of a Score's name; a mean between 0 and 1 (ROUGE of every kind) unless the table says otherwise."""
+    """The Metric of a Score's name; a mean between 0 and 1 (ROUGE of every kind) unless
+    the table says otherwise.
+    """
     return METRICS.get(name, Metric(least=0, most=1))
 
 
 def change(before, after):
-    """What changed, paired: two Scores, or a list of Scores, one for each seed; see `intervals.difference`.
+    """What changed, paired: two Scores, or a list of Scores, one for each seed; see
+    `intervals.difference`.
 
-    One `before` serves all seeds. ValueError where they are not of one metric on as many examples.
+    One `before` serves all seeds. ValueError where they are not of one metric on as
+    many examples.
     """
     after = [after] if isinstance(after, float) else list(after)
     before = [before] * len(after) if isinstance(before, float) else list(before)
-    if not after or len(before) != len(after) or len({(one.name, one.n) for one in before + after}) != 1:
-        raise ValueError(f"scores pair where their metric, n and number of seeds agree, not {before} and {after}")
+    if (
+        not after
+        or len(before) != len(after)
+        or len({(one.name, one.n) for one in before + after}) != 1
+    ):
+        raise ValueError(
+            f"scores pair where their metric, n and number of seeds agree, not {before} and {after}"
+        )
     return difference(before, after, metric(before[0].name))
 
 
-# --- the metrics ------------------------------------------------------------------------------------------------------------
+# --- the metrics ----------------------------------------------------------------------------------
 
 
 def paired(predictions, references):
     predictions, references = list(predictions), list(references)
     if len(predictions) != len(references) or not references:
-        raise ValueError(f"{len(predictions)} predictions and {len(references)} references: as many of each, and at least one")
+        raise ValueError(
+            f"{len(predictions)} predictions and {len(references)} references: "
+            "as many of each, and at least one"
+        )
     return predictions, references
 
 
@@ -113,7 +144,9 @@ def accuracy(predictions, references, name="accuracy"):
 
 
 def f1(predictions, references, average="macro"):
-    """F1 over the classes that occur in either list, a Score: "macro" is their plain mean, "micro" counts all together."""
+    """F1 over the classes that occur in either list, a Score: "macro" is their plain
+    mean, "micro" counts all together.
+    """
     predictions, references = paired(predictions, references)
     if average not in ("macro", "micro"):
         raise ValueError(f"average={average!r} is unknown; known: 'macro', 'micro'")
@@ -123,47 +156,61 @@ def f1(predictions, references, average="macro"):
 
 
 def normalized(text):
-    """The tokens that SQuAD compares: lower case, without punctuation and without the articles a, an, the."""
+    """The tokens that SQuAD compares: lower case, without punctuation and without the
+    articles a, an, the.
+    """
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     text = re.sub(r"\b(a|an|the)\b", " ", text)
     return NO_SPACES.sub(r" \g<0> ", text).split()
 
 
 def token_f1(predictions, references):
-    """The mean F1 between the tokens of an answer and of its reference, 0 to 1, a Score (Rajpurkar et al. 2016, arXiv 1606.05250).
+    """The mean F1 between the tokens of an answer and of its reference, 0 to 1, a Score
+    (Rajpurkar et al. 2016, arXiv 1606.05250).
 
-    With c tokens in common, precision is c / tokens of the answer and recall c / tokens of the reference. Two texts without any token
-    agree, and F1 is 1.
+    With c tokens in common, precision is c / tokens of the answer and recall c / tokens
+    of the reference. Two texts without any token agree, and F1 is 1.
     """
     predictions, references = paired(predictions, references)
     rows = []
     for prediction, reference in zip(predictions, references):
         a, b = normalized(prediction), normalized(reference)
-        rows.append(2 * sum((Counter(a) & Counter(b)).values()) / (len(a) + len(b)) if a or b else 1.0)
+        rows.append(
+            2 * sum((Counter(a) & Counter(b)).values()) / (len(a) + len(b)) if a or b else 1.0
+        )
     return score("F1 (tokens)", rows, metric("F1 (tokens)"))
 
 
 def bleu(hypotheses, references, tokenize="13a"):
-    """Corpus BLEU, 0 to 100, a Score: sacrebleu's defaults (exponential smoothing). One reference each.
+    """Corpus BLEU, 0 to 100, a Score: sacrebleu's defaults (exponential smoothing). One
+    reference each.
 
-    tokenize: a tokenizer of sacrebleu; "13a" splits at spaces and punctuation, "zh" is for Chinese, "char" for any script.
+    tokenize: a tokenizer of sacrebleu; "13a" splits at spaces and punctuation, "zh" is
+    for Chinese, "char" for any script.
     """
     from sacrebleu.metrics import BLEU
 
     hypotheses, references = paired(hypotheses, references)
     each, rows = BLEU(effective_order=True, tokenize=tokenize), []
-    for hypothesis, reference in zip(hypotheses, references):  # lengths, then matches and totals of each order of n-gram
+    for hypothesis, reference in zip(
+        hypotheses, references
+    ):  # lengths, then matches and totals of each order of n-gram
         s = each.sentence_score(hypothesis, [reference])
         rows.append([s.sys_len, s.ref_len, *s.counts, *s.totals])
     return score("BLEU", rows, metric("BLEU"))
 
 
 def rouge(hypotheses, references, kind="rougeL"):
-    """The mean F-measure of ROUGE, 0 to 1, a Score; kind is "rouge1", "rouge2", ... or "rougeL". The tokens are those of `words`."""
+    """The mean F-measure of ROUGE, 0 to 1, a Score; kind is "rouge1", "rouge2", ... or
+    "rougeL". The tokens are those of `words`.
+    """
     from rouge_score.rouge_scorer import RougeScorer
 
     hypotheses, references = paired(hypotheses, references)
     scorer = RougeScorer([kind], tokenizer=Words())
-    rows = [scorer.score(reference, hypothesis)[kind].fmeasure for hypothesis, reference in zip(hypotheses, references)]
+    rows = [
+        scorer.score(reference, hypothesis)[kind].fmeasure
+        for hypothesis, reference in zip(hypotheses, references)
+    ]
     name = kind.replace("rouge", "ROUGE-")
     return score(name, rows, metric(name))
