@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import minillm
-from minillm import compare, data
+from minillm import compare, data, files
 from minillm.compare import table
 from minillm.tokenizer import SentencePiece
 
@@ -96,6 +96,10 @@ def test_a_technique_that_fails_has_a_row_and_the_others_keep_theirs(model, tmp_
     assert (tmp_path / "r" / "table.png").read_bytes().startswith(b"\x89PNG")
     again = Worker(monkeypatch)
     assert not compare.failed(run(model, tmp_path / "r")) and again.measured == ["lora"]
+    names = {path.name for path in (tmp_path / "r").iterdir()}
+    assert names == {"table.json", "table.md", "table.png"}
+    with files.lock(tmp_path / "r"), pytest.raises(RuntimeError, match="another run is writing"):
+        run(model, tmp_path / "r")
 
 
 def test_an_interrupted_run_goes_on_where_it_was(model, tmp_path, monkeypatch):

@@ -110,9 +110,9 @@ def compare(
             f"{table.path} has {', '.join(table.done())} of the same settings: not measured again",
             file=sys.stderr,
         )
-    for name in tqdm(todo, desc="compare", unit="technique", disable=not progress):
-        table.add(measured(name, settings | dict(progress=progress)))
-    if out is not None:
+    with table.held():
+        for name in tqdm(todo, desc="compare", unit="technique", disable=not progress):
+            table.add(measured(name, settings | dict(progress=progress)))
         table.finish()
     return [table.rows[name] for name in names]
 

@@ -29,66 +29,86 @@ def measure(name, settings):
     """One row of the table, a dict for JSON. Runs in a process of its own."""
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
-    model, tokenizer = hub.load(settings["model"])
-    splits = parts(tokenizer, settings)
-
-    def quality(model, split="test", windows=settings["windows"]):
-        return scores(model, tokenizer, splits[split], settings["length"], windows)
-
-    before = quality(model)
+    bench = Bench(name, settings)
+    before = bench.quality(bench.model)
     main = next(iter(before))  # the metric that the sweep and the table go by
-    row = dict(
-        technique=name,
-        metric=main,
-        rate=None,
-        trainable=0,
-        peak_bytes=0,
-        seconds=0.0,
-        before=before[main].record(),
-    )
-    if name == "none":
-        trained = [model]
-    else:
-
-        def attempt(lr):
-            tried, _ = fit(
-                name,
-                model,
-                splits["train"],
-                tokenizer,
-                settings,
-                lr,
-                settings["sweep_steps"],
-                settings["seed"],
-            )
-            return float(quality(tried, "validation", max(2, settings["windows"] // 2))[main])
-
-        row |= sweep(RATES[name], attempt, evaluate.metric(main).better)
-        trained = (
-            fitted(row, name, model, splits["train"], tokenizer, settings, seed)
-            for seed in range(settings["seed"], settings["seed"] + settings["seeds"])
-        )
+    row = dict(technique=name, metric=main, rate=None, before=before[main].record())
+    row |= dict(trainable=0, peak_bytes=0, seconds=0.0)
+    if name != "none":
+        row |= sweep(RATES[name], lambda lr: bench.attempt(lr)[main], evaluate.metric(main).better)
     after, less = [], {"int8": [], "pruned": []}
-    for one in trained:
-        after.append(quality(one) if name != "none" else before)
-        row["bytes"] = report.total_bytes(one)
-        one = merged(name, copy.deepcopy(one))
+    for model in bench.trained(row):
+        after.append(bench.quality(model) if name != "none" else before)
+        row["bytes"] = report.total_bytes(model)
+        whole = merged(name, copy.deepcopy(model))
         for column, small in (("int8", int8), ("pruned", pruned)):
-            smaller = small(copy.deepcopy(one))
-            less[column].append(quality(smaller)[main])
+            smaller = small(copy.deepcopy(whole))
+            less[column].append(bench.quality(smaller)[main])
             row[f"{column}_bytes"] = report.total_bytes(smaller)
-    mains = [scores[main] for scores in after]
-    row |= changes("after", before[main], mains)
-    for column, scored in less.items():
-        row |= changes(column, mains, scored)
+    of_seeds = {metric: [found[metric] for found in after] for metric in before}
+    row |= changes("after", before[main], of_seeds[main])
+    for column, found in less.items():
+        row |= changes(column, of_seeds[main], found)
     row["scores"] = {
-        other: dict(
-            before=before[other].record(),
-            **changes("after", before[other], [scores[other] for scores in after]),
-        )
-        for other in before
+        metric: dict(before=one.record(), **changes("after", one, of_seeds[metric]))
+        for metric, one in before.items()
     }
     return row
+
+
+class Bench:
+    """What the row of one technique is measured with: the untuned model, the text, the settings."""
+
+    def __init__(self, name, settings):
+        self.name, self.settings = name, settings
+        self.model, self.tokenizer = hub.load(settings["model"])
+        self.splits = parts(self.tokenizer, settings)
+
+    def quality(self, model, split="test", windows=None):
+        """{metric: Score} of a model."""
+        windows = windows or self.settings["windows"]
+        part = self.splits[split]
+        return scores(model, self.tokenizer, part, self.settings["length"], windows)
+
+    def fit(self, lr, steps, seed):
+        """(a copy of the model, wrapped and trained; a dict of its peak of memory and seconds)."""
+        model = copy.deepcopy(self.model)
+        torch.manual_seed(seed)
+        if self.name in techniques():
+            techniques()[self.name].wrap(model)
+        with report.Peak(model) as peak:
+            began = time.perf_counter()
+            train.train(
+                model,
+                self.splits["train"].examples,
+                steps=steps,
+                lr=lr,
+                batch_size=self.settings["batch_size"],
+                warmup=max(1, steps // 10),
+                seed=seed,
+                pad=self.tokenizer.pad or 0,
+                progress=self.settings["progress"],
+                name=f"{self.name} at {lr:.2g}",
+            )
+            seconds = time.perf_counter() - began
+        return model, dict(peak_bytes=peak.bytes, seconds=seconds)
+
+    def attempt(self, lr):
+        """The metrics on the validation split, on half of the windows, after training at a rate."""
+        model, _ = self.fit(lr, self.settings["sweep_steps"], self.settings["seed"])
+        return self.quality(model, "validation", max(2, self.settings["windows"] // 2))
+
+    def trained(self, row):
+        """The model of each seed, at the row's rate; the row takes what the last one cost."""
+        if self.name == "none":
+            yield self.model
+            return
+        first = self.settings["seed"]
+        for seed in range(first, first + self.settings["seeds"]):
+            model, cost = self.fit(row["rate"], self.settings["steps"], seed)
+            learnt = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            row.update(cost, trainable=learnt)
+            yield model
 
 
 def changes(column, before, after):
@@ -113,40 +133,7 @@ def changes(column, before, after):
     }
 
 
-# --- training -------------------------------------------------------------------------------------
-
-
-def fit(name, model, part, tokenizer, settings, lr, steps, seed):
-    """(a copy of the model, wrapped and trained; what it cost: a dict of its peak of
-    memory and seconds).
-    """
-    model = copy.deepcopy(model)
-    torch.manual_seed(seed)
-    if name in techniques():
-        techniques()[name].wrap(model)
-    with report.Peak(model) as peak:
-        began = time.perf_counter()
-        train.train(
-            model,
-            part.examples,
-            steps=steps,
-            lr=lr,
-            batch_size=settings["batch_size"],
-            warmup=max(1, steps // 10),
-            seed=seed,
-            pad=tokenizer.pad or 0,
-            progress=settings["progress"],
-            name=f"{name} at {lr:.2g}",
-        )
-        seconds = time.perf_counter() - began
-    return model, dict(peak_bytes=peak.bytes, seconds=seconds)
-
-
-def fitted(row, name, model, part, tokenizer, settings, seed):
-    """The model trained at the row's rate with one seed; the row takes what it cost."""
-    model, cost = fit(name, model, part, tokenizer, settings, row["rate"], settings["steps"], seed)
-    row.update(cost, trainable=sum(p.numel() for p in model.parameters() if p.requires_grad))
-    return model
+# --- the learning rate -----------------------------------------------------------------------------
 
 
 def sweep(usual, quality, better=-1):
@@ -161,7 +148,7 @@ def sweep(usual, quality, better=-1):
     while grid:
         lr = grid.pop(0)
         try:
-            found[lr] = quality(lr)
+            found[lr] = float(quality(lr))
         except ValueError as error:  # the loss or the logits are no longer numbers
             if "nan" not in str(error) and "inf" not in str(error):
                 raise

@@ -2,6 +2,7 @@
 Markdown with its picture.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -87,8 +88,20 @@ class Table:
                 )
                 new.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
+    @contextlib.contextmanager
+    def held(self):
+        """Keep a second run out of the directory: each would lose the other's rows."""
+        if self.directory is None:
+            yield
+            return
+        with files.lock(self.directory):
+            yield
+            (self.directory / ".lock").unlink(missing_ok=True)
+
     def finish(self):
         """table.md and table.png."""
+        if self.directory is None:
+            return
         write(list(self.rows.values()), self.directory, title(self.settings))
 
 
@@ -193,11 +206,11 @@ def shown(rows):
 def interval(change):
     """A change with its 95% interval: of perplexity in percent, of other metrics as it is."""
     percent = change["name"].endswith("perplexity")
-    ends = [change[key] for key in ("value", "low", "high")]
-    value, low, high = (
-        None if x is None else f"{100 * x:+.1f}" if percent else f"{x:+.3f}" for x in ends
-    )
-    return value + ("%" if percent else "") + ("" if low is None else f" [{low}, {high}]")
+    ends = [change[key] for key in ("value", "low", "high") if change[key] is not None]
+    ends = [100 * x if percent else x for x in ends]
+    places = 3 if not percent else 1 if max(map(abs, ends)) >= 1 else 2
+    value, *interval = (f"{x:+.{places}f}" for x in ends)
+    return value + ("%" if percent else "") + (f" [{', '.join(interval)}]" if interval else "")
 
 
 def text(rows):

@@ -1,10 +1,10 @@
 """How good a model is: perplexity, accuracy, F1, BLEU, ROUGE, each with the number of
 examples and an interval.
 
-    perplexity   exp(-1/n sum log p(x_i | x_<i))      over windows that do not overlap, as most papers do
+    perplexity   exp(-1/n sum log p(x_i | x_<i))       over windows that do not overlap
     accuracy     correct / n
-    F1           2 TP / (2 TP + FP + FN)               the mean over classes (macro), or of all counts
-    F1 (tokens)  the same for the tokens of two texts  Rajpurkar et al. 2016 (SQuAD), mean over answers
+    F1           2 TP / (2 TP + FP + FN)               mean over classes (macro), or of all counts
+    F1 (tokens)  the same for the tokens of two texts  Rajpurkar et al. 2016 (SQuAD)
     BLEU         Papineni et al. 2002, by sacrebleu    0 to 100, of the whole corpus
     ROUGE        Lin 2004, by rouge-score              0 to 1, the mean F-measure
 
