@@ -1,22 +1,27 @@
-"""What a model costs: parameters, bytes, what training needs, and the time of a token; as table, JSON and picture.
+"""What a model costs: parameters, bytes, what training needs, and the time of a token;
+as table, JSON and picture.
 
-Training a model holds four things beside the program: the weights; a gradient for each parameter that learns; AdamW's two states
-for each of these; and what the forward pass keeps for the backward pass (the activations), which alone grows with the batch. The first
-three are counted, the last is measured by listening to what autograd saves in one step.
+Training a model holds four things beside the program: the weights; a gradient for each
+parameter that learns; AdamW's two states for each of these; and what the forward pass
+keeps for the backward pass (the activations), which alone grows with the batch. The
+first three are counted, the last is measured by listening to what autograd saves in one
+step.
 """
 
-import collections
 import dataclasses
 import json
-import pathlib
 import statistics
-import sys
 import time
 
 import torch
+import torch.nn.functional as F
 
 from minillm import files
-from minillm.registry import Format
+from minillm.evaluate import logits
+from minillm.memory import Peak, bytes_by_format, peak_memory, total_bytes
+from minillm.registry import prepare, walk
+
+__all__ = ["Peak", "Report", "bytes_by_format", "peak_memory", "report", "table", "total_bytes"]
 
 
 @dataclasses.dataclass
@@ -35,10 +40,21 @@ class Report:
     def table(self):
         """Text, two columns."""
         mib = {"bytes, " + name: size for name, size in self.bytes_by_format.items()}
-        mib |= {f"training: {name}": getattr(self, name) for name in ("weights", "gradients", "optimizer", "activations")}
-        rows = [dict(what="parameters", figure=f"{self.parameters:,}"), dict(what="trainable", figure=f"{self.trainable:,}")]
+        mib |= {
+            f"training: {name}": getattr(self, name)
+            for name in ("weights", "gradients", "optimizer", "activations")
+        }
+        rows = [
+            dict(what="parameters", figure=f"{self.parameters:,}"),
+            dict(what="trainable", figure=f"{self.trainable:,}"),
+        ]
         rows += [dict(what=name, figure=f"{size / 2**20:,.2f} MiB") for name, size in mib.items()]
-        rows.append(dict(what=f"a token, forward, {self.batch} x {self.length}", figure=f"{self.seconds_per_token * 1e6:,.1f} µs"))
+        rows.append(
+            dict(
+                what=f"a token, forward, {self.batch} x {self.length}",
+                figure=f"{self.seconds_per_token * 1e6:,.1f} µs",
+            )
+        )
         return table(rows)
 
     def json(self):
@@ -62,39 +78,59 @@ class Report:
             figure.savefig(new, format="png", dpi=120)
 
 
-def report(model, batch=1, length=128, repeats=5):
-    """The Report of a model; activations and time are those of `batch` rows of `length` random ids."""
+def report(model, batch=1, length=128, repeats=5, vocabulary=None):
+    """The Report of a model; activations and time are those of `batch` rows of `length`
+    random ids below `vocabulary`.
+
+    vocabulary: by default the configuration's, or the rows of the first embedding.
+    ValueError where there is neither, and for a batch below 1 or a length below 2, in
+    which nothing is predicted.
+    """
+    if batch < 1 or length < 2:
+        raise ValueError(f"batch={batch}, length={length}: at least one row of two tokens")
     learning = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(p.numel() * p.element_size() for p in learning)
-    vocabulary = model.config.vocab_size
+    vocabulary = vocabulary or size_of_vocabulary(model)
     device = next(model.parameters()).device
-    length = min(length, getattr(model.config, "positions", length))
-    ids = torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(0)).to(device)
+    config = getattr(model, "config", None)
+    length = min(
+        length, getattr(config, "positions", getattr(config, "max_position_embeddings", length))
+    )
+    ids = torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(0)).to(
+        device
+    )
     return Report(
-        parameters=sum(p.numel() for p in model.parameters()), trainable=sum(p.numel() for p in learning),
-        bytes_by_format=bytes_by_format(model), weights=total_bytes(model), gradients=gradients, optimizer=2 * gradients,
-        activations=saved_bytes(model, ids) if learning else 0, seconds_per_token=seconds(model, ids, repeats) / ids.numel(),
-        batch=batch, length=length)
+        parameters=sum(p.numel() for p in model.parameters()),
+        trainable=sum(p.numel() for p in learning),
+        bytes_by_format=bytes_by_format(model),
+        weights=total_bytes(model),
+        gradients=gradients,
+        optimizer=2 * gradients,
+        activations=saved_bytes(model, ids) if learning else 0,
+        seconds_per_token=seconds(model, ids, repeats) / ids.numel(),
+        batch=batch,
+        length=length,
+    )
 
 
-def bytes_by_format(model):
-    """{format: bytes} of all parameters and buffers, each storage once: the Format's name, else the dtype's."""
-    found, seen = collections.Counter(), set()
-    for module in model.modules():
-        for t in (*module._parameters.values(), *module._buffers.values()):
-            if t is not None and (t.is_meta or t.data_ptr() not in seen):
-                seen.add(t.data_ptr())
-                stored = isinstance(module, Format) and t is not module.bias
-                found[module.format_name if stored else str(t.dtype).removeprefix("torch.")] += t.numel() * t.element_size()
-    return dict(found)
-
-
-def total_bytes(model):
-    return sum(bytes_by_format(model).values())
+def size_of_vocabulary(model):
+    """How many ids a model takes."""
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    lookups = (
+        site.shape[1] for site in walk(model) if site.leaf is not None and site.leaf.lookup
+    )  # W is (width, vocabulary)
+    size = size or next(lookups, None)
+    if size is None:
+        raise ValueError(
+            f"{type(model).__name__} has no config.vocab_size and no embedding: give vocabulary="
+        )
+    return size
 
 
 def saved_bytes(model, ids):
-    """The bytes that a forward pass of the loss keeps for the backward pass, parameters left out, each storage once."""
+    """The bytes that a forward pass of the loss keeps for the backward pass, parameters
+    left out, each storage once.
+    """
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     saved = {}
 
@@ -105,7 +141,12 @@ def saved_bytes(model, ids):
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        loss = model.loss(ids, ids) if hasattr(model, "loss") else model(input_ids=ids, labels=ids).loss
+        if hasattr(model, "hidden") and hasattr(model, "lm_head"):
+            loss = model.loss(*prepare(model, ids, ids))
+        else:
+            loss = F.cross_entropy(
+                logits(model, ids)[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()
+            )
         del loss
     return sum(saved.values())
 
@@ -135,9 +176,21 @@ def table(rows, columns=None):
     left = [i == 0 for i in range(len(columns))]
 
     def line(texts):
-        return "| " + " | ".join(t.ljust(w) if first else t.rjust(w) for t, w, first in zip(texts, widths, left)) + " |"
+        return (
+            "| "
+            + " | ".join(
+                t.ljust(w) if first else t.rjust(w) for t, w, first in zip(texts, widths, left)
+            )
+            + " |"
+        )
 
-    rule = "|" + "|".join("-" * (w + 2) if first else "-" * (w + 1) + ":" for w, first in zip(widths, left)) + "|"
+    rule = (
+        "|"
+        + "|".join(
+            "-" * (w + 2) if first else "-" * (w + 1) + ":" for w, first in zip(widths, left)
+        )
+        + "|"
+    )
     return "\n".join([line(columns), rule, *map(line, cells)])
 
 
@@ -145,16 +198,3 @@ def figure(value):
     if isinstance(value, float):
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def peak_memory():
-    """The most bytes that this process has held so far; with CUDA in use, the most on the device."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
-    status = pathlib.Path("/proc/self/status")
-    if status.exists():  # getrusage would begin with the peak of the process that started this one
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,8 +1,10 @@
-"""The model as a tree: each module's name, its leaf or class, its format and patches, what of it learns, and its bytes."""
+"""The model as a tree: each module's name, its leaf or class, its format and patches,
+what of it learns, and its bytes.
+"""
 
 import re
 
-from minillm.registry import Format, leaf, parameters, walk
+from minillm.registry import Format, Layer, leaf, walk
 
 
 class Tree(str):
@@ -12,7 +14,8 @@ class Tree(str):
 
 
 def show(model):
-    """A line a module: name, class, [format], patches innermost first, parameters that learn of all, bytes.
+    """A line a module: name, class, [format], patches innermost first, parameters that
+    learn of all, bytes.
 
     Neighbours in a list that are alike in everything are one line for all, with the bytes of all.
     """
@@ -22,8 +25,15 @@ def show(model):
         fresh = [t for t in tensors if t.data_ptr() not in seen or t.is_meta]
         shared = len(fresh) < len(tensors)
         seen.update(t.data_ptr() for t in tensors)
-        rows.append([site, describe(site, shared), sum(t.numel() for t in fresh if t.requires_grad), sum(t.numel() for t in fresh),
-                     sum(t.numel() * t.element_size() for t in fresh)])
+        rows.append(
+            [
+                site,
+                describe(site, shared),
+                sum(t.numel() for t in fresh if t.requires_grad),
+                sum(t.numel() for t in fresh),
+                sum(t.numel() * t.element_size() for t in fresh),
+            ]
+        )
 
     def below(name):
         return [row for row in rows if row[0].name == name or row[0].name.startswith(name + ".")]
@@ -34,7 +44,10 @@ def show(model):
     lines, folded = [], {}
     for site, text, *_ in rows:
         parent, _, key = site.name.rpartition(".")
-        if any(site.name.startswith(other + ".") for other in folded.values()) or site.name in folded.values():
+        if (
+            any(site.name.startswith(other + ".") for other in folded.values())
+            or site.name in folded.values()
+        ):
             continue
         name, times = key, 1
         if key.isdigit():
@@ -44,8 +57,13 @@ def show(model):
             name = key if times == 1 else f"{key}-{int(key) + times - 1}"
         times *= multiplicity(lines, site.name)
         learn, total, size = (times * sum(row[i] for row in below(site.name)) for i in (2, 3, 4))
-        lines.append((site.name, "  " * site.name.count(".") + name, text, learn, total, size, times))
-    total = [sum(row[i] for row in rows) + extra for i, extra in zip((2, 3, 4), root_tensors(model))]
+        lines.append(
+            (site.name, "  " * site.name.count(".") + name, text, learn, total, size, times)
+        )
+    total = [
+        sum(row[i] for row in rows) + extra
+        for i, extra in zip((2, 3, 4), root_tensors(model, seen))
+    ]
     lines.insert(0, ("", type(model).__name__, "", *total, 1))
     return Tree("\n".join(line(*columns) for _, *columns, _ in lines))
 
@@ -56,24 +74,48 @@ def multiplicity(lines, name):
 
 
 def line(name, text, learn, total, size):
-    return f"{name:<28} {text:<44} {f'{learn:,} of {total:,}':>26} {size / 2**20:>10,.2f} MiB".rstrip()
+    return (
+        f"{name:<28} {text:<44} {f'{learn:,} of {total:,}':>26} {size / 2**20:>10,.2f} MiB".rstrip()
+    )
 
 
 def describe(site, shared):
     kind = type(site.module.__dict__.get("shell", site.module)).__name__
     kind += f" {site.shape[0]}x{site.shape[1]}" if leaf(site.module) else ""
     stored = f" [{site.module.technique}]" if isinstance(site.module, Format) else ""
-    patches = "".join(f" + {name}({patch.extra_repr()})" for name, patch in (site.layer.patches.items() if site.layer else ()))
+    patches = "".join(
+        f" + {name}({patch.extra_repr()})"
+        for name, patch in (site.layer.patches.items() if site.layer else ())
+    )
     return re.sub(r"\s+", " ", kind + (" (shared)" if shared else "") + stored + patches)
 
 
 def own_tensors(site):
     """The parameters and buffers of the module itself and of the patches around it."""
-    own = [t for table in (site.module._parameters, site.module._buffers) for t in table.values() if t is not None]
-    return own + [t for patch in (site.layer.patches.values() if site.layer else ()) for t in (*patch.parameters(), *patch.buffers())]
+    own = [
+        t
+        for table in (site.module._parameters, site.module._buffers)
+        for t in table.values()
+        if t is not None
+    ]
+    return own + [
+        t
+        for patch in (site.layer.patches.values() if site.layer else ())
+        for t in (*patch.parameters(), *patch.buffers())
+    ]
 
 
-def root_tensors(model):
-    """(learning, parameters, bytes) of what the model itself owns directly."""
-    own = [p for name, _, _, p in parameters(model) if "." not in name]
-    return (sum(p.numel() for p in own if p.requires_grad), sum(p.numel() for p in own), sum(p.numel() * p.element_size() for p in own))
+def root_tensors(model, seen):
+    """(learning, parameters and buffers, bytes) of what the model itself owns directly,
+    without the storages in `seen`.
+    """
+    root = model.base if isinstance(model, Layer) else model
+    own = [
+        t for table in (root._parameters, root._buffers) for t in table.values() if t is not None
+    ]
+    own = [t for t in own if t.is_meta or t.data_ptr() not in seen]
+    return (
+        sum(t.numel() for t in own if t.requires_grad),
+        sum(t.numel() for t in own),
+        sum(t.numel() * t.element_size() for t in own),
+    )

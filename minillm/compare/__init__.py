@@ -1,0 +1,188 @@
+"""All techniques side by side on one model and one task: what each costs, and what it
+gives, before and after making it small.
+
+For each technique, in a process of its own:
+
+    load, measure | for each learning rate: wrap, train, measure on the validation split
+    | for each seed: wrap, train at the best rate, measure on the test split | merge
+    where it can be | int8: measure | half of the weights pruned: measure
+
+- The learning rate is chosen for each technique by itself, for a technique at another's
+  rate says nothing: the sweep starts with three rates around a usual one and moves on
+  while the best is at its edge. Each rate is tried for as many steps as the training
+  takes, because a short training prefers another rate than a long one. Nine variants of
+  LoRA, each so tuned, end within 2% of each other (arXiv 2602.04998).
+- What a technique gives is its change against the untuned model on the same held-out
+  text, the mean over the seeds, with a 95% interval over text and seeds
+  (`evaluate.difference` says how). What int8 and pruning cost is the change against the
+  trained model.
+- Peak memory is that of training alone: weights, gradients, the optimizer's state,
+  activations (`report.Peak` says how).
+- The rows are in table.json as soon as they are known. The same command goes on with
+  those that are missing or failed.
+"""
+
+import difflib
+import multiprocessing
+import sys
+import traceback
+
+from tqdm.auto import tqdm
+
+from minillm import data as texts
+from minillm import hub
+from minillm.compare.picture import picture
+from minillm.compare.row import RATES, measure, own, score, scores, sweep
+from minillm.compare.table import Table, failed, shown, text, tried, write
+
+__all__ = [
+    "RATES",
+    "SIZES",
+    "Table",
+    "compare",
+    "failed",
+    "measure",
+    "picture",
+    "score",
+    "scores",
+    "shown",
+    "sweep",
+    "text",
+    "tried",
+    "write",
+]
+
+SIZES = {  # what a run takes by default: the tiny model needs more steps and has the speed for them
+    "tiny": dict(steps=100, seeds=3, batch_size=4, windows=24, limit=64),
+    "smollm2": dict(steps=40, seeds=1, batch_size=4, windows=8, limit=32),
+}
+
+
+def compare(
+    model="tiny",
+    task="language",
+    names=None,
+    *,
+    data=None,
+    out=None,
+    force=False,
+    length=128,
+    seed=0,
+    threads=None,
+    progress=True,
+    **sizes,
+):
+    """The table: a list of rows, a dict for each technique in `names` (None: all).
+
+    model, task  as `hub.load` and `data.task` take them
+    data         a file of the user's own instead of a task (see `row.own`)
+    out          a directory that gets table.json after each technique, and table.md and
+                 table.png at the end. Rows that an earlier run of the same settings and
+                 versions has left there are kept, and only the others are measured.
+                 Anything else in their place is a FileExistsError, unless force=True
+    length       tokens of an example; windows of text have twice as many
+    sizes        steps, sweep_steps (as many as steps), seeds, batch_size, windows, limit:
+                 numbers in place of those in SIZES
+
+    A technique that fails, even one whose process is killed, has a row with its
+    "error"; the others go on (see `failed`). ValueError for an unknown technique, task
+    or size, before any work.
+    """
+    names = list(RATES) if names is None else list(dict.fromkeys(names))
+    settings = check(
+        names, model, task, data, dict(length=length, seed=seed, threads=threads), sizes
+    )
+    table = Table(out, force)  # says now, not after the work, what will not be written
+    loaded, tokenizer = hub.load(model)  # makes the tiny model, or says now what is missing
+    positions = getattr(loaded.config, "positions", 2 * length)
+    if not data and task == "language" and 2 * length > positions:
+        raise ValueError(
+            f"length={length}: windows of {2 * length} tokens are beyond "
+            f"this model's {positions} positions"
+        )
+    if data:
+        own(data, tokenizer, length)
+    table.begin(settings, loaded)
+    del loaded
+    todo = [name for name in names if name not in table.done()]
+    if progress and len(todo) < len(names):
+        print(
+            f"{table.path} has {', '.join(table.done())} of the same settings: not measured again",
+            file=sys.stderr,
+        )
+    with table.held():
+        for name in tqdm(todo, desc="compare", unit="technique", disable=not progress):
+            table.add(measured(name, settings | dict(progress=progress)))
+        table.finish()
+    return [table.rows[name] for name in names]
+
+
+def check(names, model, task, data, settings, sizes):
+    """The whole of the settings, a dict; ValueError for what is unknown or too small."""
+    for name in names:
+        if name not in RATES:
+            close = difflib.get_close_matches(name, RATES, 1)
+            raise ValueError(
+                f"technique {name!r} is not one that trains; "
+                + (f"did you mean {close[0]!r}? " if close else "")
+                + f"known: {', '.join(RATES)}"
+            )
+    texts.check(task)
+    usual = SIZES.get(str(model), SIZES["smollm2"])
+    unknown = set(sizes) - set(usual) - {"sweep_steps"}
+    if unknown:
+        raise ValueError(
+            f"{', '.join(sorted(unknown))}: unknown; known: {', '.join([*usual, 'sweep_steps'])}"
+        )
+    settings |= usual | {key: value for key, value in sizes.items() if value is not None}
+    settings.setdefault("sweep_steps", settings["steps"])
+    for key, least in (*dict.fromkeys([*usual, "sweep_steps"], 1).items(), ("length", 2)):
+        if settings[key] < least:
+            raise ValueError(f"{key}={settings[key]}: the least is {least}")
+    return dict(model=str(model), task=None if data else task, data=data and str(data), **settings)
+
+
+def measured(name, settings):
+    """The row of one technique, measured in a process of its own; an error becomes a row too."""
+    try:
+        return apart(measure, name, settings)
+    except ChildProcessError as error:
+        return dict(technique=name, error=str(error))
+
+
+def apart(function, *arguments):
+    """function(*arguments) in a new process; ChildProcessError, with the error's text,
+    where it fails or the process is killed.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    receiver, sender = spawn.Pipe(duplex=False)
+    process = spawn.Process(target=send, args=(sender, function, arguments), daemon=True)
+    process.start()
+    sender.close()  # so that the end of the process is the end of the pipe
+    try:
+        result, error = receiver.recv()
+    except EOFError:
+        process.join()
+        code = process.exitcode
+        how = (
+            f"signal {-code}; the system may have run out of memory"
+            if code < 0
+            else f"exit code {code}"
+        )
+        raise ChildProcessError(f"its process ended without a result ({how})") from None
+    finally:  # Ctrl-C, too, ends the work at once
+        process.kill()
+        process.join()
+    if error is not None:
+        raise ChildProcessError(error)
+    return result
+
+
+def send(sender, function, arguments):
+    """What the process of `apart` does."""
+    try:
+        answer = function(*arguments), None
+    except Exception as error:
+        traceback.print_exc()
+        answer = None, f"{type(error).__name__}: {error}"
+    sender.send(answer)

@@ -1,0 +1,259 @@
+"""One row of the table: load, sweep the learning rate, train once for each seed,
+measure, make small, measure again.
+"""
+
+import copy
+import hashlib
+import statistics
+import time
+
+import torch
+
+from minillm import data, evaluate, hub, report, train
+from minillm.registry import CannotMerge, techniques
+
+# The usual learning rate of each, where its sweep begins. "full" trains everything, "none" nothing.
+RATES = {
+    "none": None,
+    "full": 3e-4,
+    "freeze": 1e-3,
+    "prompts": 3e-2,
+    "lora": 2e-3,
+    "adapters": 2e-3,
+}
+STEP = 10**0.5  # between neighbouring rates of a sweep
+MOST = 6  # rates that a sweep tries
+
+
+def measure(name, settings):
+    """One row of the table, a dict for JSON. Runs in a process of its own."""
+    if settings["threads"]:
+        torch.set_num_threads(settings["threads"])
+    bench = Bench(name, settings)
+    before = bench.quality(bench.model)
+    main = next(iter(before))  # the metric that the sweep and the table go by
+    row = dict(technique=name, metric=main, rate=None, before=before[main].record())
+    row |= dict(trainable=0, peak_bytes=0, seconds=0.0)
+    if name != "none":
+        row |= sweep(RATES[name], lambda lr: bench.attempt(lr)[main], evaluate.metric(main).better)
+    after, less = [], {"int8": [], "pruned": []}
+    for model in bench.trained(row):
+        after.append(bench.quality(model) if name != "none" else before)
+        row["bytes"] = report.total_bytes(model)
+        whole = merged(name, copy.deepcopy(model))
+        for column, small in (("int8", int8), ("pruned", pruned)):
+            smaller = small(copy.deepcopy(whole))
+            less[column].append(bench.quality(smaller)[main])
+            row[f"{column}_bytes"] = report.total_bytes(smaller)
+    of_seeds = {metric: [found[metric] for found in after] for metric in before}
+    row |= changes("after", before[main], of_seeds[main])
+    for column, found in less.items():
+        row |= changes(column, of_seeds[main], found)
+    row["scores"] = {
+        metric: dict(before=one.record(), **changes("after", one, of_seeds[metric]))
+        for metric, one in before.items()
+    }
+    return row
+
+
+class Bench:
+    """What the row of one technique is measured with: the untuned model, the text, the settings."""
+
+    def __init__(self, name, settings):
+        self.name, self.settings = name, settings
+        self.model, self.tokenizer = hub.load(settings["model"])
+        self.splits = parts(self.tokenizer, settings)
+
+    def quality(self, model, split="test", windows=None):
+        """{metric: Score} of a model."""
+        windows = windows or self.settings["windows"]
+        part = self.splits[split]
+        return scores(model, self.tokenizer, part, self.settings["length"], windows)
+
+    def fit(self, lr, steps, seed):
+        """(a copy of the model, wrapped and trained; a dict of its peak of memory and seconds)."""
+        model = copy.deepcopy(self.model)
+        torch.manual_seed(seed)
+        if self.name in techniques():
+            techniques()[self.name].wrap(model)
+        with report.Peak(model) as peak:
+            began = time.perf_counter()
+            train.train(
+                model,
+                self.splits["train"].examples,
+                steps=steps,
+                lr=lr,
+                batch_size=self.settings["batch_size"],
+                warmup=max(1, steps // 10),
+                seed=seed,
+                pad=self.tokenizer.pad or 0,
+                progress=self.settings["progress"],
+                name=f"{self.name} at {lr:.2g}",
+            )
+            seconds = time.perf_counter() - began
+        return model, dict(peak_bytes=peak.bytes, seconds=seconds)
+
+    def attempt(self, lr):
+        """The metrics on the validation split, on half of the windows, after training at a rate."""
+        model, _ = self.fit(lr, self.settings["sweep_steps"], self.settings["seed"])
+        return self.quality(model, "validation", max(2, self.settings["windows"] // 2))
+
+    def trained(self, row):
+        """The model of each seed, at the row's rate; the row takes what the last one cost."""
+        if self.name == "none":
+            yield self.model
+            return
+        first = self.settings["seed"]
+        for seed in range(first, first + self.settings["seeds"]):
+            model, cost = self.fit(row["rate"], self.settings["steps"], seed)
+            learnt = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            row.update(cost, trainable=learnt)
+            yield model
+
+
+def changes(column, before, after):
+    """{column: the mean over the seeds, its change: against `before`, its seeds: each
+    one's figure}, for JSON.
+
+    The ends of the figure are those of the paired change, put on the figure before.
+    """
+    change = evaluate.change(before, after)
+    value = statistics.fmean(after)
+    record = dict(name=after[0].name, value=value, n=after[0].n, low=None, high=None)
+    if after == [before]:
+        record = before.record()
+    elif change.low is not None:
+        start = statistics.fmean(before) if isinstance(before, list) else float(before)
+        metric = evaluate.metric(record["name"])
+        record |= dict(low=metric.moved(start, change.low), high=metric.moved(start, change.high))
+    return {
+        column: record,
+        f"{column}_change": change.record(),
+        f"{column}_seeds": [float(one) for one in after],
+    }
+
+
+# --- the learning rate -----------------------------------------------------------------------------
+
+
+def sweep(usual, quality, better=-1):
+    """dict(rate: the best learning rate, sweep: {rate: quality(rate)}, at_edge: whether
+    no worse rate was found on one side of it).
+
+    Three rates around the usual one, then on while the best is at an edge, MOST at the
+    most. A tie goes to the smaller rate, which changes the model less. A rate at which
+    the loss is no longer a number gets None, and is worse than all others.
+    """
+    found, grid = {}, [usual / STEP, usual, usual * STEP]
+    while grid:
+        lr = grid.pop(0)
+        try:
+            found[lr] = float(quality(lr))
+        except ValueError as error:  # the loss or the logits are no longer numbers
+            if "nan" not in str(error) and "inf" not in str(error):
+                raise
+            found[lr] = None
+        best = min(found, key=lambda lr: (found[lr] is None, -better * (found[lr] or 0), lr))
+        if not grid and len(found) < MOST and best in (min(found), max(found)):
+            grid.append(best * STEP if best == max(found) else best / STEP)
+    if found[best] is None:
+        raise ValueError(
+            f"at every learning rate tried ({', '.join(f'{lr:.2g}' for lr in sorted(found))}) "
+            "the loss became nan or inf"
+        )
+    return dict(
+        rate=best,
+        sweep={f"{lr:.2g}": found[lr] for lr in sorted(found)},
+        at_edge=best in (min(found), max(found)),
+    )
+
+
+# --- making small ---------------------------------------------------------------------------------
+
+
+def merged(name, model):
+    """What the technique learnt merged into the weights, where it can be; in place,
+    returns the model.
+    """
+    try:
+        return techniques()[name].merge(model, keep=False) if name in techniques() else model
+    except CannotMerge:
+        return model
+
+
+def int8(model):
+    return techniques()["quant"].wrap(model)
+
+
+def pruned(model):
+    prune = techniques()["prune"]
+    return prune.merge(prune.wrap(model, sparsity=0.5), keep=False)
+
+
+# --- the text and its metrics ---------------------------------------------------------------------
+
+
+def parts(tokenizer, settings):
+    """{split: Task} of the settings' task, or of the user's own file."""
+    if settings["data"]:
+        return own(settings["data"], tokenizer, settings["length"])
+    limits = dict(train=None, validation=settings["limit"], test=settings["limit"])
+    return {
+        split: data.task(settings["task"], tokenizer, split, length=settings["length"], limit=limit)
+        for split, limit in limits.items()
+    }
+
+
+def own(path, tokenizer, length):
+    """{split: Task} of a file of the user's: a tenth of its examples for test, a tenth
+    for validation, the rest for training.
+
+    The order of a hash of the ids decides, so equal examples are in one split. The
+    metric is the perplexity of what the examples learn, such as the completions.
+    ValueError for a file of fewer than 10 different examples.
+    """
+    groups = {}
+    for example in data.read(path, tokenizer, length):
+        groups.setdefault(
+            hashlib.sha256(str((example.ids, example.labels)).encode()).digest(), []
+        ).append(example)
+    if len(groups) < 10:
+        raise ValueError(
+            f"{path} has {len(groups)} different examples: "
+            "a comparison needs 10 at least, to train, validate and test"
+        )
+    ordered = [groups[key] for key in sorted(groups)]
+    tenth = len(ordered) // 10
+    cut = dict(
+        test=ordered[:tenth], validation=ordered[tenth : 2 * tenth], train=ordered[2 * tenth :]
+    )
+    return {
+        split: data.Task("perplexity", [example for group in chosen for example in group])
+        for split, chosen in cut.items()
+    }
+
+
+def scores(model, tokenizer, part, length, windows):
+    """{name: Score} of all the task's metrics on one split; the first is the task's own."""
+    if part.metric == "perplexity":
+        one = (
+            evaluate.perplexity(model, tokenizer, part.text, length=2 * length, windows=windows)
+            if part.text
+            else evaluate.completions(model, part.examples, tokenizer.pad or 0)
+        )
+        return {one.name: one}
+    if part.choices:
+        chosen = evaluate.choose(model, tokenizer, part.prompts, part.choices)
+        found = [evaluate.accuracy(chosen, part.references), evaluate.f1(chosen, part.references)]
+    else:
+        texts = evaluate.generate_text(model, tokenizer, part.prompts, first_line=True)
+        found = [
+            evaluate.rouge(texts, part.references, kind) for kind in ("rougeL", "rouge1", "rouge2")
+        ]
+        found.append(evaluate.bleu(texts, part.references))
+    return {one.name: one for one in found}
+
+
+def score(model, tokenizer, part, length, windows):
+    """The task's own metric on one split, an evaluate.Score."""
+    return next(iter(scores(model, tokenizer, part, length, windows).values()))

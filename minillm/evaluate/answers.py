@@ -1,0 +1,110 @@
+"""A model's answers beside the references: greedy texts, and every metric of them."""
+
+import dataclasses
+
+from minillm.evaluate.intervals import digits
+from minillm.evaluate.likelihood import at_least, evaluating
+from minillm.evaluate.scores import accuracy, bleu, f1, paired, rouge, token_f1
+
+
+def generate_text(model, tokenizer, prompts, max_new_tokens=32, batch=8, first_line=False):
+    """Each prompt's greedy continuation up to the end of the text, without the prompt;
+    a list of str.
+
+    first_line=True ends it at the first newline after its first word. ValueError for an
+    empty prompt, and for one that leaves no room for max_new_tokens in the model's
+    positions. The model is minillm's Transformer.
+    """
+    at_least(1, batch=batch, max_new_tokens=max_new_tokens)
+    rows, stop = [tokenizer.encode(prompt) for prompt in prompts], (
+        () if tokenizer.eos is None else tokenizer.eos
+    )
+    most = model.config.positions - max_new_tokens
+    for number, row in enumerate(rows, 1):
+        if not 0 < len(row) <= most:
+            raise ValueError(
+                f"prompt {number} of {len(rows)} has {len(row)} tokens: it takes 1 to {most}, "
+                f"so that max_new_tokens="
+                f"{max_new_tokens} fit into the model's {model.config.positions} positions"
+            )
+    texts = []
+    for i in range(0, len(rows), batch):
+        part = rows[i : i + batch]
+        with evaluating(model):
+            new = model.generate(part, max_new_tokens, stop=stop, pad=tokenizer.pad)[
+                :, max(map(len, part)) :
+            ].tolist()
+        ended = [row[: row.index(tokenizer.eos)] if tokenizer.eos in row else row for row in new]
+        texts += [tokenizer.decode(row).strip() for row in ended]
+    return [text.split("\n")[0] for text in texts] if first_line else texts
+
+
+@dataclasses.dataclass
+class Answers:
+    """What a model answered: lists of one length, and {name of a metric: its Score}."""
+
+    prompts: list
+    references: list
+    texts: list
+    scores: dict
+
+    def rows(self, n=5, width=40):
+        """The first n answers beside their references, for `report.table`: of a prompt
+        its end, of the others their begin.
+        """
+
+        def cell(text, end=False):
+            flat = " ".join(text.split()).replace("|", "\\|")
+            return (
+                flat
+                if len(flat) <= width
+                else f"…{flat[1 - width :]}" if end else f"{flat[: width - 1]}…"
+            )
+
+        rows = zip(self.prompts[:n], self.references, self.texts)
+        return [
+            dict(prompt=cell(p, end=True), reference=cell(r), answer=cell(t)) for p, r, t in rows
+        ]
+
+    def summary(self):
+        """A line a metric: the figure, its interval, and n."""
+        lines = []
+        for name, one in self.scores.items():
+            interval = (
+                "no interval" if one.low is None else f"[{digits(one.low)}, {digits(one.high)}]"
+            )
+            lines.append(f"{name:<12} {digits(one):>8}  {interval:<18} n={one.n}")
+        return "\n".join(lines)
+
+
+def answers(model, tokenizer, prompts, references, *, max_new_tokens=64, batch=8, first_line=False):
+    """Generate a greedy answer to each prompt and score it against its reference;
+    returns Answers.
+
+    The metrics are those of `measures`. ValueError as `generate_text`, and where the
+    lists differ in length or are empty.
+    """
+    prompts, references = paired(prompts, references)
+    texts = generate_text(model, tokenizer, prompts, max_new_tokens, batch, first_line)
+    return Answers(prompts, references, texts, measures(texts, references))
+
+
+def measures(texts, references):
+    """{name: Score}: exact match, F1 of tokens, BLEU, ROUGE-1, ROUGE-2 and ROUGE-L of
+    texts beside references.
+
+    Exact match takes two texts that differ in white space at their ends for equal.
+    Where references repeat, so that there are at most half as many different ones as
+    there are references, each is a class, and the macro F1 over classes is among the
+    metrics.
+    """
+    texts, references = [t.strip() for t in texts], [r.strip() for r in references]
+    found = [
+        accuracy(texts, references, "exact match"),
+        token_f1(texts, references),
+        bleu(texts, references),
+    ]
+    found += [rouge(texts, references, kind) for kind in ("rouge1", "rouge2", "rougeL")]
+    if 1 < len(set(references)) <= len(references) / 2:
+        found.append(f1(texts, references))
+    return {one.name: one for one in found}

@@ -1,0 +1,119 @@
+"""The bytes of a model, counted, and the peak of memory of a block of code, measured."""
+
+import collections
+import ctypes
+import gc
+import pathlib
+import sys
+
+import torch
+
+from minillm.registry import Format
+
+
+def bytes_by_format(model):
+    """{format: bytes} of all parameters and buffers, each storage once: the Format's
+    name, else the dtype's.
+    """
+    found, seen = collections.Counter(), set()
+    for module in model.modules():
+        for t in (*module._parameters.values(), *module._buffers.values()):
+            if t is not None and (t.is_meta or t.data_ptr() not in seen):
+                seen.add(t.data_ptr())
+                stored = isinstance(module, Format) and t is not module.bias
+                found[module.format_name if stored else str(t.dtype).removeprefix("torch.")] += (
+                    t.numel() * t.element_size()
+                )
+    return dict(found)
+
+
+def total_bytes(model):
+    return sum(bytes_by_format(model).values())
+
+
+class Peak:
+    """The most memory that a block of code needs for a model: `with Peak(model) as
+    peak: train(...)`, then peak.bytes.
+
+    bytes = the model's parameters and buffers, counted, + the most that the process
+    grew by during the block. Of training this is the weights, gradients, the
+    optimizer's state, activations and what the operators work in. What the process held
+    before the block (the program, text, other copies of the model) is not in it. On
+    Linux the kernel's record of the peak is reset first, and memory that was freed
+    earlier goes back to the system, for reused memory would not show as growth. With
+    the model on CUDA it is torch's own count on the device. Where a record cannot be
+    reset (macOS), only growth beyond the earlier peak is seen, and the figure is too
+    small if the process has held more before.
+    """
+
+    def __init__(self, model):
+        self.model, self.bytes = model, 0
+
+    def __enter__(self):
+        self.cuda = next(self.model.parameters()).is_cuda
+        self.weights = total_bytes(self.model)
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+            return self
+        give_back()
+        self.before = held() if reset_peak() else peak_memory()
+        return self
+
+    def __exit__(self, *_):
+        peak = torch.cuda.max_memory_allocated() if self.cuda else peak_memory()
+        self.bytes = self.weights + max(0, peak - self.before)
+
+
+def give_back():
+    """Return memory that is free in the allocator to the system, where it is glibc's."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError, TypeError):  # another libc or system
+        pass
+
+
+def reset_peak():
+    """Let the kernel's record of this process's peak begin anew; False where it cannot
+    (man 5 proc, clear_refs).
+    """
+    try:
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def status(field):
+    """A field of /proc/self/status in bytes, or None on other systems."""
+    path = pathlib.Path("/proc/self/status")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next(
+        (int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), None
+    )
+
+
+def held():
+    """The bytes of memory that this process holds now (Linux)."""
+    return status("VmRSS")
+
+
+def peak_memory():
+    """The most bytes that this process has held since it began, or since `reset_peak`;
+    with CUDA in use, the most on the device.
+
+    The whole process: the program, its libraries and text as well as the model. `Peak`
+    has what training a model needs.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    if (
+        peak := status("VmHWM")
+    ) is not None:  # getrusage would begin with the peak of the process that started this one
+        return peak
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
