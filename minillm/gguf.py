@@ -17,15 +17,10 @@ import struct
 
 import torch
 
-<<<<<<< HEAD
-from minillm import files, hub
-from minillm import tokenizer as tokenizers
-=======
 from minillm import files
 from minillm.fill import check_tokenizer, fill
-from minillm.rope import frequencies
+from minillm.rope import divisors, frequencies
 from minillm.tokenizer import BytePair
->>>>>>> hub
 from minillm.transformer import Config
 
 NAMES = {
@@ -54,15 +49,6 @@ def load(path, dtype, device):
                          f"({type(error).__name__}: {error})") from error
     by_name = {t.name: t for t in file.tensors}
     try:
-<<<<<<< HEAD
-        config = translate(fields, {t.name for t in file.tensors}, path)
-        tokenizer = tokenizers.from_gguf(fields)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    except (KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
-        raise ValueError(f"{path}: its metadata is of another kind than it should be ({type(error).__name__}: {error})") from error
-    by_name = {t.name: t for t in file.tensors}
-=======
         config = translate(fields, set(by_name))
         if FACTORS in by_name:
             factors = tensor(by_name.pop(FACTORS), None)
@@ -74,7 +60,6 @@ def load(path, dtype, device):
         raise ValueError(f"{path}: its metadata is of another kind than it should be "
                          f"({type(error).__name__}: {error})") from error
     check_tokenizer(tokenizer, config.vocab_size, path)
->>>>>>> hub
     parts = {}
     for name in by_name:
         ours = name
@@ -191,9 +176,9 @@ def translate(fields, names):
             raise ValueError(f"it lacks the field {kind}.{name}")
         return fields.get(f"{kind}.{name}", *default)
 
-    for name in ("expert_count", "attention.sliding_window"):
-        if field(name, 0):
-            raise ValueError(f"{kind}.{name} is {field(name)}, which is not implemented")
+    windowed = 0 < field("attention.sliding_window", 0) < field("context_length")
+    if windowed or field("expert_count", 0):
+        raise ValueError("it has a sliding window or experts, which are not implemented")
     heads = field("attention.head_count")
     head_size = field("attention.key_length", field("embedding_length") // heads)
     for name in ("rope.dimension_count", "attention.value_length"):
@@ -227,51 +212,6 @@ def linear(field):
 def scaling_of(factors, config, fields):
     """The rope_scaling that has these factors (d/2,): Llama 3's own, if it fits, else a list.
 
-<<<<<<< HEAD
-    type: "f32", "f16", or "q8_0" (8 bits in blocks of 32 with a 16-bit scale). Vectors, and matrices whose rows do not divide by 32,
-    stay in higher precision. ValueError for a model of the GPT-2 family, and for a tokenizer that llama.cpp does not run (see `to_gguf`).
-    """
-    gguf, c = files.need("gguf", "hub"), model.config
-    if type not in TYPES:
-        raise ValueError(f"type={type!r} is unknown; known: {', '.join(TYPES)}")
-    if c.norm != "rms" or not c.gated or not c.rope_base or c.activation != "silu" or c.mlp_bias:
-        raise ValueError("only the Llama family is written as GGUF (RMSNorm, SwiGLU with silu, rotary positions, no biases in the MLP)")
-    if c.window:
-        raise ValueError(f"llama.cpp's Llama has no sliding window, and this model has window={c.window}")
-    if not isinstance(tokenizer, tokenizers.Tokenizer):
-        kind = "none" if tokenizer is None else tokenizer.__class__.__name__
-        raise ValueError(f"a GGUF carries its tokenizer: pass a minillm tokenizer; this is {kind}")
-    # llama.cpp's Llama has room for biases too; its Qwen2 has none for another size of the heads.
-    arch = "qwen2" if c.qkv_bias and not c.out_bias and c.head_size * c.heads == c.width else "llama"
-    fields = tokenizer.to_gguf(c.vocab_size)
-    with files.atomic(path) as new:
-        writer = gguf.GGUFWriter(new, arch)
-        writer.add_context_length(c.positions)
-        writer.add_embedding_length(c.width)
-        writer.add_block_count(c.layers)
-        writer.add_feed_forward_length(c.ffn)
-        writer.add_head_count(c.heads)
-        writer.add_head_count_kv(c.kv_heads)
-        writer.add_layer_norm_rms_eps(c.eps)
-        writer.add_rope_freq_base(c.rope_base)
-        writer.add_rope_dimension_count(c.head_size)
-        writer.add_vocab_size(c.vocab_size)
-        if c.head_size * c.heads != c.width:
-            writer.add_key_length(c.head_size)
-            writer.add_value_length(c.head_size)
-        writer.add_file_type({"f32": 0, "f16": 1, "q8_0": 7}[type])
-        for name, value in fields.items():
-            add_field(writer, name, value)
-        for name, t in exported(model, arch):
-            wanted = gguf.GGMLQuantizationType[TYPES[type]] if t.dim() == 2 else gguf.GGMLQuantizationType.F32
-            if wanted is gguf.GGMLQuantizationType.Q8_0 and t.shape[1] % 32:
-                wanted = gguf.GGMLQuantizationType.F16
-            writer.add_tensor(name, gguf.quants.quantize(t.float().contiguous().numpy(), wanted), raw_dtype=wanted)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-=======
     Every Llama 3 has a band of 1 to 4 turns in 8192 tokens, and a factor of its own, the largest. A
     file of ours says the number of tokens.
     """
@@ -286,10 +226,8 @@ def scaling_of(factors, config, fields):
     if factors.shape == (config.head_size // 2,) and torch.allclose(factors_of(known), factors):
         return llama3
     return dict(rope_type="factors", factors=factors.tolist())
->>>>>>> hub
 
 
 def factors_of(config):
     """What the frequencies of a Config are divided by, (d/2,)."""
-    plain = frequencies(config.head_size, config.rope_base)
-    return plain / frequencies(config.head_size, config.rope_base, config.rope_scaling)
+    return divisors(frequencies(config.head_size, config.rope_base), config.rope_scaling)

@@ -66,37 +66,7 @@ def is_gguf(path):
     return pathlib.Path(path).suffix.lower() == ".gguf"
 
 
-<<<<<<< HEAD
-def from_directory(path, dtype, device):
-    told = tokenizers.settings(path, "config.json")
-    if not told:
-        raise FileNotFoundError(f"{path} has no config.json: a checkpoint is config.json and model.safetensors")
-    config, names = translate(told, f"{path}/config.json")
-    shards = tensor_files(path)
-    where = {}
-    for shard in shards:
-        try:
-            with safetensors.safe_open(shard, "pt") as file:
-                where.update(dict.fromkeys(file.keys(), shard))
-        except (safetensors.SafetensorError, OSError) as error:
-            raise ValueError(f"{shard} is not a whole safetensors file ({error})") from error
-
-    def tensor(name):
-        with safetensors.safe_open(where[name], "pt") as file:  # opened for each, so that what was read before leaves the memory
-            return file.get_tensor(name)
-
-    written = told.get("dtype") or told.get("torch_dtype")
-    if dtype is None and written is not None:
-        dtype = getattr(torch, str(written), None)
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ValueError(f"{path}/config.json: dtype is {written!r}, which is no floating-point type of torch")
-    model = fill(config, {ours: lambda theirs=theirs, part=part: part(tensor(theirs)) for ours, (theirs, part) in names(where).items()},
-                 dtype, device, path)
-    has_tokenizer = any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
-    return model, tokenizers.load(path, size=config.vocab_size) if has_tokenizer else None
-=======
 # --- writing ----------------------------------------------------------------------------------
->>>>>>> hub
 
 
 def save(model, path, tokenizer=None, shard_bytes=5_000_000_000, type=None, force=False):
@@ -158,42 +128,6 @@ def check_model(model):
         raise ValueError("a checkpoint holds a plain model, and this one has techniques attached: "
                          + "; ".join(f"{name} ({remedy})" for name, remedy in found.items()))
     if not isinstance(model, Transformer):
-<<<<<<< HEAD
-        raise TypeError(f"save writes minillm's Transformer, not {model.__class__.__name__}; a Hugging Face model has save_pretrained")
-    path, dtype = pathlib.Path(path), model.norm.weight.dtype
-    if path.suffix == ".gguf":
-        from minillm import gguf
-
-        return gguf.save(model, path, tokenizer, type)
-    model.config.tied = model.lm_head.weight is model.embed_tokens.weight
-    told = describe(model.config, dtype)
-    for name in ("eos", "bos", "pad"):
-        if tokenizer is not None and getattr(tokenizer, name) is not None:
-            told[f"{name}_token_id"] = getattr(tokenizer, name)
-    if tokenizer is not None:
-        tokenizer.check_size(model.config.vocab_size, path)
-        if len(tokenizer.stops) > 1:
-            told["eos_token_id"] = list(tokenizer.stops)
-    with files.atomic(path) as new:
-        new.mkdir()
-        (new / "config.json").write_text(json.dumps(told, indent=2, sort_keys=True) + "\n")
-        shards = [{}]
-        for name, t in exported(model, told["model_type"]):
-            if shards[-1] and sum(map(size, shards[-1].values())) + size(t) > shard_bytes:
-                shards.append({})
-            shards[-1][name] = t
-        single = len(shards) == 1
-        n = len(shards)
-        called = ["model.safetensors"] if single else [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
-        for name, shard in zip(called, shards):
-            safetensors.torch.save_file(shard, new / name, {"format": "pt"})
-        if not single:
-            index = dict(metadata=dict(total_size=sum(size(t) for shard in shards for t in shard.values())),
-                         weight_map={key: name for name, shard in zip(called, shards) for key in shard})
-            (new / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-        if tokenizer is not None:
-            tokenizer.save(new)
-=======
         raise TypeError(f"save writes minillm's Transformer, not {model.__class__.__name__}; a "
                         "Hugging Face model has save_pretrained")
     config = config_of(model)
@@ -203,7 +137,6 @@ def check_model(model):
     if wrong:
         raise ValueError(f"this model does not fit its configuration: {wrong[0]} is "
                          f"{held[wrong[0]]}, should be {wanted[wrong[0]]} ({len(wrong)} such)")
->>>>>>> hub
 
 
 def attached(model):

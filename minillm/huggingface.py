@@ -132,6 +132,8 @@ def save(model, config, path, tokenizer, shard_bytes, own):
     for name in ("eos", "bos", "pad"):
         if tokenizer is not None and getattr(tokenizer, name) is not None:
             told[f"{name}_token_id"] = getattr(tokenizer, name)
+    if tokenizer is not None and len(tokenizer.stops) > 1:
+        told["eos_token_id"] = list(tokenizer.stops)
     tensors = layouts.exported(model, told["model_type"])
     if distributed.place()[0]:
         for _ in tensors:  # this process's part of each goes to the first

@@ -298,12 +298,8 @@ def test_a_gguf_is_refused_for_what_llama_cpp_does_not_run(tmp_path):
     sentence = SentencePiece.train([data.topics()[:30000]], 500)
     large = minillm.Transformer(minillm.Config(500, 16, 1, 2))
     for model, tokenizer, message in ((random_model("gpt2"), None, "only the Llama family"), (random_model("llama"), None, "this is none"),
-<<<<<<< HEAD
-                                      (random_model("llama"), SentencePiece.train([data.topics()[:30000]], 500), "has 500 ids.*24 rows")):
-=======
                                       (random_model("qwen3 biases"), None, "Qwen3 has norms of q and k, but no biases"),
                                       (random_model("mistral"), None, "no sliding window"), (large, sentence, "this is SentencePiece")):
->>>>>>> hub
         with pytest.raises(ValueError, match=message):
             hub.save(model, tmp_path / "m.gguf", tokenizer=tokenizer)
     with pytest.raises(ValueError, match="type='q4' is unknown"):

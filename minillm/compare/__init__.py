@@ -68,6 +68,8 @@ def compare(
     force=False,
     length=128,
     seed=0,
+    device=None,
+    dtype=None,
     threads=None,
     progress=True,
     **sizes,
@@ -80,6 +82,7 @@ def compare(
                  table.png at the end. Rows that an earlier run of the same settings and
                  versions has left there are kept, and only the others are measured.
                  Anything else in their place is a FileExistsError, unless force=True
+    device, dtype    as `hub.load` takes them
     length       tokens of an example; windows of text have twice as many
     sizes        steps, sweep_steps (as many as steps), seeds, batch_size, windows, limit:
                  numbers in place of those in SIZES
@@ -90,7 +93,8 @@ def compare(
     """
     names = list(RATES) if names is None else list(dict.fromkeys(names))
     settings = check(
-        names, model, task, data, dict(length=length, seed=seed, threads=threads), sizes
+        names, model, task, data,
+        dict(length=length, seed=seed, device=device, dtype=dtype, threads=threads), sizes
     )
     table = Table(out, force)  # says now, not after the work, what will not be written
     loaded, tokenizer = hub.load(model)  # makes the tiny model, or says now what is missing

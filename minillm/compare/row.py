@@ -61,7 +61,7 @@ class Bench:
 
     def __init__(self, name, settings):
         self.name, self.settings = name, settings
-        self.model, self.tokenizer = hub.load(settings["model"])
+        self.model, self.tokenizer = hub.load(settings["model"], settings["dtype"], settings["device"])
         self.splits = parts(self.tokenizer, settings)
 
     def quality(self, model, split="test", windows=None):

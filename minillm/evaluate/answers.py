@@ -1,6 +1,7 @@
 """A model's answers beside the references: greedy texts, and every metric of them."""
 
 import dataclasses
+import itertools
 
 from minillm.evaluate.intervals import digits
 from minillm.evaluate.likelihood import at_least, evaluating
@@ -11,14 +12,12 @@ def generate_text(model, tokenizer, prompts, max_new_tokens=32, batch=8, first_l
     """Each prompt's greedy continuation up to the end of the text, without the prompt;
     a list of str.
 
-    first_line=True ends it at the first newline after its first word. ValueError for an
+    prompts: texts, or their ids where a chat template has written them. first_line=True ends it at the first newline after its first word. ValueError for an
     empty prompt, and for one that leaves no room for max_new_tokens in the model's
     positions. The model is minillm's Transformer.
     """
     at_least(1, batch=batch, max_new_tokens=max_new_tokens)
-    rows, stop = [tokenizer.encode(prompt) for prompt in prompts], (
-        () if tokenizer.eos is None else tokenizer.eos
-    )
+    rows = [tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
     most = model.config.positions - max_new_tokens
     for number, row in enumerate(rows, 1):
         if not 0 < len(row) <= most:
@@ -31,10 +30,9 @@ def generate_text(model, tokenizer, prompts, max_new_tokens=32, batch=8, first_l
     for i in range(0, len(rows), batch):
         part = rows[i : i + batch]
         with evaluating(model):
-            new = model.generate(part, max_new_tokens, stop=stop, pad=tokenizer.pad)[
-                :, max(map(len, part)) :
-            ].tolist()
-        ended = [row[: row.index(tokenizer.eos)] if tokenizer.eos in row else row for row in new]
+            both = model.generate(part, max_new_tokens, stop=tokenizer.stops, pad=tokenizer.pad)
+        new = both[:, max(map(len, part)) :].tolist()
+        ended = [list(itertools.takewhile(lambda i: i not in tokenizer.stops, row)) for row in new]
         texts += [tokenizer.decode(row).strip() for row in ended]
     return [text.split("\n")[0] for text in texts] if first_line else texts
 
@@ -77,15 +75,16 @@ class Answers:
         return "\n".join(lines)
 
 
-def answers(model, tokenizer, prompts, references, *, max_new_tokens=64, batch=8, first_line=False):
+def answers(model, tokenizer, prompts, references, *, ids=None, max_new_tokens=64, batch=8, first_line=False):
     """Generate a greedy answer to each prompt and score it against its reference;
     returns Answers.
 
-    The metrics are those of `measures`. ValueError as `generate_text`, and where the
+    ids: those of the prompts, where `tokenizer.encode` would not give them (a chat template writes
+    BOS itself). The metrics are those of `measures`. ValueError as `generate_text`, and where the
     lists differ in length or are empty.
     """
     prompts, references = paired(prompts, references)
-    texts = generate_text(model, tokenizer, prompts, max_new_tokens, batch, first_line)
+    texts = generate_text(model, tokenizer, ids or prompts, max_new_tokens, batch, first_line)
     return Answers(prompts, references, texts, measures(texts, references))
 
 

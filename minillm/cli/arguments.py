@@ -1,0 +1,214 @@
+"""The arguments of every command, checked while they are read: a wrong one is one line, before any work."""
+
+import argparse
+import difflib
+import importlib.metadata
+import math
+import sys
+
+from minillm import compare, data, train
+from minillm.cli import comparing, training, using
+from minillm.registry import techniques
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line, and the closest option for one that is misspelt."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        print(f"{self.prog}: {message}", file=sys.stderr)
+        sys.exit(2)
+
+    def parse(self, argv=None):
+        """The namespace of the arguments; exits with a line on what is unknown."""
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            known = [option for action in args.parser._actions for option in action.option_strings]
+            close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
+            args.parser.error(f"{unknown[0]!r} is not known" + (f"; did you mean {close[0]}?" if close else
+                                                                f"; see {args.parser.prog} --help"))
+        return args
+
+
+def whole(least, most=None):
+    """A type for argparse: whole numbers from `least`."""
+    def read(text):
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or value < least or most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return value
+
+    return read
+
+
+def real(fits, possible):
+    """A type for argparse: numbers for which `fits` holds."""
+    def read(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {possible}")
+        return value
+
+    return read
+
+
+above_0 = real(lambda x: 0 < x < math.inf, "a number above 0")
+from_0 = real(lambda x: 0 <= x < math.inf, "a number from 0")
+share = real(lambda x: 0 < x < 1, "a number between 0 and 1")
+up_to_1 = real(lambda x: 0 < x <= 1, "a number above 0, and at most 1")
+
+
+def parser():
+    top = Parser(prog="minillm", description="Fine-tune a language model and make it small.")
+    top.add_argument("--version", action="version", version=version())
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name, run, text):
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run, parser=sub)
+        return sub
+
+    compare_arguments(command("compare", comparing.run, "run all techniques side by side: the main job"))
+    train_arguments(command("train", training.run, "train one technique and save what it learnt"))
+    eval_arguments(command("eval", using.run_eval, "measure a model on held-out text, or on your own records"))
+    generate_arguments(command("generate", using.run_generate, "continue a prompt, word by word"))
+    chat_arguments(command("chat", using.run_chat, "talk with a model: a line is a message, an empty line ends"))
+    show_arguments(command("show", using.run_show, "the model as a tree, and what it costs"))
+    export_arguments(command("export", using.run_export, "write a model for other programs, with what was learnt in it"))
+    command("fetch", using.run_fetch, "get a model once and keep it in the cache").add_argument("name", choices=["smollm2"])
+    return top
+
+
+def version():
+    import torch
+
+    return f"minillm {importlib.metadata.version('minillm')}, torch {torch.__version__}, Python {sys.version.split()[0]}"
+
+
+def model(sub):
+    sub.add_argument("--model", default="tiny", help="tiny (the default), smollm2, a Hugging Face directory or a .gguf file")
+    sub.add_argument("--adapter", action="append", default=[], metavar="FILE", help="a file that a technique saved; repeatable")
+    sub.add_argument("--any-base", action="store_true", help="load adapters that were made for another model")
+    device(sub)
+
+
+def device(sub):
+    sub.add_argument("--device", help="cpu, cuda, cuda:1, ...; by default a GPU where there is one")
+    sub.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="by default the checkpoint's own")
+
+
+def task(sub):
+    sub.add_argument("--task", choices=data.TASKS, default="language", help="what to learn from Python's own documentation")
+
+
+def records(sub, text):
+    sub.add_argument("--data", metavar="FILE", help=text)
+    sub.add_argument("--skip-bad", action="store_true", help="leave bad records out, and show them")
+
+
+def compare_arguments(sub):
+    sub.add_argument("--model", default="tiny", help="tiny (the default), smollm2, a Hugging Face directory or a .gguf file")
+    device(sub)
+    task(sub)
+    sub.add_argument("--data", metavar="FILE", help="your own .txt, .jsonl, .json or .csv, instead of --task")
+    sub.add_argument("--techniques", nargs="+", metavar="NAME", help=f"some of: {' '.join(compare.RATES)}")
+    sub.add_argument("--out", default="results", metavar="DIR", help="gets table.json, table.md and table.png")
+    sub.add_argument("--force", action="store_true", help="start anew where --out holds a table of other settings")
+    for name, text in (("steps", "optimizer steps of each training"), ("batch-size", "examples a step"),
+                       ("windows", "windows of held-out text"), ("length", "tokens of an example")):
+        sub.add_argument(f"--{name}", type=whole(2 if name == "length" else 1), help=text)
+    sub.add_argument("--seeds", type=whole(1), help="trainings of each technique, each with its own seed")
+    sub.add_argument("--seed", type=whole(0), default=0, help="the first seed")
+
+
+def train_arguments(sub):
+    model(sub)
+    what = sub.add_argument_group("what to learn")
+    task(what)
+    records(what, "your own .txt, .jsonl, .json or .csv, instead of --task")
+    what.add_argument("--length", type=whole(2), default=128, help="tokens of an example (default 128)")
+    what.add_argument("--pack", action="store_true", help="fill rows of that length with several examples")
+    what.add_argument("--eval-data", metavar="FILE", help="held-out records: their loss is measured while training")
+    what.add_argument("--eval-share", type=share, metavar="SHARE", help="or hold out this share of --data")
+    what.add_argument("--preview", nargs="?", type=whole(1), const=3, metavar="N",
+                      help="show N examples with what is learnt in green; without --out, train nothing")
+    how = sub.add_argument_group("how to learn it")
+    how.add_argument("--technique", default="lora", choices=["full", *techniques()], help="what to wrap the model with")
+    how.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="an argument of its wrap, such as r=16")
+    how.add_argument("--steps", type=whole(1), help="optimizer steps (100, unless --epochs says otherwise)")
+    how.add_argument("--epochs", type=above_0, help="or times through the data")
+    how.add_argument("--rate", type=above_0, help="the peak learning rate")
+    how.add_argument("--batch-size", type=whole(1), default=8)
+    how.add_argument("--accumulate", type=whole(1), default=1, help="batches whose gradients make one step")
+    how.add_argument("--schedule", choices=list(train.SCHEDULES), default="cosine")
+    how.add_argument("--warmup", type=from_0, default=0.05, help="steps in which the rate rises, or a share below 1")
+    how.add_argument("--weight-decay", type=from_0, default=0.0)
+    how.add_argument("--clip", type=above_0, default=1.0, help="the largest norm of the gradient")
+    how.add_argument("--every", type=whole(1), metavar="STEPS", help="measure the held-out loss so often")
+    how.add_argument("--patience", type=whole(1), help="stop after so many measures without a better one")
+    how.add_argument("--seed", type=whole(0), default=0)
+    how.add_argument("--recompute", action="store_true", help="keep no activations: less memory, a third more time")
+    how.add_argument("--shard", action="store_true", help="under torchrun: spread the weights over the processes (FSDP2)")
+    where = sub.add_argument_group("where to write")
+    where.add_argument("--out", metavar="PATH", help="a .safetensors file; a directory or a .gguf file with --technique full")
+    where.add_argument("--force", action="store_true", help="replace a file that minillm did not write")
+    where.add_argument("--checkpoints", metavar="DIR", help="save the whole state there as it goes")
+    where.add_argument("--save-every", type=whole(1), metavar="STEPS")
+    where.add_argument("--keep", type=whole(1), default=2, help="how many of the last checkpoints stay")
+    where.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    where.add_argument("--log", metavar="FILE", help="a JSON line for each step")
+    where.add_argument("--picture", metavar="FILE", help="the loss and the learning rate, as .png, .svg or .pdf")
+
+
+def eval_arguments(sub):
+    model(sub)
+    task(sub)
+    records(sub, "your own records: the loss of their answers, and generated answers beside them")
+    sub.add_argument("--text", metavar="FILE", help="perplexity of this text")
+    sub.add_argument("--length", type=whole(2), default=256, help="tokens of a window or an example (default 256)")
+    sub.add_argument("--windows", type=whole(1), help="at most so many windows")
+    sub.add_argument("--max-new-tokens", type=whole(1), default=64, help="tokens of a generated answer (default 64)")
+    sub.add_argument("--examples", type=whole(0), default=5, help="answers that are shown (default 5)")
+
+
+def sampling(sub):
+    sub.add_argument("--max-new-tokens", type=whole(1), default=64)
+    sub.add_argument("--temperature", type=from_0, default=0.0, help="0 is greedy")
+    sub.add_argument("--top-k", type=whole(1), help="of the k likeliest tokens")
+    sub.add_argument("--top-p", type=up_to_1, help="of the fewest that hold this share of the probability")
+    sub.add_argument("--min-p", type=up_to_1, help="of those at least this share as likely as the likeliest")
+    sub.add_argument("--seed", type=whole(0), default=0)
+
+
+def generate_arguments(sub):
+    model(sub)
+    sub.add_argument("prompt")
+    sub.add_argument("--chat", action="store_true", help="the prompt is a user's message; use the model's chat template")
+    sub.add_argument("--system", metavar="TEXT", help="with --chat: the system prompt")
+    sampling(sub)
+
+
+def chat_arguments(sub):
+    model(sub)
+    sub.add_argument("--system", metavar="TEXT", help="the system prompt")
+    sampling(sub)
+
+
+def show_arguments(sub):
+    model(sub)
+    sub.add_argument("--cost", action="store_true", help="also what training needs and the time a token takes")
+
+
+def export_arguments(sub):
+    model(sub)
+    sub.add_argument("--out", required=True, metavar="PATH", help="a directory (Hugging Face layout) or a .gguf file")
+    sub.add_argument("--type", choices=["f32", "f16", "bf16", "q8_0"], help="how a GGUF stores its matrices (default f32)")
+    sub.add_argument("--force", action="store_true", help="replace a file, or write beside files that minillm did not write")

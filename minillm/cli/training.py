@@ -1,0 +1,115 @@
+"""`minillm train`: every output and option is checked first, then the data is shown, then the model learns."""
+
+import sys
+
+from minillm import compare, data, distributed, files, hub, options, registry, store, train
+from minillm.cli.using import load, needs_tokenizer
+
+
+def run(args):
+    check(args)
+    technique = registry.techniques().get(args.technique)  # None: full fine-tuning
+    keywords = wrap_options(technique, args)
+    if not args.out and not args.preview:
+        args.parser.error("--out is missing: where to save what is learnt (or --preview, to see the data alone)")
+    device = distributed.start()
+    args.device = args.device or str(device)
+    model, tokenizer = load(args)
+    needs_tokenizer(tokenizer, args)
+    if args.out and technique is None:
+        hub.check_save(model, args.out, tokenizer, force=args.force)
+    examples, held_out = read(args, tokenizer)
+    if args.preview and distributed.place()[0] == 0:
+        print(data.preview(examples, tokenizer, args.preview, color=sys.stdout.isatty()))
+    if not args.out:
+        return
+    wrap(model, technique, keywords, args)
+    model.recompute = args.recompute
+    if args.shard:
+        distributed.shard(model)
+    history = fit(model, examples, held_out, tokenizer, args)
+    write(model, technique, tokenizer, args)
+    if args.picture and distributed.place()[0] == 0:
+        train.picture(history, args.picture)
+    if distributed.place()[0] == 0:
+        print(f"{train.summary(history)}\nsaved {args.out}")
+
+
+def check(args):
+    """Every reason to refuse that needs no model."""
+    if args.steps and args.epochs:
+        args.parser.error("--steps and --epochs: one of them")
+    if args.eval_data and args.eval_share:
+        args.parser.error("--eval-data and --eval-share: one of them")
+    if (args.patience or args.every) and not (args.eval_data or args.eval_share):
+        args.parser.error("--patience and --every need held-out data: --eval-data FILE or --eval-share 0.1")
+    if args.resume and not args.checkpoints:
+        args.parser.error("--resume needs --checkpoints DIR: where to go on from")
+    if args.save_every and not args.checkpoints:
+        args.parser.error("--save-every needs --checkpoints DIR: where to save")
+    if args.technique == "full" and args.adapter:
+        args.parser.error("--technique full trains the model itself: export it with its --adapter first")
+    if args.out and args.technique != "full":
+        store.check_writable(args.out, args.force)
+    if args.picture:
+        files.need("matplotlib", "plot")
+    for path in filter(None, (args.data, args.eval_data)):
+        data.reader_of(path)
+
+
+def wrap_options(technique, args):
+    """The keyword arguments of --option."""
+    texts = {}
+    for option in args.option:
+        key, equals, text = option.partition("=")
+        if not equals:
+            args.parser.error(f"--option {option!r} is not KEY=VALUE, such as r=16")
+        texts[key] = text
+    if technique is None:
+        if texts:
+            args.parser.error(f"--technique full has no options; {args.option[0]!r} is one")
+        return {}
+    return options.parse(technique.wrap, texts)
+
+
+def wrap(model, technique, keywords, args):
+    """Attach the technique, unless --adapter has brought it: then it learns on."""
+    here = technique and (registry.patches_of(args.technique, model) or registry.formats_of(args.technique, model))
+    if args.technique == "freeze":
+        here = any(store.holds(path) == "freeze" for path in args.adapter)
+    if here and keywords:
+        raise ValueError(f"--option {args.option[0]}: the adapter that goes on learning has its own settings")
+    if technique and not here:
+        technique.wrap(model, **keywords)
+
+
+def read(args, tokenizer):
+    """(examples to learn, held-out examples or None), with a line for what was cut or skipped."""
+    def file(path):
+        reading = data.read(path, tokenizer, length=args.length, skip_bad=args.skip_bad)
+        if (reading.cut or reading.skipped) and not args.preview and distributed.place()[0] == 0:
+            print(f"{path}: {reading.summary()}", file=sys.stderr)
+        return reading
+
+    examples = file(args.data) if args.data else data.task(args.task, tokenizer, "train", length=args.length).examples
+    held_out = file(args.eval_data) if args.eval_data else None
+    if args.eval_share:
+        examples, held_out = data.held_out(examples, args.eval_share, args.seed)
+    return (data.pack(examples, args.length) if args.pack else examples), held_out
+
+
+def fit(model, examples, held_out, tokenizer, args):
+    warmup = args.warmup if args.warmup < 1 else int(args.warmup)
+    return train.train(
+        model, examples, steps=args.steps or (None if args.epochs else 100), epochs=args.epochs,
+        lr=args.rate or compare.RATES.get(args.technique) or 1e-3, batch_size=args.batch_size, accumulate=args.accumulate,
+        schedule=args.schedule, warmup=warmup, weight_decay=args.weight_decay, clip=args.clip, pad=tokenizer.pad or 0,
+        seed=args.seed, held_out=held_out, every=args.every, patience=args.patience, checkpoints=args.checkpoints,
+        save_every=args.save_every, keep=args.keep, resume=args.resume, log=args.log, name=args.technique)
+
+
+def write(model, technique, tokenizer, args):
+    if technique is None:
+        hub.save(model, args.out, tokenizer=tokenizer, force=args.force)
+    else:
+        technique.save(model, args.out, force=args.force)
