@@ -19,7 +19,7 @@ import torch
 
 from minillm import files
 from minillm.fill import check_tokenizer, fill
-from minillm.rope import frequencies
+from minillm.rope import divisors, frequencies
 from minillm.tokenizer import BytePair
 from minillm.transformer import Config
 
@@ -176,9 +176,9 @@ def translate(fields, names):
             raise ValueError(f"it lacks the field {kind}.{name}")
         return fields.get(f"{kind}.{name}", *default)
 
-    for name in ("expert_count", "attention.sliding_window"):
-        if field(name, 0):
-            raise ValueError(f"{kind}.{name} is {field(name)}, which is not implemented")
+    windowed = 0 < field("attention.sliding_window", 0) < field("context_length")
+    if windowed or field("expert_count", 0):
+        raise ValueError("it has a sliding window or experts, which are not implemented")
     heads = field("attention.head_count")
     head_size = field("attention.key_length", field("embedding_length") // heads)
     for name in ("rope.dimension_count", "attention.value_length"):
@@ -230,5 +230,4 @@ def scaling_of(factors, config, fields):
 
 def factors_of(config):
     """What the frequencies of a Config are divided by, (d/2,)."""
-    plain = frequencies(config.head_size, config.rope_base)
-    return plain / frequencies(config.head_size, config.rope_base, config.rope_scaling)
+    return divisors(frequencies(config.head_size, config.rope_base), config.rope_scaling)
