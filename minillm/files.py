@@ -48,8 +48,9 @@ def check_writable(path, directory=False, force=False, own=(), needs=None):
         raise IsADirectoryError(f"{path} is a directory, and {wanted} is to be written there")
     if directory and not path.is_dir():
         raise NotADirectoryError(f"{path} is a file, and {wanted} is to be written there")
-    if directory and (os.path.ismount(path) or path.samefile(os.curdir)):
-        here = "a mount point" if os.path.ismount(path) else "the current directory"
+    inside = path in (pathlib.Path.cwd(), *pathlib.Path.cwd().parents)
+    if directory and (os.path.ismount(path) or inside):
+        here = "the current directory or one above it" if inside else "a mount point"
         raise FileExistsError(f"{path} is {here}, which cannot be replaced as a whole: choose a "
                               "directory in it")
     check_above(path)

@@ -18,9 +18,9 @@ import struct
 import torch
 
 from minillm import files
+from minillm import tokenizer as tokenizers
 from minillm.fill import check_tokenizer, fill
 from minillm.rope import divisors, frequencies
-from minillm.tokenizer import BytePair
 from minillm.transformer import Config
 
 NAMES = {
@@ -53,10 +53,10 @@ def load(path, dtype, device):
         if FACTORS in by_name:
             factors = tensor(by_name.pop(FACTORS), None)
             config = dataclasses.replace(config, rope_scaling=scaling_of(factors, config, fields))
-        tokenizer = BytePair.from_gguf(fields)
+        tokenizer = tokenizers.from_gguf(fields)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
+    except (KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path}: its metadata is of another kind than it should be "
                          f"({type(error).__name__}: {error})") from error
     check_tokenizer(tokenizer, config.vocab_size, path)

@@ -7,7 +7,7 @@ import torch
 
 from minillm import distributed, files
 from minillm.gguf import FACTORS, factors_of
-from minillm.tokenizer import BytePair
+from minillm.tokenizer import Tokenizer
 
 TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}  # llama.cpp's numbers for the whole file
@@ -34,10 +34,9 @@ def check_save(config, tokenizer, type="f32"):
     if arch == "qwen3" and by_pair(c):
         raise ValueError("llama.cpp's Qwen3 has no place for the rope_scaling "
                          f"{c.rope_scaling['rope_type']!r}")
-    if not isinstance(tokenizer, BytePair):
+    if not isinstance(tokenizer, Tokenizer):
         kind = "none" if tokenizer is None else tokenizer.__class__.__name__
-        raise ValueError("a GGUF carries its tokenizer, which has to be byte-level BPE; this is "
-                         f"{kind}: give tokenizer=")
+        raise ValueError(f"a GGUF carries its tokenizer, and this is {kind}: give tokenizer=")
     tokenizer.to_gguf(c.vocab_size)
 
 

@@ -5,11 +5,12 @@
 
 A model that has seen `original` positions knows no larger angles: scaling turns more slowly.
 
-    linear    f_i / factor                            Chen et al. 2023, arXiv 2306.15595
-    llama3    f_i * (s_i + (1 - s_i) / factor)        Llama 3.1, arXiv 2407.21783
-              n_i = original * f_i / 2 pi             how often pair i turns in the original context
-              s_i = (n_i - low) / (high - low)        kept in 0 .. 1; at 1 f_i stays as it is
-    factors   f_i / factors_i                         what a GGUF file keeps of llama3
+    linear    f_i / factor                         Chen et al. 2023, arXiv 2306.15595
+    llama3    f_i * (s_i + (1 - s_i) / factor)     Llama 3.1, arXiv 2407.21783
+              n_i = original * f_i / 2 pi          how often pair i turns in the original context
+              s_i = (n_i - low) / (high - low)     kept in 0 .. 1; at 1 f_i stays as it is
+            = f_i / (factor / (1 + s_i (factor - 1)))
+    factors   f_i / factors_i                      what a GGUF file keeps of llama3
 
 Letters in the shapes: b batch, h heads, t tokens, d head size.
 transformers has seven types, a function each; some change with the length of the text.
@@ -28,18 +29,22 @@ SCALINGS = {  # type: its fields, by the names that transformers gives them
 
 
 def frequencies(head_size, base, scaling=None, device=None):
-    """f_i of each pair, (d/2,) of float32, in radians a token. scaling: see `check_scaling`."""
+    """How fast each pair turns, (d/2,) of float32, in radians a token. scaling: see below."""
     f = base ** -(torch.arange(0, head_size, 2, device=device).float() / head_size)
-    if scaling is None:
-        return f
+    return f if scaling is None else f / divisors(f, scaling)
+
+
+def divisors(f, scaling):
+    """What the frequencies f (d/2,) are divided by, (d/2,). scaling: see `check_scaling`."""
     if scaling["rope_type"] == "factors":
-        return f / torch.tensor(scaling["factors"], device=device)
+        return torch.tensor(scaling["factors"], device=f.device)
+    factor = scaling["factor"]
     if scaling["rope_type"] == "linear":
-        return f / scaling["factor"]
+        return torch.full_like(f, factor)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * f / (2 * math.pi)
     s = ((turns - low) / (high - low)).clamp(0, 1)
-    return f * (s + (1 - s) / scaling["factor"])
+    return factor / (1 + s * (factor - 1))
 
 
 def rope_table(positions, head_size, base, scaling=None):
@@ -68,9 +73,9 @@ def check_scaling(scaling, head_size):
     if set(scaling) != fields:
         raise ValueError(f"rope_scaling={scaling!r}: the type {kind} has the fields "
                          f"{', '.join(sorted(fields))}")
-    numbers = [scaling[name] for name in SCALINGS[kind]]
-    numbers = numbers[0] if isinstance(numbers[0], list) else numbers
-    if not all(type(n) in (int, float) and 0 < n < math.inf for n in numbers):
+    numbers = scaling["factors"] if kind == "factors" else [scaling[n] for n in SCALINGS[kind]]
+    listed = numbers if isinstance(numbers, list) else [None]
+    if not all(type(n) in (int, float) and 0 < n < math.inf for n in listed):
         raise ValueError(f"rope_scaling={scaling!r}: the fields are numbers above 0")
     if kind == "factors" and len(numbers) != head_size // 2:
         raise ValueError(f"rope_scaling has {len(numbers)} factors, and heads of {head_size} have "

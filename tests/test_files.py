@@ -56,11 +56,13 @@ def test_what_is_in_the_way_is_said_before_the_work(tmp_path):
 def test_a_device_a_mount_point_and_the_current_directory_are_refused(tmp_path, monkeypatch):
     with pytest.raises(FileExistsError, match="/dev/null is neither a file nor a directory"):
         files.check_writable("/dev/null", force=True)
-    with pytest.raises(FileExistsError, match="/ is a mount point"):
-        files.check_writable("/", directory=True, force=True)
-    monkeypatch.chdir(made(tmp_path / "here"))
-    with pytest.raises(FileExistsError, match="here is the current directory"):
-        files.check_writable(".", directory=True)
+    with pytest.raises(FileExistsError, match="/proc is a mount point"):
+        files.check_writable("/proc", directory=True, force=True)
+    monkeypatch.chdir(made(tmp_path / "here" / "below"))
+    for path in (".", "..", "/"):
+        with pytest.raises(FileExistsError, match=" is the current directory or one above it"):
+            files.check_writable(path, directory=True, force=True)
+    files.check_writable("new", directory=True)
 
 
 def test_a_directory_without_permission_is_named(tmp_path, monkeypatch):

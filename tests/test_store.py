@@ -102,7 +102,8 @@ def other(kind="llama"):
 @pytest.mark.parametrize("name", minillm.techniques())
 def test_a_file_belongs_to_one_model(name, tmp_path):
     technique = minillm.techniques()[name]
-    technique.save(technique.wrap(build("llama"), **OPTIONS.get(name, {})), tmp_path / "a", **({} if name == "freeze" else dict(learned=False)))
+    alone = {} if name == "freeze" else dict(learned=False)
+    technique.save(technique.wrap(build("llama"), **OPTIONS.get(name, {})), tmp_path / "a", **alone)
     model = other()
     before = {key: t.clone() for key, t in model.state_dict().items()}
     with pytest.raises(ValueError, match=r"belongs to another model: it was made for 'Transformer' \(fingerprint \w{8}\), this model is "

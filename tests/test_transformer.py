@@ -5,7 +5,8 @@ import torch
 from models import build
 
 import minillm
-from minillm.transformer import rope_table, rotate
+from minillm import rope
+from minillm.transformer import Cache, rope_table, rotate
 
 families = pytest.mark.parametrize("kind", ["gpt2", "llama"])
 
@@ -106,3 +107,44 @@ def test_the_start_is_that_of_gpt2(kind):
             p.fill_(3)
     model.reset_parameters()
     assert all((p != 3).all() for name, p in found.items() if p.dim() == 2 or name.endswith("bias"))
+
+
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+
+
+def test_scaled_positions_turn_as_their_formulas_say():
+    plain = rope.frequencies(32, 1000.0)
+    assert rope.frequencies(32, 1000.0, dict(rope_type="linear", factor=4.0)).equal(plain / 4)
+    factors = [float(i) for i in range(1, 17)]
+    assert rope.frequencies(32, 1000.0, dict(rope_type="factors", factors=factors)).equal(plain / torch.tensor(factors))
+    turns = 64 * plain / (2 * torch.pi)  # in the original context
+    scaled = rope.frequencies(32, 1000.0, LLAMA3)
+    assert scaled[turns >= 4].equal(plain[turns >= 4]) and scaled[turns <= 1].equal(plain[turns <= 1] / 8)
+    between = (turns > 1) & (turns < 4)
+    assert between.sum() > 2 and bool((scaled < plain)[between].all() and (scaled > plain / 8)[between].all())
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(rope_scaling=dict(LLAMA3, factor=0)), "numbers above 0"), (dict(rope_scaling=dict(LLAMA3, factor=True)), "numbers above 0"),
+    (dict(rope_scaling=dict(LLAMA3, low_freq_factor=4.0)), "not below high_freq_factor"),
+    (dict(rope_scaling=dict(rope_type="linear", factor=[4.0])), "numbers above 0"),
+    (dict(rope_scaling=dict(rope_type="linear", factor="4")), "numbers above 0"),
+    (dict(rope_scaling=dict(rope_type="linear")), "has the fields"),
+    (dict(rope_scaling=dict(rope_type="yarn")), "known: linear, llama3, factors"), (dict(rope_scaling=4.0), "no known rope_type"),
+    (dict(rope_scaling=dict(rope_type="linear", factor=float("inf"))), "numbers above 0"),
+    (dict(rope_scaling=dict(rope_type="factors", factors=[1.0])), "1 factors, and heads of 8 have 4 pairs"),
+    (dict(rope_scaling=dict(rope_type="factors", factors=3.0)), "numbers above 0"),
+    (dict(rope_scaling=LLAMA3, rope_base=None), "is for RoPE, and rope_base is None"), (dict(qk_norm=1), "qk_norm=1 is neither"),
+])
+def test_a_scaling_that_means_nothing_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        minillm.Config(24, 16, 1, 2, **options)
+
+
+@pytest.mark.parametrize("options", [dict(qk_norm=True), dict(rope_scaling=LLAMA3)])
+def test_the_cache_holds_what_norms_and_scaling_made(options):
+    model = minillm.Transformer(minillm.Config(24, 16, 2, 2, positions=128, **options)).eval()
+    ids = torch.randint(24, (1, 100))
+    cache = Cache(model.config, 1, 100)
+    parts = torch.cat([model(ids[:, :90], cache=cache), *(model(ids[:, i : i + 1], cache=cache) for i in range(90, 100))], 1)
+    torch.testing.assert_close(parts, model(ids), rtol=1e-5, atol=1e-5)
