@@ -295,11 +295,11 @@ def test_a_gguf_comes_back(tmp_path, shape, type, tolerance):
 
 def test_a_gguf_is_refused_for_what_llama_cpp_does_not_run(tmp_path):
     pytest.importorskip("gguf")
-    sentence = SentencePiece.train([data.topics()[:30000]], 500)
+    sentence = SentencePiece.train([data.topics()[:30000]], 500, kind="unigram")
     large = minillm.Transformer(minillm.Config(500, 16, 1, 2))
     for model, tokenizer, message in ((random_model("gpt2"), None, "only the Llama family"), (random_model("llama"), None, "this is none"),
                                       (random_model("qwen3 biases"), None, "Qwen3 has norms of q and k, but no biases"),
-                                      (random_model("mistral"), None, "no sliding window"), (large, sentence, "this is SentencePiece")):
+                                      (random_model("mistral"), None, "no sliding window"), (large, sentence, "unigram")):
         with pytest.raises(ValueError, match=message):
             hub.save(model, tmp_path / "m.gguf", tokenizer=tokenizer)
     with pytest.raises(ValueError, match="type='q4' is unknown"):

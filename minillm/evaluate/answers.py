@@ -13,8 +13,8 @@ def generate_text(model, tokenizer, prompts, max_new_tokens=32, batch=8, first_l
     a list of str.
 
     prompts: texts, or their ids where a chat template has written them. first_line=True
-    ends the text at the first newline after its first word. ValueError for an empty prompt, and for one that leaves no room for max_new_tokens in the model's
-    positions. The model is minillm's Transformer.
+    ends the text at the first newline after its first word. ValueError for an empty prompt,
+    and for one that leaves no room for max_new_tokens in the model's positions. The model is minillm's Transformer.
     """
     at_least(1, batch=batch, max_new_tokens=max_new_tokens)
     rows = [tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
