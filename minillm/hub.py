@@ -303,11 +303,10 @@ def save(model, path, tokenizer=None, shard_bytes=5_000_000_000, type="f32"):
         return gguf.save(model, path, tokenizer, type)
     model.config.tied = model.lm_head.weight is model.embed_tokens.weight
     told = describe(model.config, dtype)
-    for name in ("eos", "bos", "pad"):
-        if tokenizer is not None and getattr(tokenizer, name) is not None:
-            told[f"{name}_token_id"] = getattr(tokenizer, name)
     if tokenizer is not None:
         tokenizer.check_size(model.config.vocab_size, path)
+        for name in ("eos", "bos", "pad"):  # null where there is none: a default is another token
+            told[f"{name}_token_id"] = getattr(tokenizer, name)
         if len(tokenizer.stops) > 1:
             told["eos_token_id"] = list(tokenizer.stops)
     with files.atomic(path) as new:
