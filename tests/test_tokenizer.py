@@ -1,6 +1,7 @@
 """Tokenizers: nothing is lost, spans are true, and the ids are transformers' own."""
 
 import json
+import sys
 
 import pytest
 from conftest import hugging_face
@@ -134,6 +135,26 @@ def any_read(made=[]):  # noqa: B006
         tokens = [tokenizer.added[i] for i in sorted(tokenizer.added)]
         made.append(BytePair(library.Tokenizer.from_str(tokenizer.tokenizer_json(tokens).decode())))
     return made
+
+
+def test_what_we_save_is_read_without_the_library_tokenizers(tmp_path, trained, monkeypatch):
+    trained.save(tmp_path)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert tokenizers.load(tmp_path).encode("a b") == trained.encode("a b")
+    (tmp_path / "tokenizer.json").write_text("{}")  # not what we wrote: only tokenizers reads it
+    with pytest.raises(ImportError, match=r"'tokenizers': .*minillm\[hub\]"):
+        tokenizers.load(tmp_path)
+
+
+@pytest.mark.parity
+def test_stops_and_missing_tokens_reach_transformers(tmp_path, trained):
+    config = minillm.Config(600, 16, 1, 2, ffn=32, positions=32)
+    trained._ends = (7, 8)
+    minillm.save(minillm.Transformer(config), tmp_path / "out", tokenizer=trained)
+    trained._ends = ()
+    read = hugging_face().AutoConfig.from_pretrained(tmp_path / "out")
+    assert read.eos_token_id == [1, 7, 8] and read.bos_token_id is None and read.pad_token_id == 1
+    assert minillm.load(tmp_path / "out")[1].stops == (1, 7, 8)
 
 
 @pytest.mark.parity

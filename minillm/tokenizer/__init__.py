@@ -6,9 +6,10 @@
     BPE       merge the most frequent pair of neighbours, again and again    arXiv 1508.07909
     unigram   the likeliest split under a unigram model of pieces            arXiv 1804.10959
 
-Ids are those of transformers: a special token such as "</s>" in a text becomes its own id. A user
-can therefore write such a token into a chat message. The loss mask comes from the structure of the
-conversation (see `data.py`), never from a search for such a string.
+Ids are those of transformers (sentence.py names the one difference): a special token such as "</s>"
+in a text becomes its own id. A user can therefore write such a token into a chat message. The loss
+mask comes from the structure of the conversation (see `data.py`), never from a search for such a
+string.
 
     base.py        the interface, and what both kinds read from a checkpoint's directory
     chat.py        chat templates

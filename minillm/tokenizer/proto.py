@@ -14,7 +14,6 @@ UNIGRAM, BPE = 1, 2  # a model's type
 PIECES, TRAINER, NORMALIZER = 1, 2, 3  # ModelProto
 TEXT, SCORE, TYPE = 1, 2, 3  # SentencePiece
 MODEL_TYPE, WHITESPACE_AS_SUFFIX, BYTE_FALLBACK = 3, 24, 35  # TrainerSpec
-UNK_ID, BOS_ID, EOS_ID, PAD_ID = 40, 41, 42, 43
 CHARSMAP, DUMMY_PREFIX, REMOVE_EXTRA, ESCAPE = 2, 3, 4, 5  # NormalizerSpec
 
 
@@ -95,9 +94,8 @@ def write(pieces, prefix):
     """
     kinds = [kind for _, _, kind in pieces]
     parts = [packed_piece(*piece) for piece in pieces]
-    unknown = kinds.index(UNKNOWN) if UNKNOWN in kinds else 0
-    trainer = {MODEL_TYPE: BPE, BYTE_FALLBACK: int(BYTE in kinds), UNK_ID: unknown}
-    parts.append(packed(TRAINER, b"".join(packed(*item) for item in trainer.items())))
+    trainer = packed(MODEL_TYPE, BPE) + packed(BYTE_FALLBACK, int(BYTE in kinds))
+    parts.append(packed(TRAINER, trainer))
     return b"".join(parts) + packed(NORMALIZER, spaces(prefix))
 
 
