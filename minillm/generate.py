@@ -152,7 +152,7 @@ def check_options(max_new_tokens=0, temperature=0.0, top_k=None, top_p=None, min
     if top_k is not None and not (whole_number(top_k) and top_k >= 1):
         raise ValueError(f"top_k={top_k!r} is not a whole number from 1; None keeps all tokens")
     if top_p is not None and not (real["top_p"] and 0 < top_p <= 1):
-        raise ValueError(f"top_p={top_p!r} is not a number above 0, at most 1; None keeps all tokens")
+        raise ValueError(f"top_p={top_p!r} is not a number above 0 and at most 1; None keeps all")
     if min_p is not None and not (real["min_p"] and 0 <= min_p <= 1):
         raise ValueError(f"min_p={min_p!r} is not a number from 0 to 1; None keeps all tokens")
     for name, value in filters.items():

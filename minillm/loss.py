@@ -19,14 +19,31 @@ import torch
 import torch.nn.functional as F
 
 
+def learnt(labels, vocabulary):
+    """Of labels (b, t): which have a token before them and are learnt (b, t - 1), and these (n,).
+
+    ValueError where none is left, and for those outside the vocabulary.
+    """
+    keep = labels[:, 1:] != -100
+    y = labels[:, 1:][keep]
+    if not len(y):
+        raise ValueError("no label is left to learn: "
+                         "all are -100, or the sequences have fewer than two tokens")
+    low, high = y.min().item(), y.max().item()
+    if low < 0 or high >= vocabulary or y.is_floating_point():
+        raise ValueError(f"the labels run from {low} to {high}, but the vocabulary has {vocabulary} "
+                         "entries; -100 is for what is not learnt")
+    return keep, y.long()
+
+
 def cross_entropy_sum(h, labels, head, chunk=256):
     """Sum over n of -log softmax(head(h))[label]: h (n, width), labels (n,) -> ().
 
     `head` is any module (n, width) -> (n, vocab). The sum is float32, or float64 for float64.
     """
-    learnt = [p for p in head.parameters() if p.requires_grad]
-    if torch.is_grad_enabled() and (h.requires_grad or learnt):
-        return CrossEntropySum.apply(h, labels, head, chunk, *learnt)
+    parameters = [p for p in head.parameters() if p.requires_grad]
+    if torch.is_grad_enabled() and (h.requires_grad or parameters):
+        return CrossEntropySum.apply(h, labels, head, chunk, *parameters)
     parts = zip(h.split(chunk), labels.split(chunk))
     return sum(F.cross_entropy(wide(head(x)), y, reduction="sum") for x, y in parts)
 
@@ -40,8 +57,8 @@ class CrossEntropySum(torch.autograd.Function):
     """`cross_entropy_sum` with its gradient for h and for the head's parameters that learn."""
 
     @staticmethod
-    def forward(ctx, h, labels, head, chunk, *learnt):
-        total, grads = wide(h.new_zeros(())), [wide(torch.zeros_like(p)) for p in learnt]
+    def forward(ctx, h, labels, head, chunk, *parameters):
+        total, grads = wide(h.new_zeros(())), [wide(torch.zeros_like(p)) for p in parameters]
         grad_h = torch.empty_like(h)
         for i in range(0, len(h), chunk):
             y = labels[i : i + chunk, None]  # (c, 1)
@@ -53,10 +70,10 @@ class CrossEntropySum(torch.autograd.Function):
             onehot = torch.ones_like(y, dtype=log_p.dtype)
             d = log_p.exp_().scatter_add_(1, y, -onehot)  # in place: softmax - onehot
             d = d.to(logits.dtype)
-            grad_h[i : i + chunk], *more = torch.autograd.grad(logits, [x, *learnt], d)
+            grad_h[i : i + chunk], *more = torch.autograd.grad(logits, [x, *parameters], d)
             for sum_of_chunks, grad in zip(grads, more):
                 sum_of_chunks += grad
-        grads = [g.to(p.dtype) for g, p in zip(grads, learnt)]
+        grads = [g.to(p.dtype) for g, p in zip(grads, parameters)]
         ctx.save_for_backward(grad_h, *grads)
         return total
 

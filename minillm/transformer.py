@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from minillm.attention import check_mask, fused, look
 from minillm.cache import Cache, write  # noqa: F401  (Cache, left_pad and sample: also found here)
 from minillm.generate import generate, left_pad, sample  # noqa: F401
-from minillm.loss import cross_entropy_sum
+from minillm.loss import cross_entropy_sum, learnt
 from minillm.registry import linear, same_shape
 from minillm.rope import check_scaling, rope_table, rotate
 
@@ -266,17 +266,9 @@ class Transformer(nn.Module):
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction={reduction!r} is unknown; known: 'mean', 'sum'")
         same_shape(ids, labels=labels, mask=mask)
-        keep = labels[:, 1:] != -100
-        y = labels[:, 1:][keep]  # (n,)
-        if not len(y):
-            raise ValueError("no label is left to learn: "
-                             "all are -100, or the sequences have fewer than two tokens")
-        low, high, size = y.min().item(), y.max().item(), self.config.vocab_size
-        if low < 0 or high >= size or y.is_floating_point():
-            raise ValueError(f"the labels run from {low} to {high}, but the vocabulary has {size} "
-                             "entries; -100 is for what is not learnt")
+        keep, y = learnt(labels, self.config.vocab_size)  # (b, t - 1), (n,)
         h = self.hidden(ids, mask)[:, :-1][keep]  # (n, width)
-        total = cross_entropy_sum(h, y.long(), self.lm_head)
+        total = cross_entropy_sum(h, y, self.lm_head)
         return total / len(y) if reduction == "mean" else total
 
     generate = generate

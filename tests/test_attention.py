@@ -26,9 +26,12 @@ def close(a, b):
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("t, s, grouped, masked", [(5, 5, 1, False), (5, 5, 2, True), (1, 6, 2, False), (3, 7, 4, True)])
+@pytest.mark.parametrize(
+    "t, s, grouped, masked", [(5, 5, 1, False), (5, 5, 2, True), (1, 6, 2, False), (3, 7, 4, True)]
+)
 def test_the_fused_kernel_computes_what_is_written_out(t, s, grouped, masked):
-    q, k, v = torch.randn(2, 4, t, 8), torch.randn(2, 4 // grouped, s, 8), torch.randn(2, 4 // grouped, s, 8)
+    q = torch.randn(2, 4, t, 8)
+    k, v = (torch.randn(2, 4 // grouped, s, 8) for _ in range(2))
     mask = torch.rand(2, 1, t, s) < 0.6 if masked else None
     if masked:
         mask[..., 0] = True
@@ -46,7 +49,8 @@ def test_each_token_sees_what_the_rule_says():
                 before = [j for j in range(i + 1) if own[j] == mine]
                 if mine:  # nobody reads what padding computes
                     assert positions[row, i] == len(before) - 1
-                    assert sees[row, i].nonzero()[:, 0].tolist() == (before if window is None else before[-window:])
+                    expected = before if window is None else before[-window:]
+                    assert sees[row, i].nonzero()[:, 0].tolist() == expected
                 assert sees[row, i].any()
     for start in (0, 4, 8):
         assert count(documents, start).equal(positions[:, start:])
@@ -95,7 +99,7 @@ def test_generation_with_a_cache_and_padding_is_that_of_each_row_without(kind, w
 @windows
 @pytest.mark.parametrize("static", [False, True])
 def test_the_cache_in_any_pieces_gives_the_logits_of_the_whole(kind, window, static):
-    """Padding, packed texts and whole rows; `static` is the way of compiled code, here without the compiler."""
+    """Padding, packed texts, whole rows; `static`: as compiled code does it, but not compiled."""
     model = windowed(kind, window)
     ids = torch.randint(24, (3, 9))
     padded = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 9, [1, 0, 0, 0, 1, 1, 1, 1, 1]])
@@ -107,7 +111,8 @@ def test_the_cache_in_any_pieces_gives_the_logits_of_the_whole(kind, window, sta
             cache, pieces, at = Cache(model.config, 3, 11), [], 0
             model.compiled = static
             for t in parts:
-                pieces.append(model(ids[:, at : at + t], None if mask is None else mask[:, at : at + t], cache))
+                piece = slice(at, at + t)
+                pieces.append(model(ids[:, piece], mask if mask is None else mask[:, piece], cache))
                 at += t
             model.compiled = False
             assert cache.filled == 9
@@ -119,11 +124,16 @@ def test_the_cache_in_any_pieces_gives_the_logits_of_the_whole(kind, window, sta
 def test_a_packed_batch_has_the_loss_and_the_gradient_of_its_documents_one_by_one(kind, window):
     model, draw = windowed(kind, window), torch.Generator().manual_seed(5)
     rows = [torch.randint(24, (n,), generator=draw).tolist() for n in (9, 2, 7, 5, 3, 6)]
-    examples = [data.Example(row, [-100, *row[1:]] if i % 2 else list(row)) for i, row in enumerate(rows)]
+    examples = [
+        data.Example(row, [-100, *row[1:]] if i % 2 else list(row)) for i, row in enumerate(rows)
+    ]
     packed = data.pack(examples, 12)
     assert len(packed) < len(examples) and all(len(e.ids) <= 12 for e in packed)
     alone, together = [], []
-    for batches, found in (([data.collate([e]) for e in examples], alone), ([data.collate(packed)], together)):
+    for batches, found in (
+        ([data.collate([e]) for e in examples], alone),
+        ([data.collate(packed)], together),
+    ):
         model.zero_grad()
         total = sum(loss_sum(model, *batch) for batch in batches)
         total.backward()
@@ -145,7 +155,8 @@ def test_what_does_not_pack_says_so():
 @families
 def test_a_window_hides_what_lies_further_back(kind):
     model, ids = windowed(kind, 3), torch.randint(24, (1, 9))
-    model.layers = model.layers[:1]  # of one block: with more, what lies further back comes through the tokens between
+    # One block alone: with more, what lies further back comes through the tokens between.
+    model.layers = model.layers[:1]
     other = ids.clone()
     other[0, 4] = (ids[0, 4] + 1) % 24
     changed = ((model(ids) - model(other)).abs().amax(-1) > 1e-6)[0]
@@ -154,9 +165,12 @@ def test_a_window_hides_what_lies_further_back(kind):
 
 @families
 def test_only_masks_for_what_the_fused_kernel_cannot_say_itself(kind, monkeypatch):
-    """Whole rows get none: the causal kernel is the fast way. A window as long as the rows changes nothing."""
+    """Whole rows get none: the causal kernel is fast. A window as long as they hides nothing."""
     model, ids, given = windowed(kind, 6), torch.randint(24, (2, 6)), []
-    monkeypatch.setattr("minillm.transformer.fused", lambda q, k, v, mask: given.append(mask is None) or fused(q, k, v, mask))
+    monkeypatch.setattr(
+        "minillm.transformer.fused",
+        lambda q, k, v, mask: given.append(mask is None) or fused(q, k, v, mask),
+    )
 
     def plain(*args, **kwargs):
         given.clear()
@@ -166,36 +180,57 @@ def test_only_masks_for_what_the_fused_kernel_cannot_say_itself(kind, monkeypatc
     assert plain(ids) and plain(ids, torch.ones_like(ids)) and plain(ids, torch.ones(2, 6) > 0)
     assert not plain(torch.cat([ids, ids[:, :1]], 1)) and not plain(ids, ids.new_ones(2, 6).tril(3))
     cache = Cache(model.config, 2, 9)
-    assert plain(ids[:, :3], cache=cache) and plain(ids[:, :1], cache=cache) and not plain(ids[:, :2], cache=cache)
-    assert not plain(ids[:, :1], cache=cache)  # the seventh token: the window of six hides the first
+    assert (
+        plain(ids[:, :3], cache=cache)
+        and plain(ids[:, :1], cache=cache)
+        and not plain(ids[:, :2], cache=cache)
+    )
+    assert not plain(ids[:, :1], cache=cache)  # token 7: the window of 6 hides the first
     model.config.window = None
     assert plain(ids[:, :1], cache=cache)
 
 
 def test_texts_and_not_rows_are_within_the_positions():
-    """A packed row, or a padded one, may be longer than the model's positions; no text in it may."""
+    """A packed or padded row may be longer than the model's positions; no text in it may."""
     model = minillm.Transformer(minillm.Config.gpt2(24, 16, 2, 2, positions=4)).eval()
     ids = torch.randint(24, (1, 8))
     two = torch.tensor([[1, 1, 1, 1, 2, 2, 2, 2]])
     close(model(ids, two)[:, 4:], model(ids[:, 4:]))
     close(model(ids, two == 2)[:, 4:], model(ids[:, 4:]))
-    with pytest.raises(ValueError, match="a sequence of 5 tokens is beyond this model's 4 positions"):
+    with pytest.raises(
+        ValueError, match="a sequence of 5 tokens is beyond this model's 4 positions"
+    ):
         model(ids, torch.tensor([[1, 1, 1, 2, 2, 2, 2, 2]]))
     with pytest.raises(ValueError, match="a sequence of 8 tokens is beyond"):
         model(ids)
     assert model.generate([[1], [2, 3]], 2).shape == (2, 4)
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda m, ids: m(ids, torch.ones(2, 4) > 0), r"mask \(2, 4\) and ids \(2, 5\) differ in shape"),
-    (lambda m, ids: m(ids, torch.ones(2, 5)), "mask is torch.float32: give bool"),
-    (lambda m, ids: m(ids, cache=Cache(m.config, 1, 9)), "for a batch of 1 rows, ids have 2"),
-    (lambda m, ids: m(ids, cache=Cache(m.config, 2, 4)), "holds 0 of at most 4 tokens, and 5 more do not fit"),
-    (lambda m, ids: m(ids, cache=Cache(minillm.Config(24, 16, 1, 2), 2, 9)), "the cache is for layers=1.*the model has layers=3"),
-    (lambda m, ids: m(ids, cache=Cache(m.config, 2, 9, torch.float64)), "cache is torch.float64, the model torch.float32"),
-    (lambda m, ids: Cache(m.config, 0, 9), "batch=0 of a Cache is not a whole number from 1"),
-    (lambda m, ids: Cache(m.config, 2, -1), "length=-1 of a Cache"),
-])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (
+            lambda m, ids: m(ids, torch.ones(2, 4) > 0),
+            r"mask \(2, 4\) and ids \(2, 5\) differ in shape",
+        ),
+        (lambda m, ids: m(ids, torch.ones(2, 5)), "mask is torch.float32: give bool"),
+        (lambda m, ids: m(ids, cache=Cache(m.config, 1, 9)), "for a batch of 1 rows, ids have 2"),
+        (
+            lambda m, ids: m(ids, cache=Cache(m.config, 2, 4)),
+            "holds 0 of at most 4 tokens, and 5 more do not fit",
+        ),
+        (
+            lambda m, ids: m(ids, cache=Cache(minillm.Config(24, 16, 1, 2), 2, 9)),
+            "the cache is for layers=1.*the model has layers=3",
+        ),
+        (
+            lambda m, ids: m(ids, cache=Cache(m.config, 2, 9, torch.float64)),
+            "cache is torch.float64, the model torch.float32",
+        ),
+        (lambda m, ids: Cache(m.config, 0, 9), "batch=0 of a Cache is not a whole number from 1"),
+        (lambda m, ids: Cache(m.config, 2, -1), "length=-1 of a Cache"),
+    ],
+)
 def test_what_does_not_fit_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(build("llama"), torch.randint(24, (2, 5)))
@@ -205,7 +240,10 @@ def test_a_refused_call_leaves_the_cache_as_it_was():
     model, ids = build("llama"), torch.randint(24, (1, 6))
     cache = Cache(model.config, 1, 8)
     start = model(ids[:, :4], cache=cache)
-    for call in (lambda: model(ids[:, :5], cache=cache), lambda: model(ids[:, :1] + 24, cache=cache)):
+    for call in (
+        lambda: model(ids[:, :5], cache=cache),
+        lambda: model(ids[:, :1] + 24, cache=cache),
+    ):
         with pytest.raises((ValueError, IndexError)):
             call()
     close(torch.cat([start, model(ids[:, 4:], cache=cache)], 1), model(ids))
@@ -214,4 +252,6 @@ def test_a_refused_call_leaves_the_cache_as_it_was():
 @pytest.mark.parametrize("other", ["labels", "mask"])
 def test_a_batch_of_two_shapes_is_refused_for_every_model(other):
     with pytest.raises(ValueError, match=rf"{other} \(1, 3\) and ids \(1, 2\) differ in shape"):
-        minillm.prepare(build("Linear"), torch.zeros(1, 2).long(), **{other: torch.zeros(1, 3).long()})
+        minillm.prepare(
+            build("Linear"), torch.zeros(1, 2).long(), **{other: torch.zeros(1, 3).long()}
+        )

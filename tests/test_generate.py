@@ -1,4 +1,4 @@
-"""How tokens are chosen, and how generation stops, pads, streams and refuses."""
+"""Generation: how it stops, pads, streams, in which state the model is, and what it refuses."""
 
 import copy
 import math
@@ -6,102 +6,15 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
-from hypothesis import strategies as some
 from models import build
 
 import minillm
-from minillm.generate import choices, left_pad, sample
+from minillm.generate import left_pad
 
 ROWS = [[3, 1, 4], [1, 5, 9]]
 
 
-# --- sampling -----------------------------------------------------------------------------------------
-
-
-def slow(logits, temperature, top_k=None, top_p=None, min_p=None):
-    """{token: probability} by the definitions, one row, one token at a time; None where rounding could decide."""
-    weight = {i: math.exp((x - max(logits)) / temperature) for i, x in enumerate(logits)}
-    kept = sorted(weight, key=lambda i: -weight[i])[:top_k]
-    if top_p is not None:
-        share, held, nucleus = sum(weight[i] for i in kept), 0.0, []
-        for i in kept:
-            if abs(held / share - top_p) < 1e-9:
-                return None
-            if held / share < top_p:
-                nucleus.append(i)
-            held += weight[i]
-        kept = nucleus
-    if min_p is not None:
-        likeliest = max(weight[i] for i in kept)
-        if any(abs(weight[i] / likeliest - min_p) < 1e-9 for i in kept):
-            return None
-        kept = [i for i in kept if weight[i] / likeliest >= min_p]
-    share = sum(weight[i] for i in kept)
-    return {i: weight[i] / share for i in kept}
-
-
-@given(some.lists(some.floats(-8, 8), min_size=1, max_size=12, unique_by=lambda x: round(x, 3)), some.floats(0.05, 20),
-       some.none() | some.integers(1, 15), some.none() | some.floats(0.01, 1), some.none() | some.floats(0, 1))
-@settings(max_examples=300, derandomize=True, deadline=None, database=None)
-def test_the_filters_keep_what_their_definitions_say(logits, temperature, top_k, top_p, min_p):
-    expected = slow(logits, temperature, top_k, top_p, min_p)
-    assume(expected is not None)
-    row = torch.tensor([logits, logits[::-1]], dtype=torch.float64)
-    p, ids = choices(row, temperature, top_k, top_p, min_p)
-    ids = torch.arange(len(logits)).expand_as(p) if ids is None else ids
-    p = p / p.sum(-1, keepdim=True)
-    for line, place in ((0, lambda i: i), (1, lambda i: len(logits) - 1 - i)):
-        ours = {place(int(i)): float(x) for i, x in zip(ids[line], p[line]) if x > 0}
-        assert ours == pytest.approx({i: x for i, x in expected.items() if x > 0}, rel=1e-6, abs=1e-300)
-
-
-def kept(p, **options):
-    """The tokens of probabilities p that can be drawn."""
-    p, ids = choices(torch.tensor([p], dtype=torch.float64).log(), 1.0, **options)
-    ids = torch.arange(p.shape[1])[None] if ids is None else ids
-    return sorted(ids[p > 0].tolist())
-
-
-def test_at_the_boundaries_of_the_filters():
-    four = [0.25] * 4  # exact in binary: what lies on the boundary is decided by the rule and not by rounding
-    assert len(kept(four, top_p=0.5)) == 2 and len(kept(four, top_p=0.51)) == 3 and len(kept(four, top_p=0.25)) == 1
-    assert len(kept(four, top_p=1.0)) == 4 and len(kept(four, top_p=1e-9)) == 1
-    assert kept(four, min_p=1.0) == [0, 1, 2, 3] and kept([0.5, 0.3, 0.2], min_p=1.0) == [0]
-    assert kept([0.5, 0.3, 0.2], min_p=0.0) == [0, 1, 2]
-    assert [len(kept(four, top_k=k)) for k in (1, 2, 3, 4, 5)] == [1, 2, 3, 4, 4]  # of equal tokens too, exactly k
-    assert kept([0.1, 0.5, 0.4], top_k=2) == [1, 2] and kept([0.1, 0.5, 0.4], top_k=1) == [1]
-    assert kept([0.4, 0.3, 0.2, 0.1], top_k=2, top_p=0.55) == [0]  # 0.4 of the 0.7 that top_k left: more than 0.55
-    assert kept([0.4, 0.3, 0.2, 0.1], top_p=0.55) == [0, 1]
-    p, _ = choices(torch.tensor([[0.0, 30.0, -1e9]]).double(), 20.0, top_p=1.0)
-    assert p[0].tolist() == pytest.approx([1 / (1 + math.exp(-1.5)), 1 / (1 + math.exp(1.5)), 0])  # the likeliest first
-
-
-def test_draws_follow_the_probabilities():
-    logits = torch.tensor([[0.5, 0.2, 0.15, 0.1, 0.05]]).log().expand(4000, -1)
-
-    def share(**options):
-        return torch.bincount(sample(logits, generator=torch.Generator().manual_seed(0), **options), minlength=5) / 4000
-
-    assert (share(temperature=2.0) - (logits[0] / 2).softmax(0)).abs().max() < 0.03
-    assert (share(temperature=1.0, top_k=2) - torch.tensor([5 / 7, 2 / 7, 0, 0, 0])).abs().max() < 0.03
-    assert (share(temperature=1.0, top_p=0.75) - torch.tensor([0.5, 0.2, 0.15, 0, 0]) / 0.85).abs().max() < 0.03
-    assert (share(temperature=1.0, min_p=0.35) - torch.tensor([5 / 7, 2 / 7, 0, 0, 0])).abs().max() < 0.03
-    assert share(temperature=0.0)[0] == 1
-    for tiny in (1e-3, 1e-30, 1e-300):  # towards greedy, and never nan
-        assert share(temperature=tiny)[0] == 1
-
-
-def test_a_seed_decides_the_draws():
-    model = build("llama")
-
-    def drawn(seed):
-        return model.generate(ROWS, 8, temperature=2.0, top_p=0.9, generator=torch.Generator().manual_seed(seed)).tolist()
-
-    assert drawn(1) == drawn(1) != drawn(2)
-
-
-# --- stopping, padding, streaming ---------------------------------------------------------------------
+# --- stopping, padding, streaming ----------------------------------------------------------------
 
 
 def test_generation_stops_streams_and_pads():
@@ -110,14 +23,16 @@ def test_generation_stops_streams_and_pads():
     assert free.shape == (2, 11) and free[:, :3].tolist() == ROWS
     stop = int(free[0, 5])
     seen = []
-    ended = model.generate(ROWS, 8, stop=stop, pad=0, stream=lambda tokens: seen.append(tokens.tolist()))
+    ended = model.generate(
+        ROWS, 8, stop=stop, pad=0, stream=lambda tokens: seen.append(tokens.tolist())
+    )
     first = (free[0, 3:] == stop).nonzero()[0, 0] + 4
     assert ended[0, :first].tolist() == free[0, :first].tolist() and not ended[0, first:].any()
     assert [list(row) for row in zip(*seen)] == ended[:, 3:].tolist()
 
 
 def scripted(model, monkeypatch, *rows):
-    """The model chooses these tokens, whatever its logits are: a row of tokens for each row of the batch."""
+    """The model, made to choose these tokens: a row of tokens for each row of the batch."""
     steps = iter(zip(*rows))
     monkeypatch.setattr("minillm.generate.sample", lambda logits, *_: torch.tensor(next(steps)))
     return model
@@ -131,8 +46,13 @@ def test_a_row_ends_after_any_stop_id_and_is_filled_up(monkeypatch):
 
     assert new() == [[5, 7, 2, 2, 2], [4, 3, 6, 8, 2]]
     assert new(stop=7) == [[5, 7, 7, 7, 7], [4, 3, 6, 8, 2]]  # pad is the stop id
-    assert new(stop=[8, 7], pad=11) == [[5, 7, 11, 11], [4, 3, 6, 8]]  # all have ended: no fifth step
-    assert new(stop=[8, 7]) == [[5, 7, 8, 8], [4, 3, 6, 8]] and new(stop=torch.tensor([8, 7]), pad=0) == [[5, 7, 0, 0], [4, 3, 6, 8]]
+    assert new(stop=[8, 7], pad=11) == [
+        [5, 7, 11, 11],
+        [4, 3, 6, 8],
+    ]  # all have ended: no fifth step
+    assert new(stop=[8, 7]) == [[5, 7, 8, 8], [4, 3, 6, 8]] and new(
+        stop=torch.tensor([8, 7]), pad=0
+    ) == [[5, 7, 0, 0], [4, 3, 6, 8]]
     assert new(stop=(4, 5), pad=7) == [[5], [4]]
     assert new(stop=23) == [[5, 7, 2, 2, 2], [4, 3, 6, 8, 2]]
     assert new(stop=3, pad=3) == [[5, 7, 2, 2, 2], [4, 3, 3, 3, 3]]
@@ -140,7 +60,9 @@ def test_a_row_ends_after_any_stop_id_and_is_filled_up(monkeypatch):
 
 def test_no_new_tokens_is_the_prompt():
     model, ids = build("llama"), torch.tensor(ROWS)
-    assert model.generate(ids, 0).tolist() == ROWS and model.generate([[1, 2], [3]], 0, pad=9).tolist() == [[1, 2], [9, 3]]
+    assert model.generate(ids, 0).tolist() == ROWS and model.generate(
+        [[1, 2], [3]], 0, pad=9
+    ).tolist() == [[1, 2], [9, 3]]
 
 
 def test_ids_and_mask_may_be_any_whole_numbers_and_the_prompt_may_be_all_that_fits():
@@ -161,7 +83,18 @@ def test_a_soft_prompt_alone_can_be_continued():
         assert new[0, i] == model(torch.cat([placeholders, new[:, :i]], 1))[0, -1].argmax()
 
 
-# --- the model's state --------------------------------------------------------------------------------
+def test_a_seed_decides_the_draws():
+    model = build("llama")
+
+    def drawn(seed):
+        return model.generate(
+            ROWS, 8, temperature=2.0, top_p=0.9, generator=torch.Generator().manual_seed(seed)
+        ).tolist()
+
+    assert drawn(1) == drawn(1) != drawn(2)
+
+
+# --- the model's state ---------------------------------------------------------------------------
 
 
 def test_it_computes_in_eval_mode_and_leaves_every_module_as_it_was():
@@ -184,7 +117,11 @@ def test_it_computes_in_eval_mode_and_leaves_every_module_as_it_was():
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: minillm.quant.wrap(minillm.lora.wrap(m, r=2))], ids=["plain", "int8 and LoRA"])
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda m: m, lambda m: minillm.quant.wrap(minillm.lora.wrap(m, r=2))],
+    ids=["plain", "int8 and LoRA"],
+)
 def test_under_autocast_it_continues_as_without_a_cache(kind, wrap):
     model = wrap(build(kind))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -192,7 +129,9 @@ def test_under_autocast_it_continues_as_without_a_cache(kind, wrap):
         for i in range(6):
             logits = model(new[:, : 3 + i])[:, -1].float()
             chosen = logits.gather(1, new[:, 3 + i, None])[:, 0]
-            assert (logits.amax(-1) - chosen < 0.1).all()  # the likeliest, up to bfloat16's rounding
+            assert (
+                logits.amax(-1) - chosen < 0.1
+            ).all()  # the likeliest, up to bfloat16's rounding
         cache = minillm.Cache(model.config, 2, 4)  # a float32 cache takes what autocast makes
         assert (model(new[:, :4], cache=cache)[:, -1] - model(new[:, :4])[:, -1]).abs().max() < 0.1
 
@@ -202,7 +141,9 @@ def test_it_runs_in_the_models_dtype(dtype):
     model = build("llama").to(dtype)
     new = model.generate(ROWS, 4)
     logits = model(new[:, :-1])[:, -1].float()
-    assert new.shape == (2, 7) and (logits.amax(-1) - logits.gather(1, new[:, -1:])[:, 0] < 0.2).all()
+    assert (
+        new.shape == (2, 7) and (logits.amax(-1) - logits.gather(1, new[:, -1:])[:, 0] < 0.2).all()
+    )
 
 
 @pytest.mark.parametrize("options", [{}, dict(temperature=1.0)])
@@ -233,70 +174,94 @@ def test_a_copy_of_a_compiled_model_is_a_plain_one():
         assert model.compiled and not other.compiled
         assert other.generate(ROWS, 6).tolist() == expected
         assert all(module._compiled_call_impl is None for module in other.modules())
-    assert model.to(torch.float64).compiled and model.state_dict().keys() == build("llama").state_dict().keys()
+    assert (
+        model.to(torch.float64).compiled
+        and model.state_dict().keys() == build("llama").state_dict().keys()
+    )
 
 
-# --- what is refused ----------------------------------------------------------------------------------
+# --- what is refused -----------------------------------------------------------------------------
 
 IDS = torch.tensor([[3, 1, 4], [0, 5, 9]])
 
 
-@pytest.mark.parametrize("ids, options, message", [
-    (ROWS, dict(temperature=-1), "temperature=-1 is not a number from 0"),
-    (ROWS, dict(temperature=math.nan), "temperature=nan is not"),
-    (ROWS, dict(temperature=math.inf), "temperature=inf is not"),
-    (ROWS, dict(temperature="0.7"), "temperature='0.7' is not"),
-    (ROWS, dict(temperature=None), "temperature=None is not"),
-    (ROWS, dict(temperature=True), "temperature=True is not"),
-    (ROWS, dict(top_p=0.9), "top_p=0.9 has no effect at temperature=0, which is greedy: give a temperature above 0"),
-    (ROWS, dict(top_k=5), "top_k=5 has no effect at temperature=0"),
-    (ROWS, dict(min_p=0.1), "min_p=0.1 has no effect at temperature=0"),
-    (ROWS, dict(temperature=1, top_p=0), "top_p=0 is not a number above 0, at most 1"),
-    (ROWS, dict(temperature=1, top_p=1.01), "top_p=1.01 is not"),
-    (ROWS, dict(temperature=1, top_p=math.nan), "top_p=nan is not"),
-    (ROWS, dict(temperature=1, min_p=2), "min_p=2 is not a number from 0 to 1"),
-    (ROWS, dict(temperature=1, min_p=-0.1), "min_p=-0.1 is not"),
-    (ROWS, dict(temperature=1, min_p="0.1"), "min_p='0.1' is not"),
-    (ROWS, dict(temperature=1, top_k=0), "top_k=0 is not a whole number from 1"),
-    (ROWS, dict(temperature=1, top_k=-1), "top_k=-1 is not"),
-    (ROWS, dict(temperature=1, top_k=2.5), "top_k=2.5 is not"),
-    (ROWS, dict(max_new_tokens=-1), "max_new_tokens=-1 is not a whole number from 0"),
-    (ROWS, dict(max_new_tokens=1.5), "max_new_tokens=1.5 is not"),
-    (ROWS, dict(max_new_tokens=30), "a prompt of 3 tokens and max_new_tokens=30.*32 positions"),
-    (ROWS, dict(stop=24), "stop=24 is no id of the vocabulary, 0 to 23"),
-    (ROWS, dict(stop=[1, -1]), "stop=-1 is no id"),
-    (ROWS, dict(stop="eos"), "stop='eos' is no id"),
-    (ROWS, dict(stop=1.0), "stop=1.0 is no id"),
-    (ROWS, dict(pad=-1), "pad=-1 is no id of the vocabulary, 0 to 23"),
-    (ROWS, dict(pad=24), "pad=24 is no id"),
-    (ROWS, dict(mask=torch.ones(2, 3) > 0), "a list of rows is padded here: leave mask out"),
-    ([], {}, "at least one row"),
-    ([1, 2, 3], {}, r"ids=\[1, 2, 3\] is no list of rows"),
-    (["The", "a"], {}, r"ids=\['The', 'a'\] is no list of rows"),
-    ("The", {}, "ids='The' is no list of rows"),
-    ([[1.5, 2]], {}, "the rows hold torch.float32: ids are whole numbers"),
-    ([[]], {}, "nothing to continue: the prompt is empty"),
-    ([[], [1, 2]], {}, "row 0 ends in padding, or is empty"),
-    ([[3, 24]], {}, "ids run from 3 to 24.*24 entries"),
-    ([[-1, 2]], {}, "ids run from -1 to 2"),
-    (IDS[0], {}, r"ids are torch.int64 \(3,\): give whole numbers \(b, t\)"),
-    (IDS[:0], {}, r"ids are torch.int64 \(0, 3\)"),
-    (IDS.float(), {}, "ids are torch.float32"),
-    (IDS + 20, {}, "ids run from 20 to 29"),
-    (IDS, dict(mask=IDS[:, :2] > 0), r"mask \(2, 2\) and ids \(2, 3\) differ in shape"),
-    (IDS, dict(mask=torch.tensor([[1, 1, 1], [1, 1, 0]])), "row 1 ends in padding, or is empty.*pad on the left"),
-    (IDS, dict(mask=torch.tensor([[1, 1, 2], [1, 1, 1]])), "mask runs from 1 to 2.*a packed row cannot be continued"),
-])
+@pytest.mark.parametrize(
+    "ids, options, message",
+    [
+        (ROWS, dict(temperature=-1), "temperature=-1 is not a number from 0"),
+        (ROWS, dict(temperature=math.nan), "temperature=nan is not"),
+        (ROWS, dict(temperature=math.inf), "temperature=inf is not"),
+        (ROWS, dict(temperature="0.7"), "temperature='0.7' is not"),
+        (ROWS, dict(temperature=None), "temperature=None is not"),
+        (ROWS, dict(temperature=True), "temperature=True is not"),
+        (
+            ROWS,
+            dict(top_p=0.9),
+            "top_p=0.9 has no effect at temperature=0, which is greedy: give a temperature above 0",
+        ),
+        (ROWS, dict(top_k=5), "top_k=5 has no effect at temperature=0"),
+        (ROWS, dict(min_p=0.1), "min_p=0.1 has no effect at temperature=0"),
+        (ROWS, dict(temperature=1, top_p=0), "top_p=0 is not a number above 0 and at most 1"),
+        (ROWS, dict(temperature=1, top_p=1.01), "top_p=1.01 is not"),
+        (ROWS, dict(temperature=1, top_p=math.nan), "top_p=nan is not"),
+        (ROWS, dict(temperature=1, min_p=2), "min_p=2 is not a number from 0 to 1"),
+        (ROWS, dict(temperature=1, min_p=-0.1), "min_p=-0.1 is not"),
+        (ROWS, dict(temperature=1, min_p="0.1"), "min_p='0.1' is not"),
+        (ROWS, dict(temperature=1, top_k=0), "top_k=0 is not a whole number from 1"),
+        (ROWS, dict(temperature=1, top_k=-1), "top_k=-1 is not"),
+        (ROWS, dict(temperature=1, top_k=2.5), "top_k=2.5 is not"),
+        (ROWS, dict(max_new_tokens=-1), "max_new_tokens=-1 is not a whole number from 0"),
+        (ROWS, dict(max_new_tokens=1.5), "max_new_tokens=1.5 is not"),
+        (ROWS, dict(max_new_tokens=30), "a prompt of 3 tokens and max_new_tokens=30.*32 positions"),
+        (ROWS, dict(stop=24), "stop=24 is no id of the vocabulary, 0 to 23"),
+        (ROWS, dict(stop=[1, -1]), "stop=-1 is no id"),
+        (ROWS, dict(stop="eos"), "stop='eos' is no id"),
+        (ROWS, dict(stop=1.0), "stop=1.0 is no id"),
+        (ROWS, dict(pad=-1), "pad=-1 is no id of the vocabulary, 0 to 23"),
+        (ROWS, dict(pad=24), "pad=24 is no id"),
+        (ROWS, dict(mask=torch.ones(2, 3) > 0), "a list of rows is padded here: leave mask out"),
+        ([], {}, "at least one row"),
+        ([1, 2, 3], {}, r"ids=\[1, 2, 3\] is no list of rows"),
+        (["The", "a"], {}, r"ids=\['The', 'a'\] is no list of rows"),
+        ("The", {}, "ids='The' is no list of rows"),
+        ([[1.5, 2]], {}, "the rows hold torch.float32: ids are whole numbers"),
+        ([[]], {}, "nothing to continue: the prompt is empty"),
+        ([[], [1, 2]], {}, "row 0 ends in padding, or is empty"),
+        ([[3, 24]], {}, "ids run from 3 to 24.*24 entries"),
+        ([[-1, 2]], {}, "ids run from -1 to 2"),
+        (IDS[0], {}, r"ids are torch.int64 \(3,\): give whole numbers \(b, t\)"),
+        (IDS[:0], {}, r"ids are torch.int64 \(0, 3\)"),
+        (IDS.float(), {}, "ids are torch.float32"),
+        (IDS + 20, {}, "ids run from 20 to 29"),
+        (IDS, dict(mask=IDS[:, :2] > 0), r"mask \(2, 2\) and ids \(2, 3\) differ in shape"),
+        (
+            IDS,
+            dict(mask=torch.tensor([[1, 1, 1], [1, 1, 0]])),
+            "row 1 ends in padding, or is empty.*pad on the left",
+        ),
+        (
+            IDS,
+            dict(mask=torch.tensor([[1, 1, 2], [1, 1, 1]])),
+            "mask runs from 1 to 2.*a packed row cannot be continued",
+        ),
+    ],
+)
 def test_what_cannot_be_generated_is_refused_before_any_work(ids, options, message, monkeypatch):
     model = build("llama")
-    monkeypatch.setattr(minillm.transformer.Block, "forward", lambda *_: pytest.fail("it has started"))
+    monkeypatch.setattr(
+        minillm.transformer.Block, "forward", lambda *_: pytest.fail("it has started")
+    )
     with pytest.raises((ValueError, IndexError), match=message):
         model.generate(ids, **{"max_new_tokens": 4, **options})
 
 
 def test_rows_are_padded_on_the_left():
     ids, mask = left_pad([[3, 1], [4, 1, 5], [9]], pad=7)
-    assert ids.tolist() == [[7, 3, 1], [4, 1, 5], [7, 7, 9]] and mask.tolist() == [[False, True, True], [True] * 3, [False, False, True]]
+    assert ids.tolist() == [[7, 3, 1], [4, 1, 5], [7, 7, 9]] and mask.tolist() == [
+        [False, True, True],
+        [True] * 3,
+        [False, False, True],
+    ]
     assert left_pad([[]])[0].shape == left_pad([[]])[1].shape == (1, 0)
     with pytest.raises(ValueError, match="no row of ids"):
         left_pad([])

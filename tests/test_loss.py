@@ -45,8 +45,12 @@ def heads():
     half = nn.Linear(6, 11)
     half.bias.requires_grad_(False)
     return {
-        "trainable": nn.Linear(6, 11, bias=False), "with a bias": nn.Linear(6, 11), "frozen": frozen, "bias frozen": half,
-        "LoRA": lora(nn.Linear(6, 11)), "int8": minillm.quant.wrap(nn.Sequential(nn.Linear(6, 11).requires_grad_(False))),
+        "trainable": nn.Linear(6, 11, bias=False),
+        "with a bias": nn.Linear(6, 11),
+        "frozen": frozen,
+        "bias frozen": half,
+        "LoRA": lora(nn.Linear(6, 11)),
+        "int8": minillm.quant.wrap(nn.Sequential(nn.Linear(6, 11).requires_grad_(False))),
         "LoRA on int8": lora(minillm.quant.wrap(nn.Sequential(nn.Linear(6, 11)))),
         "two layers": nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 11)),
     }
@@ -68,14 +72,19 @@ def test_its_gradient_is_the_numerical_one_in_float64_at_every_edge_of_a_chunk(n
     with torch.no_grad():
         torch.testing.assert_close(cross_entropy_sum(h, y, head, 4), plain)
     if n:
-        assert torch.autograd.gradcheck(lambda h, *p: CrossEntropySum.apply(h, y, head, 4, *p), [h, *learnt])
+        assert torch.autograd.gradcheck(
+            lambda h, *p: CrossEntropySum.apply(h, y, head, 4, *p), [h, *learnt]
+        )
 
 
 def test_only_what_learns_gets_a_gradient():
     h, y = torch.randn(5, 6), torch.randint(11, (5,))
     head = heads()["LoRA"]
     cross_entropy_sum(h, y, head, 2).backward()
-    assert {name for name, p in head.named_parameters() if p.grad is not None} == {"0.patches.lora.A", "0.patches.lora.B"}
+    assert {name for name, p in head.named_parameters() if p.grad is not None} == {
+        "0.patches.lora.A",
+        "0.patches.lora.B",
+    }
     assert not cross_entropy_sum(h, y, heads()["frozen"], 2).requires_grad
 
 
@@ -96,8 +105,12 @@ def test_in_half_precision_the_sums_are_exact_and_the_gradient_is_rounded_once(d
 
 
 def test_a_scaled_loss_in_float16_does_not_overflow():
-    """torch.amp.GradScaler starts at 65536, which float16 does not hold; the gradient times it is small enough."""
-    h, y, head = torch.randn(400, 6).half().requires_grad_(), torch.randint(11, (400,)), nn.Linear(6, 11).half()
+    """torch.amp.GradScaler starts at 65536, which float16 does not hold; the product it does."""
+    h, y, head = (
+        torch.randn(400, 6).half().requires_grad_(),
+        torch.randint(11, (400,)),
+        nn.Linear(6, 11).half(),
+    )
     (grad,) = torch.autograd.grad(cross_entropy_sum(h * 1e-3, y, head), h)
     (scaled,) = torch.autograd.grad(cross_entropy_sum(h * 1e-3, y, head) * 65536.0, h)
     assert scaled.isfinite().all() and scaled.abs().max() > 1
@@ -106,8 +119,13 @@ def test_a_scaled_loss_in_float16_does_not_overflow():
 
 def test_a_second_derivative_is_refused_and_not_wrong():
     model, ids = build("llama"), torch.randint(24, (2, 5))
-    for grads in (lambda x: torch.autograd.grad(x, model.norm.weight, create_graph=True), lambda x: x.backward(create_graph=True)):
-        with pytest.raises(RuntimeError, match="no second derivative.*torch.nn.functional.cross_entropy"):
+    for grads in (
+        lambda x: torch.autograd.grad(x, model.norm.weight, create_graph=True),
+        lambda x: x.backward(create_graph=True),
+    ):
+        with pytest.raises(
+            RuntimeError, match="no second derivative.*torch.nn.functional.cross_entropy"
+        ):
             grads(model.loss(ids, ids))
 
 
@@ -127,22 +145,34 @@ def test_under_autocast_it_is_the_loss_of_autocast_logits(trainable):
 IDS = torch.zeros(1, 4, dtype=torch.long)
 
 
-@pytest.mark.parametrize("labels, options, message", [
-    (torch.full((1, 4), -100), {}, "no label is left"),
-    (IDS[:, :3], {}, r"labels \(1, 3\) and ids \(1, 4\) differ in shape"),
-    (torch.tensor([[0, 3, 24, -100]]), {}, "the labels run from 3 to 24, but the vocabulary has 24 entries; -100 is for"),
-    (torch.tensor([[0, 1.5, 2, 3]]), {}, "the labels run from 1.5 to 3.0"),
-    (torch.tensor([[0, -1, 2, 3]]), {}, "the labels run from -1 to 3"),
-    (IDS, dict(reduction="none"), "reduction='none' is unknown; known: 'mean', 'sum'"),
-    (IDS, dict(mask=torch.ones(1, 5) > 0), r"mask \(1, 5\) and ids \(1, 4\) differ in shape"),
-])
+@pytest.mark.parametrize(
+    "labels, options, message",
+    [
+        (torch.full((1, 4), -100), {}, "no label is left"),
+        (IDS[:, :3], {}, r"labels \(1, 3\) and ids \(1, 4\) differ in shape"),
+        (
+            torch.tensor([[0, 3, 24, -100]]),
+            {},
+            "the labels run from 3 to 24, but the vocabulary has 24 entries; -100 is for",
+        ),
+        (torch.tensor([[0, 1.5, 2, 3]]), {}, "the labels run from 1.5 to 3.0"),
+        (torch.tensor([[0, -1, 2, 3]]), {}, "the labels run from -1 to 3"),
+        (IDS, dict(reduction="none"), "reduction='none' is unknown; known: 'mean', 'sum'"),
+        (IDS, dict(mask=torch.ones(1, 5) > 0), r"mask \(1, 5\) and ids \(1, 4\) differ in shape"),
+    ],
+)
 def test_what_is_no_loss_is_refused_before_any_work(labels, options, message, monkeypatch):
     model = build("llama")
-    monkeypatch.setattr(minillm.transformer.Block, "forward", lambda *_: pytest.fail("it has started"))
+    monkeypatch.setattr(
+        minillm.transformer.Block, "forward", lambda *_: pytest.fail("it has started")
+    )
     with pytest.raises(ValueError, match=message):
         model.loss(IDS, labels, **options)
 
 
 def test_the_first_label_has_no_token_before_it_and_may_be_anything():
     model = build("llama")
-    torch.testing.assert_close(model.loss(IDS, torch.tensor([[99, 1, 2, 3]])), model.loss(IDS, torch.tensor([[0, 1, 2, 3]])))
+    torch.testing.assert_close(
+        model.loss(IDS, torch.tensor([[99, 1, 2, 3]])),
+        model.loss(IDS, torch.tensor([[0, 1, 2, 3]])),
+    )

@@ -1,4 +1,4 @@
-"""The transformer against its definitions: causality, rotation, initialisation, recomputation, and what it refuses."""
+"""The transformer against its definitions: causality, rotation, start, recomputation, errors."""
 
 import pytest
 import torch
@@ -78,7 +78,7 @@ def test_recomputing_runs_each_block_twice_and_keeps_its_input_alone(kind, recom
     model.recompute = recompute
     for block in model.layers:
         block.mlp.register_forward_pre_hook(lambda *_: runs.append(1))
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(1) or t, lambda t: t):
         loss = model.loss(ids, ids)
     assert len(runs) == 3 and (len(kept) < 30) == recompute
     loss.backward()
@@ -92,14 +92,15 @@ def test_recomputing_runs_each_block_twice_and_keeps_its_input_alone(kind, recom
 
 @families
 def test_the_start_is_that_of_gpt2(kind):
-    """N(0, 0.02); what adds to the residual stream is divided by sqrt(2 layers), so that its sum keeps its size."""
+    """N(0, 0.02); divided by sqrt(2 layers) where it adds to the residual stream."""
     make = {"gpt2": minillm.Config.gpt2, "llama": minillm.Config}[kind]
     model = minillm.Transformer(make(300, 64, 8, 4, positions=100, tied=False))
     found = dict(model.named_parameters())
     for name, p in found.items():
         if p.dim() == 2:
             expected = 0.02 / 4 if "o_proj" in name or "down_proj" in name else 0.02
-            assert p.std().item() == pytest.approx(expected, rel=0.1) and abs(p.mean().item()) < 0.1 * expected, name
+            assert p.std().item() == pytest.approx(expected, rel=0.1), name
+            assert abs(p.mean().item()) < 0.1 * expected, name
         else:
             assert (p == (0 if name.endswith("bias") else 1)).all(), name
     with torch.no_grad():
