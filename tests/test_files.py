@@ -45,7 +45,7 @@ def test_what_is_in_the_way_is_said_before_the_work(tmp_path):
     ]:
         with pytest.raises(kind, match=message) as error:
             files.check_writable(tmp_path / name, **options)
-        assert str(error.value).count(str(tmp_path / name)) == 1 + ("/" in name and 0)
+        assert str(error.value).count(str(tmp_path / name)) == 1
     files.check_writable(tmp_path / "file", force=True)
     files.check_writable(tmp_path / "full", directory=True, force=True)
     files.check_writable(tmp_path / "full", directory=True, own={"a.txt", "b.txt", "c.txt", "d.txt"})

@@ -66,7 +66,7 @@ def test_another_scaling_is_refused(tmp_path, tokenizer, fields, message):
     assert str(error.value).count("more.gguf") == 1
 
 
-def llama3_factors(**options):
+def llama3_factors():
     """What llama.cpp's converter writes: a factor for each pair, by its wavelength."""
     import math
 
