@@ -49,7 +49,7 @@ def load(path, dtype, device):
     parts = {ours: lambda theirs=theirs, part=part: part(tensor(theirs))
              for ours, (theirs, part) in names(where).items()}
     there = any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
-    tokenizer = tokenizers.load(path) if there else None
+    tokenizer = tokenizers.load(path, size=config.vocab_size) if there else None
     check_tokenizer(tokenizer, config.vocab_size, path)
     return fill(config, parts, dtype, device, path), tokenizer
 
@@ -129,11 +129,11 @@ def save(model, config, path, tokenizer, shard_bytes, own):
     own: the names in an existing directory that may go (see `files.atomic`).
     """
     told = layouts.describe(config, widest(model))
-    for name in ("eos", "bos", "pad"):
-        if tokenizer is not None and getattr(tokenizer, name) is not None:
+    if tokenizer is not None:
+        for name in ("eos", "bos", "pad"):  # null where there is none: a default is another token
             told[f"{name}_token_id"] = getattr(tokenizer, name)
-    if tokenizer is not None and len(tokenizer.stops) > 1:
-        told["eos_token_id"] = list(tokenizer.stops)
+        if len(tokenizer.stops) > 1:
+            told["eos_token_id"] = list(tokenizer.stops)
     tensors = layouts.exported(model, told["model_type"])
     if distributed.place()[0]:
         for _ in tensors:  # this process's part of each goes to the first

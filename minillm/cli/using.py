@@ -159,6 +159,7 @@ def run_export(args):
             raise ValueError(f"{path} holds {name}, which is no change of a weight: it cannot be merged into the model, and the "
                              "formats of other programs have no place for it")
     model, tokenizer = load(args)
+    hub.check_save(model.config, args.out, tokenizer, args.type, args.force)
     for name in (name for name in registry.techniques() if issubclass(classes[name], registry.Format)):
         if registry.formats_of(name, model):
             registry.techniques()[name].unwrap(model)
