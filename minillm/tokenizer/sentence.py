@@ -7,8 +7,11 @@ A model with a "dummy prefix" (Llama 1 and 2, Mistral) puts a space in front of 
 a first word has the ids that it has later in a text. Of a text with special tokens, only a part at
 the very beginning gets it, or, `legacy`, every part between two of them; llama.cpp is legacy.
 
-transformers 5 puts no space in front of a text that begins with a space already. sentencepiece, its
-training, llama.cpp and transformers 4 do, and so does minillm.
+Where transformers 5 reads a tokenizer.model itself, it differs from sentencepiece in two ways. It
+puts no space in front of a text that begins with one, and it merges by ids instead of scores
+(Mistral's "▁▁" has an early id and a low score). A model was trained on sentencepiece's ids,
+and llama.cpp gives them too, so minillm keeps to them. What `save` writes has these ids in
+transformers too.
 """
 
 import dataclasses
