@@ -255,6 +255,13 @@ def test_what_cannot_be_generated_is_refused_before_any_work(ids, options, messa
         model.generate(ids, **{"max_new_tokens": 4, **options})
 
 
+@pytest.mark.parametrize(
+    "options", [dict(top_p=1), dict(min_p=0), dict(min_p=1), dict(top_k=1), dict(top_k=99), {}]
+)
+def test_the_ends_of_the_ranges_are_possible(options):
+    assert build("llama").generate(ROWS, 1, temperature=1, stop=[0, 23], **options).shape == (2, 4)
+
+
 def test_rows_are_padded_on_the_left():
     ids, mask = left_pad([[3, 1], [4, 1, 5], [9]], pad=7)
     assert ids.tolist() == [[7, 3, 1], [4, 1, 5], [7, 7, 9]] and mask.tolist() == [
