@@ -97,6 +97,12 @@ def test_a_seed_decides_the_draws():
 # --- the model's state ---------------------------------------------------------------------------
 
 
+def test_a_placeholder_is_no_id_of_a_text():
+    model = minillm.prompts.wrap(build("llama"), length=3)
+    with pytest.raises(IndexError, match="the ids run from 3 to 24, but the vocabulary has 24"):
+        model.generate([[3, 24]], 2)
+
+
 def test_it_computes_in_eval_mode_and_leaves_every_module_as_it_was():
     model = minillm.lora.wrap(build("llama"), r=2, dropout=0.9)
     for layer in minillm.layers(model).values():
@@ -270,5 +276,6 @@ def test_rows_are_padded_on_the_left():
         [False, False, True],
     ]
     assert left_pad([[]])[0].shape == left_pad([[]])[1].shape == (1, 0)
+    assert left_pad([[3, 1], [4]])[0].tolist() == [[3, 1], [0, 4]]
     with pytest.raises(ValueError, match="no row of ids"):
         left_pad([])
