@@ -97,6 +97,12 @@ def test_a_seed_decides_the_draws():
 # --- the model's state ---------------------------------------------------------------------------
 
 
+def test_a_placeholder_is_no_id_of_a_text():
+    model = minillm.prompts.wrap(build("llama"), length=3)
+    with pytest.raises(IndexError, match="the ids run from 3 to 24, but the vocabulary has 24"):
+        model.generate([[3, 24]], 2)
+
+
 def test_it_computes_in_eval_mode_and_leaves_every_module_as_it_was():
     model = minillm.lora.wrap(build("llama"), r=2, dropout=0.9)
     for layer in minillm.layers(model).values():
@@ -255,6 +261,13 @@ def test_what_cannot_be_generated_is_refused_before_any_work(ids, options, messa
         model.generate(ids, **{"max_new_tokens": 4, **options})
 
 
+@pytest.mark.parametrize(
+    "options", [dict(top_p=1), dict(min_p=0), dict(min_p=1), dict(top_k=1), dict(top_k=99), {}]
+)
+def test_the_ends_of_the_ranges_are_possible(options):
+    assert build("llama").generate(ROWS, 1, temperature=1, stop=[0, 23], **options).shape == (2, 4)
+
+
 def test_rows_are_padded_on_the_left():
     ids, mask = left_pad([[3, 1], [4, 1, 5], [9]], pad=7)
     assert ids.tolist() == [[7, 3, 1], [4, 1, 5], [7, 7, 9]] and mask.tolist() == [
@@ -263,5 +276,6 @@ def test_rows_are_padded_on_the_left():
         [False, False, True],
     ]
     assert left_pad([[]])[0].shape == left_pad([[]])[1].shape == (1, 0)
+    assert left_pad([[3, 1], [4]])[0].tolist() == [[3, 1], [0, 4]]
     with pytest.raises(ValueError, match="no row of ids"):
         left_pad([])
