@@ -216,7 +216,7 @@ def rotated():
 
 
 def masked(sparsity=0.5):
-    return minillm.prune.wrap(lora(), sparsity=sparsity)
+    return minillm.prune.wrap(lora(dropout=0.0), sparsity=sparsity)
 
 
 def on_int8(scale=1):

@@ -10,7 +10,7 @@ import json
 
 import torch
 
-from minillm import distributed, fingerprint
+from minillm import data, distributed, fingerprint
 from minillm.registry import Format, walk
 
 
@@ -48,10 +48,7 @@ def digest(tensors):
 
 def examples(rows):
     """A line that describes a list of `data.Example`: how many, and a digest of them all."""
-    sha = hashlib.sha256()
-    for row in rows:
-        sha.update(json.dumps([list(row.ids), list(row.labels), row.documents]).encode())
-    return f"{len(rows)} examples ({sha.hexdigest()[:8]})"
+    return f"{len(rows)} examples ({data.fingerprint(rows)[:8]})"
 
 
 def differs(model, then):
