@@ -123,6 +123,13 @@ def test_the_other_tasks_have_all_their_metrics(model, task, names):
     )
 
 
+def test_seeds_change_the_order_of_training_and_nothing_else_does(model, records):
+    bench = row.Bench("full", settings(model, data=str(records), task=None))
+    one, again, other = (bench.fit(0.01, 2, seed)[0].lm_head.weight for seed in (1, 1, 2))
+    assert torch.equal(one, again) and not torch.equal(one, other)
+    assert not torch.equal(one, bench.model.lm_head.weight)
+
+
 def test_a_file_of_the_user_is_split_by_hash(model, records, tmp_path):
     m, tokenizer = minillm.load(model)
     parts = row.own(records, tokenizer, 32)

@@ -221,5 +221,8 @@ def test_completions_are_the_loss_that_training_reports():
     assert score == pytest.approx(
         model.loss(ids, labels, mask).exp().item(), rel=1e-5
     ) and score.parts[:, 1].tolist() == [4, 1]
+    minillm.prompts.wrap(model, length=2)  # which would predict the first token too
+    whole = data.Example([3, 1, 4], [3, 1, 4])
+    assert evaluate.completions(model, [whole]).parts[:, 1].tolist() == [2]
     with pytest.raises(ValueError, match="1 examples have no token to predict"):
         evaluate.completions(model, [data.Example([1, 2], [1, -100])])
