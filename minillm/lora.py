@@ -8,20 +8,24 @@
     scale     alpha/r  ()           rank_stabilized: alpha/sqrt(r) (rsLoRA, Kalajdzievski 2023, arXiv 2312.03732)
     dropout   d                     while training: each input to the branch is 0 with this probability
 
-Cost: r (in + out) parameters a leaf, and as much compute a token, beside in * out for the leaf itself; the gradient
-and AdamW's two states exist only for A and B. Merged, it costs nothing.
+Cost: r (in + out) parameters a leaf, and as much compute a token, beside in * out for the
+leaf itself; the gradient and AdamW's two states exist only for A and B. Merged, it costs
+nothing.
 
-A is (r, in), as nn.Linear keeps a weight: the initialisation reads the fan-in from the last dimension, and a
-transposed A gets r for it, at r = 8 and in = 768 seven times too large a start. An embedding is a leaf whose input
-is one-hot, W (width, vocabulary): there A x is a lookup of A's columns, d(x) drops the branch of a whole token, and
-the row of `padding_idx` neither changes nor learns.
+A is (r, in), as nn.Linear keeps a weight: the initialisation reads the fan-in from the last
+dimension, and a transposed A gets r for it, at r = 8 and in = 768 seven times too large a
+start. An embedding is a leaf whose input is one-hot, W (width, vocabulary): there A x is a
+lookup of A's columns, d(x) drops the branch of a whole token, and the row of `padding_idx`
+neither changes nor learns.
 
-Dropout is no change of the weight. Where something reads the folded weight while LoRA trains with dropout (a mask
-around it, nn.MultiheadAttention), that is an error; merging is not, since it folds what was learnt.
+Dropout is no change of the weight. Where something reads the folded weight while LoRA
+trains with dropout (a mask around it, nn.MultiheadAttention), that is an error; merging is
+not, since it folds what was learnt.
 
-peft keeps several named adapters on a layer and switches between them, and casts x to float32 where A is float32;
-here A is cast to x's type, so a bfloat16 model runs in bfloat16 and the optimizer still sees float32. Not included:
-a change of the bias, a rank for each leaf (call `wrap` once for each rank, with its targets).
+peft keeps several named adapters on a layer and switches between them, and casts x to
+float32 where A is float32; here A is cast to x's type, so a bfloat16 model runs in bfloat16
+and the optimizer still sees float32. Not included: a change of the bias, a rank for each
+leaf (call `wrap` once for each rank, with its targets).
 
 >>> from torch import nn; import torch, minillm
 >>> model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(2, 8)

@@ -7,14 +7,16 @@
     group     what is compared with what: "row" (each output channel loses the same share), "matrix", or "model" (all chosen leaves
               together, so that less important matrices lose more)
 
-A mask is a Patch: the weight beneath stays whole, `unwrap` gives it back, and training goes on through the mask, so that what
-is pruned stays pruned (the paper's retraining; wrapping freezes nothing). `merge` writes the zeros into the weight. Zeros alone save no
-memory and no time: that takes a sparse format (`minillm.sparse`) or the removal of whole rows.
+A mask is a Patch: the weight beneath stays whole, `unwrap` gives it back, and training goes
+on through the mask, so that what is pruned stays pruned (the paper's retraining; wrapping
+freezes nothing). `merge` writes the zeros into the weight. Zeros alone save no memory and
+no time: that takes a sparse format (`minillm.sparse`) or the removal of whole rows.
 
-Which weights to zero is the whole difference between pruning methods: one mask with another score. The score here is |W|;
-Sun et al. 2023 ("Wanda", arXiv 2306.11695) multiply it by the norm of the input, and compare by row.
-torch.nn.utils.prune recomputes weight_orig * weight_mask before each forward in a hook; here it is the patch's own formula.
-Not included: schedules that prune step by step, and patterns such as 2:4.
+Which weights to zero is the whole difference between pruning methods: one mask with another
+score. The score here is |W|; Sun et al. 2023 ("Wanda", arXiv 2306.11695) multiply it by the
+norm of the input, and compare by row. torch.nn.utils.prune recomputes weight_orig *
+weight_mask before each forward in a hook; here it is the patch's own formula. Not included:
+schedules that prune step by step, and patterns such as 2:4.
 
 >>> from torch import nn; import torch, minillm
 >>> model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(2, 8)
