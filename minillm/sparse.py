@@ -1,7 +1,8 @@
 """Compressed sparse rows (CSR): store the weights that are not zero, and where they stand.
 
-    row i of W:  values[crow[i] : crow[i+1]]  in the columns  col[crow[i] : crow[i+1]]      Saad 2003, "Iterative
-                                                      Methods for Sparse Linear Systems", 2nd ed., section 3.4
+    row i of W:  values[crow[i] : crow[i+1]]  in the columns  col[crow[i] : crow[i+1]]
+    Saad 2003, "Iterative Methods for Sparse Linear Systems", 2nd ed., section 3.4
+
     code      Saad's name    shape        dtype
     values    AA             (nnz,)       the model's
     col       JA             (nnz,)       int32, rising within a row
@@ -29,24 +30,25 @@ for the values, blocks, and CUDA's 2:4 pattern.
 import warnings
 
 import torch
+from torch import Tensor
 
 from minillm import ops, options
 from minillm.registry import Format, dense, hidden_linears, select
 from minillm.verbs import attach, verbs
 
-with warnings.catch_warnings(action="ignore"):  # torch says once a process that the layout is in beta
+with warnings.catch_warnings(action="ignore"):  # torch says once that the layout is in beta
     torch.zeros(1, 1).to_sparse_csr()
 
 
 def view(crow, col, values, shape):
-    """The torch sparse matrix (out, in) over the buffers; of half precision in float32, which the CPU can multiply."""
+    """The torch sparse matrix (out, in); in float32 for half precision, which the CPU cannot multiply."""
     values = values.to(torch.promote_types(values.dtype, torch.float32))
     with torch.sparse.check_sparse_tensor_invariants(False):
         return torch.sparse_csr_tensor(crow, col, values, shape)
 
 
 @torch.library.custom_op("minillm::csr_matmul", mutates_args=())
-def csr_matmul(crow: torch.Tensor, col: torch.Tensor, values: torch.Tensor, x: torch.Tensor, out: int) -> torch.Tensor:
+def csr_matmul(crow: Tensor, col: Tensor, values: Tensor, x: Tensor, out: int) -> Tensor:
     """x (n, in) times Wᵀ -> (n, out), in the dtype of x."""
     with ops.without_autocast(x):
         W = view(crow, col, values, (out, x.shape[1]))
@@ -61,8 +63,8 @@ def _(crow, col, values, x, out):
 
 
 @torch.library.custom_op("minillm::csr_matmul_transposed", mutates_args=())
-def csr_matmul_transposed(crow: torch.Tensor, col: torch.Tensor, values: torch.Tensor, grad: torch.Tensor,
-                          out: int, into: int) -> torch.Tensor:
+def csr_matmul_transposed(crow: Tensor, col: Tensor, values: Tensor, grad: Tensor, out: int,
+                          into: int) -> Tensor:
     """grad (n, out) times W -> (n, in), in the dtype of grad."""
     with ops.without_autocast(grad):
         W = view(crow, col, values, (out, into)).to_dense()
@@ -115,18 +117,18 @@ class CSR(Format):
     def forward(self, x):
         x = ops.in_autocast(x)
         rows = x.reshape(-1, self.shape[1])  # (..., in) -> (n, in)
-        y = csr_matmul(self.crow, self.col, self.values, rows, self.shape[0]).view(*x.shape[:-1], -1)
+        y = csr_matmul(self.crow, self.col, self.values, rows, self.shape[0])
+        y = y.view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def check(self, where):
-        out, into = self.shape
         n, counts, col = self.values.numel(), self.crow.diff(), self.col
         whole = self.crow[0] == 0 and self.crow[-1] == n == col.numel()
-        if not whole or (counts < 0).any() or (col < 0).any() or (col >= into).any():
-            raise ValueError(f"{where}: crow, col and values contradict each other for a ({out}, {into}) matrix")
+        if not whole or (counts < 0).any() or (col < 0).any() or (col >= self.shape[1]).any():
+            raise ValueError(f"{where}: crow, col and values contradict each other for a {self.shape} matrix")
         same_row = self.rows().diff() == 0
         if (same_row & (col.diff() <= 0)).any():
-            raise ValueError(f"{where}: the columns of a row do not rise: one of them is written twice, or out of order")
+            raise ValueError(f"{where}: the columns of a row do not rise: one is out of order, or written twice")
 
     def pays(self, where):
         zeros = 1 - self.values.numel() / (self.shape[0] * self.shape[1])
@@ -141,14 +143,16 @@ def smaller(where, zeros, dtype, remedy):
     """ValueError where a matrix with this share of zeros needs more bytes in CSR than dense."""
     break_even = 1 - dtype.itemsize / (dtype.itemsize + 4)
     if zeros < break_even:
-        raise ValueError(f"{where!r} has {zeros:.0%} zeros; CSR is smaller than {dtype} from {break_even:.0%} on. {remedy}")
+        raise ValueError(f"{where!r} has {zeros:.0%} zeros; CSR is smaller than {dtype} from "
+                         f"{break_even:.0%} on. {remedy}")
 
 
 def wrap(model, targets=None, *, anyway=False):
-    """Store the leaves that `targets` names (see `registry.select`) in CSR; in place, returns the model.
+    """Store the leaves that `targets` names (see `registry.select`) in CSR; returns the model.
 
-    By default every linear leaf but the output head and tied matrices. ValueError, unless `anyway`, where CSR would
-    need more bytes than the dense matrix: prune and merge first. The same holds for what is merged into CSR later.
+    By default every linear leaf but the output head and tied matrices. ValueError, unless `anyway`,
+    where CSR would need more bytes than the dense matrix: prune and merge first. The same holds for
+    what is merged into CSR later.
     """
     options.flag("anyway", anyway)
     for site in () if anyway else select(model, targets, CSR.accepts, hidden_linears(model)):
