@@ -15,7 +15,7 @@ zeros: it cannot be merged into a leaf that is stored so, unless `anyway`.
 
 torch has `torch.sparse_csr_tensor`, but a Parameter of that kind breaks `.to`, deepcopy and
 safetensors. So three ordinary buffers are kept, and the sparse view is made at each call
-(some microseconds). The product is one operator of our own, so that torch.compile sees a
+(some microseconds). The product (`csr.py`) is one operator of our own, so that torch.compile sees a
 leaf and not torch's sparse internals, and so that a model in half precision (or under
 autocast) can be computed in float32, which is what the CPU has. Not included: a gradient
 for the values, blocks, and CUDA's 2:4 pattern.
@@ -27,66 +27,12 @@ for the values, blocks, and CUDA's 2:4 pattern.
 (True, 16)
 """
 
-import warnings
-
 import torch
-from torch import Tensor
 
 from minillm import ops, options
+from minillm.csr import csr_matmul
 from minillm.registry import Format, dense, hidden_linears, select
 from minillm.verbs import attach, verbs
-
-with warnings.catch_warnings(action="ignore"):  # torch says once that the layout is in beta
-    torch.zeros(1, 1).to_sparse_csr()
-
-
-def view(crow, col, values, shape):
-    """The torch sparse matrix (out, in); in float32 for half precision, which the CPU cannot multiply."""
-    values = values.to(torch.promote_types(values.dtype, torch.float32))
-    with torch.sparse.check_sparse_tensor_invariants(False):
-        return torch.sparse_csr_tensor(crow, col, values, shape)
-
-
-@torch.library.custom_op("minillm::csr_matmul", mutates_args=())
-def csr_matmul(crow: Tensor, col: Tensor, values: Tensor, x: Tensor, out: int) -> Tensor:
-    """x (n, in) times Wᵀ -> (n, out), in the dtype of x."""
-    with ops.without_autocast(x):
-        W = view(crow, col, values, (out, x.shape[1]))
-        v = x.to(W.dtype)
-        y = (W @ v[0])[None] if len(x) == 1 else (W @ v.T).T  # a vector is three times as fast
-        return y.to(x.dtype, copy=True, memory_format=torch.contiguous_format)
-
-
-@csr_matmul.register_fake
-def _(crow, col, values, x, out):
-    return x.new_empty(x.shape[0], out)
-
-
-@torch.library.custom_op("minillm::csr_matmul_transposed", mutates_args=())
-def csr_matmul_transposed(crow: Tensor, col: Tensor, values: Tensor, grad: Tensor, out: int,
-                          into: int) -> Tensor:
-    """grad (n, out) times W -> (n, in), in the dtype of grad."""
-    with ops.without_autocast(grad):
-        W = view(crow, col, values, (out, into)).to_dense()
-        return grad.to(W.dtype).mm(W).to(grad.dtype)
-
-
-@csr_matmul_transposed.register_fake
-def _(crow, col, values, grad, out, into):
-    return grad.new_empty(grad.shape[0], into)
-
-
-def _setup(ctx, inputs, output):
-    crow, col, values, x, out = inputs
-    ctx.save_for_backward(crow, col, values)
-    ctx.shape = (out, x.shape[1])
-
-
-def _backward(ctx, grad):
-    return None, None, None, csr_matmul_transposed(*ctx.saved_tensors, grad, *ctx.shape), None
-
-
-csr_matmul.register_autograd(_backward, setup_context=_setup)
 
 
 class CSR(Format):
