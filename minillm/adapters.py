@@ -7,13 +7,15 @@
     up       the projection back       (d, m), (d,)     0, 0: the adapter is the identity ("near-identity" in the paper)
     f        the nonlinearity                           GELU (the paper leaves it open)
 
-Cost: 2 m d + m + d parameters a sublayer; 2 m d multiplications a token more, also after training: because of f it is no
-change of a weight, and cannot be merged. The sublayers are the attention and the MLP of each block, as in the paper;
-`targets=["mlp"]` is the cheaper half that Pfeiffer et al. 2020 (arXiv 2005.00247) found to be nearly as good.
+Cost: 2 m d + m + d parameters a sublayer; 2 m d multiplications a token more, also after
+training: because of f it is no change of a weight, and cannot be merged. The sublayers are
+the attention and the MLP of each block, as in the paper; `targets=["mlp"]` is the cheaper
+half that Pfeiffer et al. 2020 (arXiv 2005.00247) found to be nearly as good.
 
-A sublayer of a Hugging Face model may return a tuple, whose first item is the hidden state: that item alone is adapted.
-The `adapters` library patches each architecture's source file; here the patch rings the module, whatever it holds. Not
-included: training the layer norms beside the adapters, as the paper does (2 d more parameters for each norm).
+A sublayer of a Hugging Face model may return a tuple, whose first item is the hidden state:
+that item alone is adapted. The `adapters` library patches each architecture's source file;
+here the patch rings the module, whatever it holds. Not included: training the layer norms
+beside the adapters, as the paper does (2 d more parameters for each norm).
 
 >>> from torch import nn; import torch, minillm
 >>> model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(2, 8)

@@ -8,20 +8,24 @@
     scale     alpha/r  ()           rank_stabilized: alpha/sqrt(r) (rsLoRA, Kalajdzievski 2023, arXiv 2312.03732)
     dropout   d                     while training: each input to the branch is 0 with this probability
 
-Cost: r (in + out) parameters a leaf, and as much compute a token, beside in * out for the leaf itself; the gradient
-and AdamW's two states exist only for A and B. Merged, it costs nothing.
+Cost: r (in + out) parameters a leaf, and as much compute a token, beside in * out for the
+leaf itself; the gradient and AdamW's two states exist only for A and B. Merged, it costs
+nothing.
 
-A is (r, in), as nn.Linear keeps a weight: the initialisation reads the fan-in from the last dimension, and a
-transposed A gets r for it, at r = 8 and in = 768 seven times too large a start. An embedding is a leaf whose input
-is one-hot, W (width, vocabulary): there A x is a lookup of A's columns, d(x) drops the branch of a whole token, and
-the row of `padding_idx` neither changes nor learns.
+A is (r, in), as nn.Linear keeps a weight: the initialisation reads the fan-in from the last
+dimension, and a transposed A gets r for it, at r = 8 and in = 768 seven times too large a
+start. An embedding is a leaf whose input is one-hot, W (width, vocabulary): there A x is a
+lookup of A's columns, d(x) drops the branch of a whole token, and the row of `padding_idx`
+neither changes nor learns.
 
-Dropout is no change of the weight. Where something reads the folded weight while LoRA trains with dropout (a mask
-around it, nn.MultiheadAttention), that is an error; merging is not, since it folds what was learnt.
+Dropout is no change of the weight. Where something reads the folded weight while LoRA
+trains with dropout (a mask around it, nn.MultiheadAttention), that is an error; merging is
+not, since it folds what was learnt.
 
-peft keeps several named adapters on a layer and switches between them, and casts x to float32 where A is float32;
-here A is cast to x's type, so a bfloat16 model runs in bfloat16 and the optimizer still sees float32. Not included:
-a change of the bias, a rank for each leaf (call `wrap` once for each rank, with its targets).
+peft keeps several named adapters on a layer and switches between them, and casts x to
+float32 where A is float32; here A is cast to x's type, so a bfloat16 model runs in bfloat16
+and the optimizer still sees float32. Not included: a change of the bias, a rank for each
+leaf (call `wrap` once for each rank, with its targets).
 
 >>> from torch import nn; import torch, minillm
 >>> model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(2, 8)
@@ -53,7 +57,8 @@ class LoRA(Patch):
         out, into = site.shape
         r = options.whole("r", r)
         if r > min(out, into):
-            raise ValueError(f"r={r} at {site.name!r}: the rank of a ({out}, {into}) matrix lies between 1 and {min(out, into)}")
+            raise ValueError(f"r={r} at {site.name!r}: the rank of a ({out}, {into}) matrix lies between 1 "
+                             f"and {min(out, into)}")
         self.r, self.alpha = r, options.positive("alpha", alpha)
         self.rank_stabilized = options.flag("rank_stabilized", rank_stabilized)
         self.dropout = options.share("dropout", dropout)
@@ -75,12 +80,12 @@ class LoRA(Patch):
         y = below(x)
         if self.random and not self.lookup:
             x = F.dropout(x, self.dropout)
-        Ax = below.compute(x, self.A.to(y.dtype))  # (..., in) -> (..., r); of ids (b, t) -> (b, t, r)
+        Ax = below.compute(x, self.A.to(y.dtype))  # (..., in), or ids (...) -> (..., r)
         if self.padding is not None:
             Ax = Ax.masked_fill((x == self.padding)[..., None], 0)
         if self.random and self.lookup:  # of a one-hot input only the 1 can be dropped
             Ax = Ax * F.dropout(Ax.new_ones(*x.shape, 1), self.dropout)
-        return y + F.linear(self.scale * Ax, self.B.to(y.dtype))  # the scale where it costs r products and not `out`
+        return y + F.linear(self.scale * Ax, self.B.to(y.dtype))  # r products for the scale, not `out`
 
     def fold(self, W, b):
         A = self.A
@@ -98,9 +103,10 @@ class LoRA(Patch):
 def wrap(model, targets=None, *, r=8, alpha=16.0, rank_stabilized=False, dropout=0.0):
     """Put LoRA around the leaves that `targets` names (see `registry.select`); in place, returns the model.
 
-    By default every linear leaf but the output head and tied matrices. Only A and B learn afterwards. The dropout
-    (of the branch's input, while training) is off by default: it costs a copy of x for each leaf. ValueError for an
-    r that is no rank of one of the leaves, an alpha that is not above 0, and a dropout outside of 0 <= d < 1.
+    By default every linear leaf but the output head and tied matrices. Only A and B learn
+    afterwards. The dropout (of the branch's input, while training) is off by default: it costs a
+    copy of x for each leaf. ValueError for an r that is no rank of one of the leaves, an alpha that
+    is not above 0, and a dropout outside of 0 <= d < 1.
     """
     return attach(LoRA, model, targets, r=r, alpha=alpha, rank_stabilized=rank_stabilized, dropout=dropout)
 

@@ -2,14 +2,15 @@
 
     y = x Wᵀ        dx = dy W        dW = dyᵀ x          x (..., in), W (out, in), y (..., out)
 
-For dx autograd keeps the W that the forward used. Where W is a parameter that costs nothing. Where W was made
-for this one product (int8 turned to floats, a weight times its mask) it is a whole dense matrix for each leaf,
-kept from the forward to the backward: more than all that LoRA keeps. The two functions below keep what W is
-made from, and make it again. The price is that small computation a second time.
+For dx autograd keeps the W that the forward used. Where W is a parameter that costs
+nothing. Where W was made for this one product (int8 turned to floats, a weight times its
+mask) it is a whole dense matrix for each leaf, kept from the forward to the backward: more
+than all that LoRA keeps. The two functions below keep what W is made from, and make it
+again. The price is that small computation a second time.
 
-Each is differentiable twice, since its backward is made of ordinary operations. In code that torch.compile makes
-the same is asked for with checkpointing: left alone, the compiler keeps a W that goes into a matrix product.
-"""
+Each is differentiable twice, since its backward is made of ordinary operations. In code
+that torch.compile makes the same is asked for with checkpointing: left alone, the compiler
+keeps a W that goes into a matrix product."""
 
 import contextlib
 

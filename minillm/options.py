@@ -1,9 +1,8 @@
 """What a technique's options may be: one check for each kind of value, and the command line's texts turned into values.
 
-A check returns the value, or raises a ValueError of one line that repeats what was written and says what is
-possible. The techniques call it where their Patch or Format is built, so a wrong option stops `wrap` and `load`
-before the model is touched.
-"""
+A check returns the value, or raises a ValueError of one line that repeats what was written
+and says what is possible. The techniques call it where their Patch or Format is built, so a
+wrong option stops `wrap` and `load` before the model is touched."""
 
 import ast
 import inspect

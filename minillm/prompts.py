@@ -6,17 +6,21 @@
     P         P_e      rows of the embedding, drawn at random from the vocabulary (the paper's "sampled vocabulary")
     length    p        the paper uses 1 to 150; 20 is where its curves flatten
 
-The vectors are rows of the embedding for ids that the tokenizer never gives: vocabulary, vocabulary + 1, ... `prepare` (which
-minillm's generate, train and evaluate call for every technique) puts these p ids before every row, with a label of -100 and a
-mask of True. So they are tokens like others: the lengths, positions, masks and the key/value cache are right by themselves.
-A model called by hand without these ids does not see the prompt. That is also why wrapping changes no output.
+The vectors are rows of the embedding for ids that the tokenizer never gives: vocabulary,
+vocabulary + 1, ... `prepare` (which minillm's generate, train and evaluate call for every
+technique) puts these p ids before every row, with a label of -100 and a mask of True. So
+they are tokens like others: the lengths, positions, masks and the key/value cache are right
+by themselves. A model called by hand without these ids does not see the prompt. That is
+also why wrapping changes no output.
 
-Cost: p * e parameters, the fewest of all methods here, and p more tokens of context in every call, for training too: the
-gradient has to run through the whole frozen model. It cannot be merged: text that shows no placeholder has no rows to use.
+Cost: p * e parameters, the fewest of all methods here, and p more tokens of context in
+every call, for training too: the gradient has to run through the whole frozen model. It
+cannot be merged: text that shows no placeholder has no rows to use.
 
-peft concatenates the vectors inside a wrapper of the model, and has to correct masks, labels and positions for each model
-class; logits come back longer by p there, and here as well.
-Not included: a reparameterising network (P-tuning), and vectors for each layer (prefix tuning).
+peft concatenates the vectors inside a wrapper of the model, and has to correct masks,
+labels and positions for each model class; logits come back longer by p there, and here as
+well. Not included: a reparameterising network (P-tuning), and vectors for each layer
+(prefix tuning).
 
 >>> import torch, minillm
 >>> model = minillm.Transformer(minillm.Config(vocab_size=50, width=8, layers=1, heads=2))

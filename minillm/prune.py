@@ -7,14 +7,16 @@
     group     what is compared with what: "row" (each output channel loses the same share), "matrix", or "model" (all chosen leaves
               together, so that less important matrices lose more)
 
-A mask is a Patch: the weight beneath stays whole, `unwrap` gives it back, and training goes on through the mask, so that what
-is pruned stays pruned (the paper's retraining; wrapping freezes nothing). `merge` writes the zeros into the weight. Zeros alone save no
-memory and no time: that takes a sparse format (`minillm.sparse`) or the removal of whole rows.
+A mask is a Patch: the weight beneath stays whole, `unwrap` gives it back, and training goes
+on through the mask, so that what is pruned stays pruned (the paper's retraining; wrapping
+freezes nothing). `merge` writes the zeros into the weight. Zeros alone save no memory and
+no time: that takes a sparse format (`minillm.sparse`) or the removal of whole rows.
 
-Which weights to zero is the whole difference between pruning methods: one mask with another score. The score here is |W|;
-Sun et al. 2023 ("Wanda", arXiv 2306.11695) multiply it by the norm of the input, and compare by row.
-torch.nn.utils.prune recomputes weight_orig * weight_mask before each forward in a hook; here it is the patch's own formula.
-Not included: schedules that prune step by step, and patterns such as 2:4.
+Which weights to zero is the whole difference between pruning methods: one mask with another
+score. The score here is |W|; Sun et al. 2023 ("Wanda", arXiv 2306.11695) multiply it by the
+norm of the input, and compare by row. torch.nn.utils.prune recomputes weight_orig *
+weight_mask before each forward in a hook; here it is the patch's own formula. Not included:
+schedules that prune step by step, and patterns such as 2:4.
 
 >>> from torch import nn; import torch, minillm
 >>> model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(2, 8)
@@ -40,8 +42,10 @@ class Mask(Patch):
 
     def __init__(self, site, sparsity=0.5, group="row", masks=None):
         super().__init__()
-        self.sparsity, self.group = options.share("sparsity", sparsity), options.one_of("group", group, GROUPS)
-        mask = masks[site.name] if masks else torch.ones(site.shape, dtype=torch.bool)  # a file fills it
+        self.sparsity = options.share("sparsity", sparsity)
+        self.group = options.one_of("group", group, GROUPS)
+        # Without masks it comes from a file, which fills it.
+        mask = masks[site.name] if masks else torch.ones(site.shape, dtype=torch.bool)
         self.register_buffer("mask", mask.to(site.new(0).device))
 
     def forward(self, below, x):
@@ -82,8 +86,8 @@ def largest(scores, sparsity):
     if k == 0:
         return torch.ones_like(scores, dtype=torch.bool)
     exact = torch.promote_types(scores.dtype, torch.float32)  # numpy has no bfloat16
-    kth = np.partition(scores.to("cpu", exact).numpy(), k - 1, axis=1)[:, k - 1 : k]  # (n, 1), without sorting all
-    kth = torch.from_numpy(kth).to(scores)
+    ranked = np.partition(scores.to("cpu", exact).numpy(), k - 1, axis=1)  # quicker than to sort all
+    kth = torch.from_numpy(ranked[:, k - 1 : k]).to(scores)  # (n, 1)
     less, equal = scores < kth, scores == kth
     left = k - less.sum(1, keepdim=True)  # how many of the equal ones have to go
     count = equal.cumsum(1, dtype=torch.int32 if scores.shape[1] < 2**31 else torch.int64)
@@ -103,11 +107,12 @@ def wrap(model, targets=None, *, sparsity=0.5, group="row"):
     if group == "row":
         masks = {name: largest(score, sparsity) for name, score in scores.items()}
     elif group == "matrix":
-        masks = {name: largest(score.view(1, -1), sparsity).view(score.shape) for name, score in scores.items()}
+        masks = {name: largest(score.view(1, -1), sparsity).view(score.shape)
+                 for name, score in scores.items()}
     else:
         whole = largest(torch.cat([score.flatten() for score in scores.values()])[None], sparsity)[0]
         parts = whole.split([score.numel() for score in scores.values()])
-        masks = {name: part.view(score.shape) for part, (name, score) in zip(parts, scores.items())}
+        masks = {name: part.view(scores[name].shape) for name, part in zip(scores, parts)}
     return attach(Mask, model, targets, sparsity=sparsity, group=group, masks=masks)
 
 

@@ -7,19 +7,22 @@
     q        X_i8                       (out, in)   int8
     scale    s; theirs is 1 / s         (out, 1)    float32, also where the model is cast to another dtype
 
-Since s belongs to a row, it moves out of the sum: W x ~ s * (q x). The dense W is not made, and training keeps
-neither it nor q in floats for the backward pass, which turns q into floats again (see `ops`). Rounding moves a
-weight by at most s / 2, which is 1/254 of the largest weight of its row: the row's largest weight sets the error
-of all others, and that is why one scale a row is used and not one a matrix.
+Since s belongs to a row, it moves out of the sum: W x ~ s * (q x). The dense W is not made,
+and training keeps neither it nor q in floats for the backward pass, which turns q into
+floats again (see `ops`). Rounding moves a weight by at most s / 2, which is 1/254 of the
+largest weight of its row: the row's largest weight sets the error of all others, and that
+is why one scale a row is used and not one a matrix.
 
-q x is up to 127 times larger than W x, and the largest float16 is 65,504: so where x is float16 the sum is taken
-in float32. bfloat16 has the range of float32, and q fits its 8 bits exactly: its sums stay in bfloat16, which
-costs no more error than a dense bfloat16 matrix has.
+q x is up to 127 times larger than W x, and the largest float16 is 65,504: so where x is
+float16 the sum is taken in float32. bfloat16 has the range of float32, and q fits its 8
+bits exactly: its sums stay in bfloat16, which costs no more error than a dense bfloat16
+matrix has.
 
-Cost: 1 byte a weight and one scale a row: a quarter of float32. The model computes in its own float type; on a CPU
-a token is faster where reading the weights is what takes the time, once the conversion is fused (see
-`benchmarks/`). LLM.int8() also quantizes x, row by row, and leaves the columns of x with outliers in 16 bits;
-bitsandbytes does this on CUDA. Not included: that, zero points, 4 bits and calibration.
+Cost: 1 byte a weight and one scale a row: a quarter of float32. The model computes in its
+own float type; on a CPU a token is faster where reading the weights is what takes the time,
+once the conversion is fused (see `benchmarks/`). LLM.int8() also quantizes x, row by row,
+and leaves the columns of x with outliers in 16 bits; bitsandbytes does this on CUDA. Not
+included: that, zero points, 4 bits and calibration.
 
 >>> from torch import nn; import torch, minillm
 >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))

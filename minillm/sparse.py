@@ -1,21 +1,24 @@
 """Compressed sparse rows (CSR): store the weights that are not zero, and where they stand.
 
-    row i of W:  values[crow[i] : crow[i+1]]  in the columns  col[crow[i] : crow[i+1]]      Saad 2003, "Iterative
-                                                      Methods for Sparse Linear Systems", 2nd ed., section 3.4
+    row i of W:  values[crow[i] : crow[i+1]]  in the columns  col[crow[i] : crow[i+1]]
+    Saad 2003, "Iterative Methods for Sparse Linear Systems", 2nd ed., section 3.4
+
     code      Saad's name    shape        dtype
     values    AA             (nnz,)       the model's
     col       JA             (nnz,)       int32, rising within a row
     crow      IA             (out + 1,)   int32
 
-Cost: 4 bytes for the column beside each value. In float32 it saves memory from 50% zeros on, in bfloat16 from 67%.
-On a CPU it is faster than a dense float32 product from about 75% zeros. No accuracy is lost: what is stored is W,
-so prune and merge first. LoRA fills the zeros: it cannot be merged into a leaf that is stored so, unless `anyway`.
+Cost: 4 bytes for the column beside each value. In float32 it saves memory from 50% zeros
+on, in bfloat16 from 67%. On a CPU it is faster than a dense float32 product from about 75%
+zeros. No accuracy is lost: what is stored is W, so prune and merge first. LoRA fills the
+zeros: it cannot be merged into a leaf that is stored so, unless `anyway`.
 
-torch has `torch.sparse_csr_tensor`, but a Parameter of that kind breaks `.to`, deepcopy and safetensors. So three
-ordinary buffers are kept, and the sparse view is made at each call (some microseconds). The product is one
-operator of our own, so that torch.compile sees a leaf and not torch's sparse internals, and so that a model in
-half precision (or under autocast) can be computed in float32, which is what the CPU has.
-Not included: a gradient for the values, blocks, and CUDA's 2:4 pattern.
+torch has `torch.sparse_csr_tensor`, but a Parameter of that kind breaks `.to`, deepcopy and
+safetensors. So three ordinary buffers are kept, and the sparse view is made at each call
+(some microseconds). The product (`csr.py`) is one operator of our own, so that torch.compile sees a
+leaf and not torch's sparse internals, and so that a model in half precision (or under
+autocast) can be computed in float32, which is what the CPU has. Not included: a gradient
+for the values, blocks, and CUDA's 2:4 pattern.
 
 >>> from torch import nn; import torch, minillm
 >>> model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(2, 8)
@@ -24,70 +27,12 @@ Not included: a gradient for the values, blocks, and CUDA's 2:4 pattern.
 (True, 16)
 """
 
-import warnings
-
 import torch
 
 from minillm import ops, options
+from minillm.csr import csr_matmul
 from minillm.registry import Format, dense, hidden_linears, select
 from minillm.verbs import attach, verbs
-
-with warnings.catch_warnings(action="ignore"):  # torch says once a process that the layout is in beta
-    torch.zeros(1, 1).to_sparse_csr()
-
-
-def view(crow, col, values, shape):
-    """The torch sparse matrix (out, in) over the three buffers, which are not copied."""
-    with torch.sparse.check_sparse_tensor_invariants(False):
-        return torch.sparse_csr_tensor(crow, col, values, shape)
-
-
-@torch.library.custom_op("minillm::csr_matmul", mutates_args=())
-def csr_matmul(crow: torch.Tensor, col: torch.Tensor, values: torch.Tensor, x: torch.Tensor, out: int) -> torch.Tensor:
-    """x (n, in) times Wᵀ -> (n, out), in the dtype of x."""
-    with ops.without_autocast(x):
-        W = view(crow, col, exact(values), (out, x.shape[1]))
-        v = x.to(W.dtype)
-        y = (W @ v[0])[None] if len(x) == 1 else (W @ v.T).T  # a vector is three times as fast
-        return y.to(x.dtype, copy=True, memory_format=torch.contiguous_format)
-
-
-@csr_matmul.register_fake
-def _(crow, col, values, x, out):
-    return x.new_empty(x.shape[0], out)
-
-
-@torch.library.custom_op("minillm::csr_matmul_transposed", mutates_args=())
-def csr_matmul_transposed(
-    crow: torch.Tensor, col: torch.Tensor, values: torch.Tensor, grad: torch.Tensor, out: int, into: int
-) -> torch.Tensor:
-    """grad (n, out) times W -> (n, in), in the dtype of grad."""
-    with ops.without_autocast(grad):
-        W = view(crow, col, exact(values), (out, into)).to_dense()
-        return grad.to(W.dtype).mm(W).to(grad.dtype)
-
-
-@csr_matmul_transposed.register_fake
-def _(crow, col, values, grad, out, into):
-    return grad.new_empty(grad.shape[0], into)
-
-
-def exact(values):
-    """float32 for half precision, whose sparse products the CPU lacks."""
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
-
-
-def _setup(ctx, inputs, output):
-    crow, col, values, x, out = inputs
-    ctx.save_for_backward(crow, col, values)
-    ctx.shape = (out, x.shape[1])
-
-
-def _backward(ctx, grad):
-    return None, None, None, csr_matmul_transposed(*ctx.saved_tensors, grad, *ctx.shape), None
-
-
-csr_matmul.register_autograd(_backward, setup_context=_setup)
 
 
 class CSR(Format):
@@ -118,19 +63,18 @@ class CSR(Format):
     def forward(self, x):
         x = ops.in_autocast(x)
         rows = x.reshape(-1, self.shape[1])  # (..., in) -> (n, in)
-        y = csr_matmul(self.crow, self.col, self.values, rows, self.shape[0]).view(*x.shape[:-1], -1)
+        y = csr_matmul(self.crow, self.col, self.values, rows, self.shape[0])
+        y = y.view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def check(self, where):
-        out, into = self.shape
         n, counts, col = self.values.numel(), self.crow.diff(), self.col
-        lies = (self.crow[0] != 0 or self.crow[-1] != n or col.numel() != n or bool((counts < 0).any())
-                or bool(((col < 0) | (col >= into)).any()))
-        if lies:
-            raise ValueError(f"{where}: crow, col and values contradict each other for a ({out}, {into}) matrix")
+        whole = self.crow[0] == 0 and self.crow[-1] == n == col.numel()
+        if not whole or (counts < 0).any() or (col < 0).any() or (col >= self.shape[1]).any():
+            raise ValueError(f"{where}: crow, col and values contradict each other for a {self.shape} matrix")
         same_row = self.rows().diff() == 0
-        if bool((same_row & (col.diff() <= 0)).any()):
-            raise ValueError(f"{where}: the columns of a row do not rise: one of them is written twice, or out of order")
+        if (same_row & (col.diff() <= 0)).any():
+            raise ValueError(f"{where}: the columns of a row do not rise: one is out of order, or written twice")
 
     def pays(self, where):
         zeros = 1 - self.values.numel() / (self.shape[0] * self.shape[1])
@@ -145,14 +89,16 @@ def smaller(where, zeros, dtype, remedy):
     """ValueError where a matrix with this share of zeros needs more bytes in CSR than dense."""
     break_even = 1 - dtype.itemsize / (dtype.itemsize + 4)
     if zeros < break_even:
-        raise ValueError(f"{where!r} has {zeros:.0%} zeros; CSR is smaller than {dtype} from {break_even:.0%} on. {remedy}")
+        raise ValueError(f"{where!r} has {zeros:.0%} zeros; CSR is smaller than {dtype} from "
+                         f"{break_even:.0%} on. {remedy}")
 
 
 def wrap(model, targets=None, *, anyway=False):
-    """Store the leaves that `targets` names (see `registry.select`) in CSR; in place, returns the model.
+    """Store the leaves that `targets` names (see `registry.select`) in CSR; returns the model.
 
-    By default every linear leaf but the output head and tied matrices. ValueError, unless `anyway`, where CSR would
-    need more bytes than the dense matrix: prune and merge first. The same holds for what is merged into CSR later.
+    By default every linear leaf but the output head and tied matrices. ValueError, unless `anyway`,
+    where CSR would need more bytes than the dense matrix: prune and merge first. The same holds for
+    what is merged into CSR later.
     """
     options.flag("anyway", anyway)
     for site in () if anyway else select(model, targets, CSR.accepts, hidden_linears(model)):
