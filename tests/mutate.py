@@ -35,9 +35,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 import pytest
+import tqdm
 
 from mutate_changes import choose
 
@@ -58,6 +60,7 @@ def work(tree, environment, arguments, quiet):
     os.environ.update(environment)
     sys.path[:] = [tree, f"{tree}/tests", *(path for path in sys.path if path != sys.path[0])]
     sys.dont_write_bytecode, tempfile.tempdir = True, None
+    tqdm.tqdm.set_lock(threading.RLock())  # its lock between processes would leak at `os._exit`
     if quiet:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
