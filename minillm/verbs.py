@@ -103,7 +103,7 @@ def merge(cls, model, keep=True, tolerance=0.5):
             raise ValueError(f"{site.name!r} shares its matrix with {', '.join(tied[site.name])}: merging {name} into it would change "
                              "them too. minillm.untie(model) first gives each its own")
         changed = not torch.equal(wanted, W) or bias is not b
-        base = rebased(site.module, wanted, bias) if changed else copy.copy(site.module)
+        base = rebased(site.module, wanted, bias) if changed else twin(site.module)
         if changed and isinstance(base, Format):
             base.pays(site.name)
         error, change = (dense(base)[0].to(W.dtype) - wanted).norm().item(), (wanted - W).norm().item()
@@ -130,18 +130,24 @@ def storage(module):
     return module.technique if isinstance(module, Format) else str(module.weight.dtype).removeprefix("torch.")
 
 
-def rebased(base, W, b):
-    """A copy of the leaf `base`, in its own format, that holds W (out, in) and b instead."""
+def twin(base):
+    """A leaf of its own over the same tensors: what is set on it does not change `base`."""
     new = copy.copy(base)
     for table in ("_parameters", "_buffers", "_modules"):
         new.__dict__[table] = dict(base.__dict__[table])
+    return new
+
+
+def rebased(base, W, b):
+    """A twin of the leaf `base`, in its own format and dtype, that holds W (out, in) and b instead."""
+    new, dtype = twin(base), dense(base)[0].dtype
     if isinstance(new, Format):
         new.pack(W)
     else:
         W = W.T if leaf(base).transposed else W
-        new.weight = nn.Parameter(W.to(base.weight.dtype).contiguous(), requires_grad=base.weight.requires_grad)
+        new.weight = nn.Parameter(W.to(dtype).contiguous(), requires_grad=base.weight.requires_grad)
     if b is not None and b is not base.bias:
-        new.bias = nn.Parameter(b.to(W.dtype))
+        new.bias = nn.Parameter(b.to(dtype))
     return new
 
 

@@ -1,90 +1,270 @@
 """The command line, end to end on a model small enough to train in a second."""
 
 import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 
 import minillm
-from minillm import cli, compare, data
+from minillm import cli, data
 from minillm.tokenizer import SentencePiece
+
+CHATML = ("{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}\n{% endfor %}"
+          "{% if add_generation_prompt %}<assistant> {% endif %}")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "small"
     tokenizer = SentencePiece.train([data.topics()[:40000]], 500)
+    tokenizer.chat_template = CHATML
     torch.manual_seed(0)
-    minillm.save(minillm.Transformer(minillm.Config(500, 32, 3, 4, kv_heads=2, ffn=64, positions=512)), path, tokenizer=tokenizer)
+    config = minillm.Config(500, 32, 3, 4, kv_heads=2, ffn=64, positions=512)
+    minillm.save(minillm.Transformer(config), path, tokenizer=tokenizer)
     return str(path)
 
 
-def test_train_then_eval_then_generate_with_what_was_learnt(model, tmp_path, capsys):
-    text = tmp_path / "a.txt"
-    text.write_text(data.topics()[:8000])
-    out = str(tmp_path / "lora.safetensors")
-    args = ["train", "--model", model, "--data", str(text), "--option", "r=4", "--steps", "30", "--length", "64", "--rate", "0.01"]
-    kept = ["--checkpoints", str(tmp_path / "c"), "--save-every", "10", "--log", str(tmp_path / "log.jsonl")]
-    assert cli.main([*args, *kept, "--out", out]) == 0
-    assert "saved" in capsys.readouterr().out and len((tmp_path / "log.jsonl").read_text().splitlines()) == 30
-    scores = []
-    for adapter in ([], ["--adapter", out]):
-        assert cli.main(["eval", "--model", model, *adapter, "--text", str(text), "--length", "64"]) == 0
-        scores.append(float(capsys.readouterr().out.split()[1]))
+@pytest.fixture
+def run(model, capsys, tmp_path, monkeypatch):
+    """Run a command on the small model, in an empty directory; returns what it prints."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text(data.topics()[:8000])
+    chats = [dict(messages=[dict(role="user", content=f"What is {i}?"), dict(role="assistant", content=f"It is {i % 5}.")])
+             for i in range(20)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+
+    def call(*args, code=0):
+        args = [str(arg) for arg in args]
+        if args[0] not in ("fetch", "compare") and "--model" not in args:
+            args[1:1] = ["--model", model]
+        got = cli.main(args)
+        captured = capsys.readouterr()
+        assert got == code, captured.err
+        if code:
+            assert captured.err.strip().count("\n") == 0 and captured.err.strip().startswith(f"minillm {args[0]}: "), captured.err
+        return captured.err if code else captured.out
+
+    return call
+
+
+def logged(path):
+    return [json.loads(line) for line in pathlib.Path(path).read_text().splitlines()]
+
+
+TRAIN = ("train", "--data", "a.txt", "--length", 64, "--option", "r=4", "--rate", 0.01)
+
+
+def test_train_then_eval_then_generate_with_what_was_learnt(run, model, tmp_path):
+    said = run(*TRAIN, "--steps", 30, "--log", "log.jsonl", "--picture", "loss.png", "--out", "lora.safetensors")
+    assert "saved lora.safetensors" in said and "over the first 3 of 30 steps" in said
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 30
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    scores = [float(run("eval", *adapter, "--text", "a.txt", "--length", 64).split()[1])
+              for adapter in ([], ["--adapter", "lora.safetensors"])]
     assert scores[1] < 0.95 * scores[0]
-    assert cli.main(["generate", "--model", model, "--adapter", out, "The for", "--max-new-tokens", "8"]) == 0
-    streamed = capsys.readouterr().out
+    streamed = run("generate", "--adapter", "lora.safetensors", "The for", "--max-new-tokens", 8)
     m, tokenizer = minillm.load(model)
-    minillm.lora.load(m, out)
-    assert streamed.rstrip("\n") == tokenizer.decode(m.generate([tokenizer.encode("The for")], 8)[0].tolist())[len("The for"):].rstrip("\n")
-    assert cli.main(["show", "--model", model, "--adapter", out, "--cost"]) == 0
-    shown = capsys.readouterr().out
+    minillm.lora.load(m, "lora.safetensors")
+    whole = tokenizer.decode(m.generate([tokenizer.encode("The for")], 8)[0].tolist())
+    assert streamed.rstrip("\n") == whole[len("The for"):].rstrip("\n")
+    shown = run("show", "--adapter", "lora.safetensors", "--cost")
     assert "lora(r=4" in shown and "optimizer" in shown
 
 
-def test_errors_are_one_line_and_a_code(model, tmp_path, capsys):
-    for args, message in [
-        (["show", "--model", "nowhere"], "nowhere: no such file"),
-        (["eval", "--model", model, "--adapter", model + "/model.safetensors"], "is not a file that a technique"),
-        (["train", "--model", model, "--option", "targets=['q_porj']", "--out", "x"], "'q_porj' matches no leaf.*'q_proj'"),
-        (["compare", "--model", model, "--techniques", "lroa", "--out", str(tmp_path)], "'lroa' is not one"),
-        (["generate", "--model", model, "--chat", "hi"], "no chat template"),
-    ]:
-        assert cli.main(args) == 1
-        captured = capsys.readouterr().err
-        assert captured.count("\n") == 1 and captured.startswith(f"minillm {args[0]}: ")
-        assert __import__("re").search(message, captured), captured
+@pytest.mark.parametrize("technique", ["full", *minillm.techniques()])
+def test_what_each_technique_learns_is_saved(technique, run, model):
+    """train, then eval of the file in another load: the loss is that of the trained model."""
+    more = {"sparse": ["--option", "anyway=true"], "freeze": ["--option", "last=1"]}.get(technique, [])
+    out = "out" if technique == "full" else "out.safetensors"
+    run("train", "--data", "a.txt", "--length", 64, "--technique", technique, *more, "--steps", 20, "--rate", 0.02, "--out", out)
+    tuned = ["--model", "out"] if technique == "full" else ["--adapter", "out.safetensors"]
+    before, after = (float(run("eval", *which, "--text", "a.txt", "--length", 64).split()[1]) for which in ([], tuned))
+    assert after < 0.99 * before
+
+
+def test_an_adapter_goes_on_learning(run):
+    run(*TRAIN, "--steps", 10, "--out", "one.safetensors")
+    first = minillm.store.read("one.safetensors")[0]
+    more = ["train", "--data", "a.txt", "--length", 64, "--adapter", "one.safetensors", "--steps", 3, "--rate", 0.01]
+    assert "has its own settings" in run(*more, "--option", "r=2", "--out", "two.safetensors", code=1)
+    run(*more, "--out", "two.safetensors")
+    second, told = minillm.store.read("two.safetensors")
+    assert second.keys() == first.keys() and json.loads(told["sites"])["layers.0.self_attn.q_proj"]["r"] == 4
+    moved = [(second[key] - t).abs().max().item() for key, t in first.items()]
+    assert 0 < max(moved) < 0.2, "on from where it was, not anew"
+
+
+def test_two_files_of_one_technique_are_refused_by_name(run):
+    for name in ("one", "two"):
+        run(*TRAIN, "--steps", 1, "--out", f"{name}.safetensors")
+    said = run("eval", "--adapter", "one.safetensors", "--adapter", "two.safetensors", "--text", "a.txt", code=1)
+    assert "one.safetensors and two.safetensors are both files of lora" in said
+
+
+def test_an_adapter_of_another_model_is_refused_by_name(run, tmp_path):
+    run(*TRAIN, "--steps", 1, "--out", "one.safetensors")
+    torch.manual_seed(9)
+    config = minillm.Config(500, 32, 3, 4, kv_heads=2, ffn=64, positions=512)
+    tokenizer = SentencePiece.train([data.topics()[:40000]], 500)
+    minillm.save(minillm.Transformer(config), tmp_path / "other", tokenizer=tokenizer)
+    said = run("eval", "--model", "other", "--adapter", "one.safetensors", "--text", "a.txt", code=1)
+    assert "one.safetensors belongs to another model" in said and "'other'" in said and "--any-base" in said
+    run("eval", "--model", "other", "--adapter", "one.safetensors", "--any-base", "--text", "a.txt", "--length", 64)
+
+
+def test_held_out_data_stops_the_training_and_the_best_is_saved(run):
+    said = run(*TRAIN, "--eval-share", 0.3, "--every", 2, "--patience", 2, "--steps", 400, "--rate", 0.3, "--out", "a.safetensors",
+               "--log", "log.jsonl")
+    steps = logged("log.jsonl")
+    assert len(steps) < 400 and "best held-out loss" in said and steps[-1]["best"]["step"] < steps[-1]["step"]
+
+
+def test_the_preview_trains_nothing_without_out(run, tmp_path):
+    before = sorted(os.listdir(tmp_path))
+    shown = run("train", "--data", "chats.jsonl", "--preview", 2)
+    assert "example 2" in shown and "example 3" not in shown and "[[It is 0." in shown and "20 examples" in shown
+    assert sorted(os.listdir(tmp_path)) == before
+    assert "saved" in run(*TRAIN, "--preview", 1, "--steps", 1, "--out", "x.safetensors")
+
+
+@pytest.mark.parametrize("args, message", [
+    (["show", "--model", "nowhere"], "nowhere: no such file"),
+    (["eval", "--adapter", "a.txt"], "a.txt is not a whole safetensors file"),
+    (["train", "--option", "targets=['q_porj']", "--out", "x"], "'q_porj' matches no leaf.*'q_proj'"),
+    (["train", "--option", "rank_stabilized=maybe", "--out", "x"], "rank_stabilized='maybe' is neither true nor false"),
+    (["train", "--option", "foo=1", "--out", "x"], "lora has no option 'foo'.*alpha=16.0"),
+    (["train", "--option", "r=abc", "--out", "x"], "r='abc' is not a whole number"),
+    (["train", "--option", "r=2.5", "--out", "x"], "r='2.5' is not a whole number"),
+    (["train", "--data", "nowhere.jsonl", "--out", "x"], "nowhere.jsonl"),
+    (["train", "--data", "a.md", "--out", "x"], "'.md'"),
+    (["train", "--out", "a.txt"], "a.txt exists, and no technique of minillm wrote it; --force"),
+    (["train", "--out", "."], "is a directory"),
+    (["train", "--technique", "full", "--out", "a.txt"], "a.txt"),
+    (["train", "--picture", "x.doc", "--out", "x"], "'x.doc': a picture ends in"),
+    (["train", "--log", "a.txt", "--out", "x"], "'a.txt' is a file, and no log"),
+    (["train", "--device", "cuda:99", "--out", "x"], "--device cuda:99"),
+    (["train", "--device", "toaster", "--out", "x"], "--device toaster"),
+    (["compare", "--techniques", "lroa", "--out", "r"], "'lroa' is not one.*did you mean 'lora'"),
+    (["generate", "--top-p", "0.9", "hi"], "top_p"),
+    (["generate", "--system", "x", "hi"], "--system.*--chat"),
+    (["export", "--out", "."], "current directory"),
+    (["export", "--out", "a.txt"], "a.txt"),
+    (["export", "--type", "q8_0", "--out", "d"], "q8_0"),
+    (["eval", "--data", "chats.jsonl", "--text", "a.txt"], "--text and --data: one of them"),
+])
+def test_errors_are_one_line_and_nothing_is_touched(args, message, run, tmp_path):
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert re.search(message, said := run(*args, code=1)), said
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("args, message", [
+    (["fly"], "'fly'"),
+    (["train", "--stpes", "5"], "'--stpes' is not known; did you mean --steps"),
+    (["train", "--rate", "0"], "--rate: '0' is not a number above 0"),
+    (["train", "--rate", "-1"], "--rate: '-1' is not a number above 0"),
+    (["train", "--steps", "0"], "--steps: '0' is not a whole number of at least 1"),
+    (["train", "--steps", "1", "--epochs", "1", "--out", "x"], "--steps and --epochs: one of them"),
+    (["train", "--length", "1"], "--length: '1'"),
+    (["train", "--warmup", "2.5"], "--warmup: '2.5' is not"),
+    (["train", "--resume", "--out", "x"], "--resume needs --checkpoints"),
+    (["train", "--patience", "2", "--out", "x"], "--patience.*need held-out data"),
+    (["train", "--option", "r", "--out", "x"], "--option 'r' is not KEY=VALUE"),
+    (["train", "--technique", "full", "--option", "r=2", "--out", "x"], "full has no options"),
+    (["train"], "--out is missing"),
+    (["eval", "--windows", "-1"], "--windows: '-1'"),
+    (["generate", "--temperature", "-1", "hi"], "--temperature: '-1'"),
+    (["generate", "--top-p", "0", "hi"], "--top-p: '0'"),
+    (["generate", "--top-k", "-1", "hi"], "--top-k: '-1'"),
+    (["generate", "--min-p", "2", "hi"], "--min-p: '2'"),
+    (["export", "--type", "q4", "--out", "x"], "'q4'"),
+])
+def test_wrong_arguments_are_one_line_before_any_work(args, message, capsys, monkeypatch):
+    monkeypatch.setattr(minillm.hub, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(args)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.count("\n") == 1 and re.search(message, said), said
+
+
+def test_the_version(capsys):
     with pytest.raises(SystemExit):
-        cli.main(["fly"])
+        cli.main(["--version"])
+    assert re.fullmatch(r"minillm \d[\d.]*, torch \S+, Python \S+\n", capsys.readouterr().out)
 
 
-def test_compare_writes_the_table(model, tmp_path, capsys):
+def test_eval_of_the_users_own_records(run):
+    said = run("eval", "--data", "chats.jsonl", "--max-new-tokens", 4, "--examples", 2)
+    for name in ("20 examples", "loss", "perplexity", "exact match", "BLEU", "ROUGE-L", "It is 1."):
+        assert name in said
+    assert "It is 2." not in said
+
+
+def test_chat_remembers_what_was_said(run, model, monkeypatch):
+    lines = iter(["hello", "and then?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
+    said = run("chat", "--system", "Be brief.", "--max-new-tokens", 6).splitlines()
+    m, tokenizer = minillm.load(model)
+    messages, answers = [dict(role="system", content="Be brief.")], []
+    for line in ("hello", "and then?"):
+        messages.append(dict(role="user", content=line))
+        _, ids, _ = tokenizer.chat_spans(messages, generate=True)
+        new = m.generate([ids], 6, stop=tokenizer.stops)[0].tolist()[len(ids):]
+        answers.append(tokenizer.decode([i for i in new if i not in tokenizer.stops]))
+        messages.append(dict(role="assistant", content=answers[-1]))
+    assert "\n".join(said) == "\n".join(answers).rstrip("\n")
+
+
+def test_export_merges_what_can_be_merged_and_refuses_the_rest(run, tmp_path):
+    pytest.importorskip("gguf")
+    for technique, more in (("lora", ["--option", "r=2"]), ("quant", []), ("freeze", ["--option", "last=1"]), ("prompts", [])):
+        run("train", "--data", "a.txt", "--length", 64, "--technique", technique, *more, "--steps", 2, "--out", f"{technique}.safetensors")
+    for technique in ("lora", "quant", "freeze"):
+        run("export", "--adapter", f"{technique}.safetensors", "--out", technique)
+        continued = [run("generate", *which, "The", "--max-new-tokens", 8)
+                     for which in (["--adapter", f"{technique}.safetensors"], ["--model", technique])]
+        assert continued[0] == continued[1], technique
+    assert "prompts.safetensors holds prompts, which is no change of a weight" in run(
+        "export", "--adapter", "prompts.safetensors", "--out", "no", code=1)
+    assert not (tmp_path / "no").exists()
+    run("export", "--out", "m.GGUF")
+    assert "m.GGUF exists" in run("export", "--out", "m.GGUF", code=1)
+    run("export", "--out", "m.GGUF", "--force")
+    (tmp_path / "lora" / "notes.txt").write_text("mine")
+    assert "notes.txt" in run("export", "--out", "lora", code=1)
+    run("export", "--out", "lora", "--force")
+    assert (tmp_path / "lora" / "notes.txt").read_text() == "mine"
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(run, model, tmp_path):
+    args = ["--data", "a.txt", "--length", "64", "--option", "r=4", "--steps", "60", "--checkpoints", "c", "--log", "log.jsonl",
+            "--out", "lora.safetensors"]
+    process = subprocess.Popen([sys.executable, "-m", "minillm", "train", "--model", model, *args], cwd=tmp_path, text=True,
+                               stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(minillm.__file__))})
+    while not (tmp_path / "log.jsonl").exists() or not (tmp_path / "log.jsonl").read_text().count("\n"):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate()[1]
+    assert process.returncode == 130 and "--resume goes on from there" in said and "Traceback" not in said
+    assert not (tmp_path / "lora.safetensors").exists()
+    assert "--resume" in run("train", *args, code=1), "a fresh run there is refused"
+    run("train", *args, "--resume")
+    assert [record["step"] for record in logged(tmp_path / "log.jsonl")] == list(range(60))
+
+
+def test_compare_writes_the_table(run, model, tmp_path):
     pytest.importorskip("matplotlib")
-    sizes = ["--steps", "4", "--sweep-steps", "2", "--batch-size", "2", "--windows", "2"]
-    assert cli.main(["compare", "--model", model, "--techniques", "none", "lora", "--out", str(tmp_path / "r"), *sizes]) == 0
-    printed = capsys.readouterr().out
-    rows = json.loads((tmp_path / "r" / "table.json").read_text())
-    assert [row["technique"] for row in rows] == ["none", "lora"]
-    none, lora = rows
-    assert none["before"] == none["after"] == lora["before"] and lora["after"]["value"] != lora["before"]["value"]
-    assert lora["trainable"] > 0 and lora["rate"] and len(lora["sweep"]) >= 3 and lora["peak_bytes"] > 0
-    assert lora["int8_bytes"] < lora["bytes"] and "lora: learning rate" in printed
+    sizes = ["--steps", 3, "--seeds", 1, "--batch-size", 2, "--windows", 2]
+    said = run("compare", "--model", model, "--techniques", "none", "lora", "--out", "r", *sizes)
+    told = json.loads((tmp_path / "r" / "table.json").read_text())
+    assert [row["technique"] for row in told["rows"]] == ["none", "lora"] and "lora: learning rate" in said
     assert (tmp_path / "r" / "table.md").read_text().count("|") > 20
     assert (tmp_path / "r" / "table.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_sweep_moves_on_while_its_edge_is_best(monkeypatch):
-    """The loss falls with the rate up to 1, so the search has to leave its first three rates."""
-    best_at = 1.0
-    monkeypatch.setattr(compare, "fit", lambda name, model, part, tokenizer, settings, lr, steps: lr)
-    monkeypatch.setattr(compare, "techniques", lambda: {})
-    lr, tried = compare.sweep("lora", None, None, None, dict(sweep_steps=1), lambda lr: abs(torch.tensor(lr / best_at).log()))
-    assert len(tried) == 6 and lr == pytest.approx(0.2), "0.002 times the square root of 10, four times over"
-
-
-@pytest.mark.parametrize("task", ["summary", "package"])
-def test_the_other_tasks_are_scored(model, task):
-    m, tokenizer = minillm.load(model)
-    part = data.task(task, tokenizer, "test", limit=4, length=200)
-    score = compare.score(m, tokenizer, part, 64, 2)
-    assert 0 <= score <= 1 and score.n == 4

@@ -66,6 +66,14 @@ share = real(lambda x: 0 < x < 1, "a number between 0 and 1")
 up_to_1 = real(lambda x: 0 < x <= 1, "a number above 0, and at most 1")
 
 
+def warmup(text):
+    """A type for argparse: a whole number of steps, or a share of all steps."""
+    value = from_0(text)
+    if value > 1 and value != int(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of steps, nor a share of them below 1")
+    return int(value) if value >= 1 else value
+
+
 def parser():
     top = Parser(prog="minillm", description="Fine-tune a language model and make it small.")
     top.add_argument("--version", action="version", version=version())
@@ -149,7 +157,7 @@ def train_arguments(sub):
     how.add_argument("--batch-size", type=whole(1), default=8)
     how.add_argument("--accumulate", type=whole(1), default=1, help="batches whose gradients make one step")
     how.add_argument("--schedule", choices=list(train.SCHEDULES), default="cosine")
-    how.add_argument("--warmup", type=from_0, default=0.05, help="steps in which the rate rises, or a share below 1")
+    how.add_argument("--warmup", type=warmup, default=0.05, help="steps in which the rate rises, or a share below 1")
     how.add_argument("--weight-decay", type=from_0, default=0.0)
     how.add_argument("--clip", type=above_0, default=1.0, help="the largest norm of the gradient")
     how.add_argument("--every", type=whole(1), metavar="STEPS", help="measure the held-out loss so often")

@@ -2,7 +2,7 @@
 
 import sys
 
-from minillm import compare, data, distributed, files, hub, options, registry, store, train
+from minillm import compare, data, distributed, hub, options, registry, store, train
 from minillm.cli.using import load, needs_tokenizer
 
 
@@ -52,7 +52,9 @@ def check(args):
     if args.out and args.technique != "full":
         store.check_writable(args.out, args.force)
     if args.picture:
-        files.need("matplotlib", "plot")
+        train.check_picture(args.picture)
+    if args.log:
+        train.check_log(args.log)
     for path in filter(None, (args.data, args.eval_data)):
         data.reader_of(path)
 
@@ -99,11 +101,10 @@ def read(args, tokenizer):
 
 
 def fit(model, examples, held_out, tokenizer, args):
-    warmup = args.warmup if args.warmup < 1 else int(args.warmup)
     return train.train(
         model, examples, steps=args.steps or (None if args.epochs else 100), epochs=args.epochs,
         lr=args.rate or compare.RATES.get(args.technique) or 1e-3, batch_size=args.batch_size, accumulate=args.accumulate,
-        schedule=args.schedule, warmup=warmup, weight_decay=args.weight_decay, clip=args.clip, pad=tokenizer.pad or 0,
+        schedule=args.schedule, warmup=args.warmup, weight_decay=args.weight_decay, clip=args.clip, pad=tokenizer.pad or 0,
         seed=args.seed, held_out=held_out, every=args.every, patience=args.patience, checkpoints=args.checkpoints,
         save_every=args.save_every, keep=args.keep, resume=args.resume, log=args.log, name=args.technique)
 

@@ -6,6 +6,7 @@ import sys
 import torch
 
 from minillm import compare, data, evaluate, hub, registry, report
+from minillm.generate import check_options
 from minillm.show import show
 from minillm.store import holds
 
@@ -106,6 +107,7 @@ def speak(model, tokenizer, ids, args, generator):
 def run_generate(args):
     if args.system and not args.chat:
         raise ValueError("--system is a part of a conversation: add --chat")
+    check_options(args.max_new_tokens, **options(args))
     model, tokenizer = load(args)
     needs_tokenizer(tokenizer, args)
     if args.chat:
@@ -125,6 +127,7 @@ def opening(args):
 
 def run_chat(args):
     """Several turns: each sees all before it. An empty line or the end of the input ends the conversation."""
+    check_options(args.max_new_tokens, **options(args))
     model, tokenizer = load(args)
     needs_tokenizer(tokenizer, args)
     messages, numbers = opening(args), generator(args)

@@ -21,11 +21,11 @@
 """
 
 from minillm.train.checkpoints import newest, restore, saved
-from minillm.train.history import Summary, picture, summary
+from minillm.train.history import Summary, check_log, check_picture, picture, summary
 from minillm.train.interrupt import Interrupted
 from minillm.train.loop import train
 from minillm.train.losses import held_out_loss, loss_sum
 from minillm.train.rates import SCHEDULES, groups, rate
 
-__all__ = ["SCHEDULES", "Interrupted", "Summary", "groups", "held_out_loss", "loss_sum", "newest",
+__all__ = ["SCHEDULES", "Interrupted", "Summary", "check_log", "check_picture", "groups", "held_out_loss", "loss_sum", "newest",
            "picture", "rate", "restore", "saved", "summary", "train"]

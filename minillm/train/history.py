@@ -35,18 +35,23 @@ def journal(path, history):
     if path is None:
         yield lambda record: None
         return
-    path = pathlib.Path(path)
-    start = '{"step": '  # of every log, also of one whose first line is cut
-    if path.is_file():
-        with open(path, "rb") as file:
-            old = file.read(len(start))
-        if not start.encode().startswith(old):
-            raise FileExistsError(f"log={str(path)!r} is a file, and no log of a training: "
-                                  "choose another name, or remove it")
+    check_log(path)
     with files.atomic(path) as new:
         new.write_text("".join(json.dumps(record) + "\n" for record in history))
     with open(path, "a", buffering=1) as lines:
         yield lambda record: lines.write(json.dumps(record) + "\n")
+
+
+def check_log(path):
+    """FileExistsError for a file that is no log of a training, OSError where none can be written."""
+    start = b'{"step": '  # of every log, also of one whose first line is cut
+    files.check_writable(path, force=True)
+    if pathlib.Path(path).is_file():
+        with open(path, "rb") as file:
+            old = file.read(len(start))
+        if not start.startswith(old):
+            raise FileExistsError(f"log={str(path)!r} is a file, and no log of a training: "
+                                  "choose another name, or remove it")
 
 
 @dataclasses.dataclass
@@ -97,13 +102,9 @@ def picture(history, path):
 
     path: a .png, .svg or .pdf file. Smoothed: the mean over a window of a twentieth of the steps.
     """
-    path = pathlib.Path(path)
-    kind = path.suffix.lower().removeprefix(".")
-    if kind not in ("png", "svg", "pdf"):
-        raise ValueError(f"{str(path)!r}: a picture ends in .png, .svg or .pdf")
+    kind = check_picture(path)
     if not history:
         raise ValueError("the log is empty: there is nothing to draw")
-    files.need("matplotlib", "plot")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -123,6 +124,16 @@ def picture(history, path):
     below.set(xlabel="step", ylabel="learning rate")
     with files.atomic(path) as new:
         figure.savefig(new, format=kind, dpi=120)
+
+
+def check_picture(path):
+    """The kind of picture that `path` names; ValueError for another, ImportError without matplotlib."""
+    kind = pathlib.Path(path).suffix.lower().removeprefix(".")
+    if kind not in ("png", "svg", "pdf"):
+        raise ValueError(f"{str(path)!r}: a picture ends in .png, .svg or .pdf")
+    files.need("matplotlib", "plot")
+    files.check_writable(path, force=True)
+    return kind
 
 
 def smoothed(values):
