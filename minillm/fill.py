@@ -82,10 +82,7 @@ def check_tokenizer(tokenizer, rows, source):
     """ValueError where a tokenizer gives ids for which an embedding of so many rows has none."""
     if tokenizer is None:
         return
-    if tokenizer.vocab_size > rows:
-        raise ValueError(f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, but the "
-                         f"model's embedding has {rows} rows: this is another model's tokenizer, "
-                         "or the embedding has to grow first")
+    tokenizer.check_size(rows, source)
     for name in ("eos", "bos", "pad"):
         i = getattr(tokenizer, name)
         if i is not None and not 0 <= i < rows:

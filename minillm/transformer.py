@@ -75,7 +75,7 @@ class Config:
     def __post_init__(self):
         for field in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_size", "ffn", "positions", "window"):
             value = getattr(self, field)
-            if not (isinstance(value, int) and 1 <= value < 1 << 31 or value is None and getattr(Config, field, 0) is None):
+            if not (type(value) is int and 1 <= value < 1 << 31 or value is None and getattr(Config, field, 0) is None):
                 raise ValueError(f"{field}={value!r} is not a whole number from 1")
         for field in ("eps", "rope_base"):
             value = getattr(self, field)

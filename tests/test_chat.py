@@ -127,7 +127,7 @@ def test_a_conversation_has_the_bos_of_its_template(tmp_path, template):
     assert tokenizer.encode("a", special=False).count(1) == 0
     text, ids, _ = tokenizer.chat_spans(TURNS[1:3])
     assert ids.count(1) == count and tokenizer.encode(text, special=False) == ids
-    example = data.conversation(TURNS[1:3], tokenizer, 200, "here")
+    example = data.conversation(TURNS[1:3], tokenizer, 200)
     assert example.ids == ids
 
 

@@ -66,7 +66,8 @@ def settings(model, **given):
     sizes = dict(steps=3, sweep_steps=2, seeds=2, batch_size=2, windows=5, limit=6)
     return (
         dict(
-            model=model, task="language", data=None, length=32, seed=0, threads=None, progress=False
+            model=model, task="language", data=None, length=32, seed=0, device=None, dtype=None,
+            threads=None, progress=False,
         )
         | sizes
         | given

@@ -20,6 +20,7 @@ class Letters:
     """A tokenizer of single letters, for models with 24 ids."""
 
     eos = pad = 0
+    stops = (0,)
 
     def encode(self, text):
         return [ord(c) - 96 for c in text]

@@ -253,11 +253,11 @@ def test_what_a_16_bit_float_cannot_hold_is_not_written_as_one(tmp_path, pairs):
 
 
 def test_a_tokenizer_larger_than_the_embedding(tmp_path, sentence):
-    with pytest.raises(ValueError, match="the tokenizer has 500 tokens, but the model's embedding has 24"):
+    with pytest.raises(ValueError, match="the tokenizer has 500 ids, the model's embedding has 24"):
         minillm.save(small(), tmp_path / "m", tokenizer=sentence)
     minillm.save(small(), tmp_path / "m")
     sentence.save(tmp_path / "m")
-    with pytest.raises(ValueError, match="500 tokens, but the model's embedding has 24 rows"):
+    with pytest.raises(ValueError, match="500 ids, the model's embedding has 24 rows"):
         minillm.load(tmp_path / "m")
 
     class Outside(SentencePiece):

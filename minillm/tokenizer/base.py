@@ -103,7 +103,8 @@ class Tokenizer:
         """ValueError for ids beyond the `rows` of the model's embedding."""
         if self.vocab_size > rows:
             raise ValueError(f"{where}: the tokenizer has {self.vocab_size} ids, the model's "
-                             f"embedding has {rows} rows: the model cannot read all of its texts")
+                             f"embedding has {rows} rows: this is another model's tokenizer, or "
+                             "the embedding has to grow first")
 
 
 def settings(directory, name):

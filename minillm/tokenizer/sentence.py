@@ -179,7 +179,7 @@ class SentencePiece(base.Tokenizer):
         try:
             config = base.settings(directory, "tokenizer_config.json")
             kind = config.get("tokenizer_class") or "LlamaTokenizer"
-            if kind.removesuffix("Fast") not in CLASSES:
+            if str(kind).removesuffix("Fast") not in CLASSES:
                 raise ValueError(f"tokenizer_config.json asks for the class {kind}, which may give "
                                  f"pieces other ids; known: {', '.join(CLASSES)}")
             flags = {name: config.get(name)
