@@ -53,7 +53,7 @@ __all__ = [
 ]
 
 SIZES = {  # what a run takes by default: the tiny model needs more steps and has the speed for them
-    "tiny": dict(steps=80, seeds=3, batch_size=4, windows=24, limit=64),
+    "tiny": dict(steps=100, seeds=3, batch_size=4, windows=24, limit=64),
     "smollm2": dict(steps=40, seeds=1, batch_size=4, windows=8, limit=32),
 }
 
@@ -165,6 +165,7 @@ def apart(function, *arguments):
     sender.close()  # so that the end of the process is the end of the pipe
     try:
         result, error = receiver.recv()
+        process.join()  # its end cleans up
     except EOFError:
         process.join()
         code = process.exitcode

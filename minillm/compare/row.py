@@ -17,9 +17,9 @@ RATES = {
     "none": None,
     "full": 3e-4,
     "freeze": 1e-3,
-    "prompts": 3e-2,
+    "prompts": 1e-2,
     "lora": 2e-3,
-    "adapters": 2e-3,
+    "adapters": 4e-3,
 }
 STEP = 10**0.5  # between neighbouring rates of a sweep
 MOST = 6  # rates that a sweep tries
