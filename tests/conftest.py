@@ -1,10 +1,14 @@
 """What all tests share: one seed, and the count of the laws that were checked."""
 
 import collections
+import os
 import warnings
 
-import pytest
-import torch
+if "PYTEST_XDIST_WORKER" in os.environ:  # -n 2: threads that wait for each other's cores are slower than one
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 LAWS = collections.Counter()
 
@@ -24,6 +28,16 @@ def close(name, a, b, what, tolerance=1e-5):
     """Count a check that two tensors agree, relative to the size of the second."""
     scale = max(1.0, b.abs().max().item())
     law(name, torch.allclose(a, b, rtol=0, atol=tolerance * scale), f"{what}: off by {(a - b).abs().max():.3g} at scale {scale:.3g}")
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # one of several processes (-n 2) hands over its count
+        session.config.workeroutput["laws"] = dict(LAWS)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    LAWS.update(getattr(node, "workeroutput", {}).get("laws", {}))
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -348,14 +348,24 @@ def test_merges_formats_and_casts_in_sequence(kind, dtype):
                 law("5 casts", same(state(model), state(plain)), f"{what}: unwrapped is the cast original")
 
 
-@every_model
-def test_compile_without_graph_breaks(kind):
-    for names in ALONE + (PAIRS if kind == "Linear" else []):
+def compiles(kind, stacks):
+    for names in stacks:
         model = attach(build(kind), *names)
         ids = minillm.prepare(model, IDS)[0]
         torch._dynamo.reset()
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         close("7 compile", logits(compiled, ids), logits(model, ids), f"{names} on {kind}")
+
+
+@pytest.mark.parametrize("kind", ["Linear", "Conv1D", "llama"])
+def test_compile_without_graph_breaks(kind):
+    compiles(kind, [(name,) for name in NAMES])
+
+
+@pytest.mark.slow
+@every_model
+def test_compile_every_stack_without_graph_breaks(kind):
+    compiles(kind, ALONE + (PAIRS if kind in ("Linear", "llama") else []))
 
 
 @pytest.mark.cuda

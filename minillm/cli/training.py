@@ -18,12 +18,13 @@ def run(args):
     needs_tokenizer(tokenizer, args)
     if args.out and technique is None:
         hub.check_save(model, args.out, tokenizer, force=args.force)
+    if args.out:
+        wrap(model, technique, keywords, args)
     examples, held_out = read(args, tokenizer)
     if args.preview and distributed.place()[0] == 0:
         print(data.preview(examples, tokenizer, args.preview, color=sys.stdout.isatty()))
     if not args.out:
         return
-    wrap(model, technique, keywords, args)
     model.recompute = args.recompute
     if args.shard:
         distributed.shard(model)
