@@ -107,7 +107,7 @@ def main():
     try:
         import llama_cpp  # noqa: F401
 
-        minillm.save(model, settings["checkpoint"] + ".gguf", tokenizer=tokenizer)
+        minillm.save(model, settings["checkpoint"] + ".gguf", tokenizer=tokenizer, force=True)
     except ImportError:
         pass
     settings["ids"] = tokenizer.encode(minillm.data.topics())[: settings["prompt"]]

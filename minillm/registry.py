@@ -413,6 +413,9 @@ def select(model, targets, accepts, default, what="leaf"):
             raise ValueError(f"the function {getattr(targets, '__name__', targets)!r} picked no {what}; {hint('', sites)}")
         return chosen
 
+    if not isinstance(targets, str | list | tuple | set | frozenset) or not all(isinstance(t, str) for t in targets):
+        raise ValueError(f"targets={targets!r} is neither a regular expression, nor a list of name endings, nor a function; "
+                         f"{hint('', sites)}")
     patterns = {}
     if isinstance(targets, str):  # alternatives outside brackets are checked one by one: one misspelt name is found
         plain = not re.search(r"[()\[\]\\]", targets)

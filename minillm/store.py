@@ -81,11 +81,15 @@ def tied_names(model):
 
 
 def check_writable(path, force=False):
-    """FileExistsError if `path` is a directory, or a file that no technique of minillm wrote, unless `force`."""
+    """FileExistsError if `path` is a directory, or a file that no technique of minillm wrote, unless `force`.
+
+    OSError where nothing can be written there.
+    """
     path = pathlib.Path(path)
     if path.is_dir():
         raise FileExistsError(f"{path} is a directory; a technique is saved to a file, such as "
                               f"{path / 'adapter.safetensors'}")
+    files.check_writable(path, force=True)
     if path.exists() and not force:
         try:
             ours = "technique" in read(path)[1]

@@ -1,7 +1,6 @@
 """The command line: `minillm compare | train | eval | generate | chat | show | export | fetch`."""
 
 import sys
-import warnings
 
 from minillm.cli.arguments import parser
 from minillm.registry import CannotMerge
@@ -12,8 +11,7 @@ def main(argv=None):
     """Run one command; returns the exit code. An error of ours is one line, without a traceback."""
     args = parser().parse(argv)
     try:
-        with warnings.catch_warnings():
-            return args.run(args) or 0
+        return args.run(args) or 0
     except Interrupted as error:
         print(f"\nminillm {args.command}: {said(error)}", file=sys.stderr)
         return 130

@@ -170,7 +170,7 @@ def train_arguments(sub):
     where.add_argument("--force", action="store_true", help="replace a file that minillm did not write")
     where.add_argument("--checkpoints", metavar="DIR", help="save the whole state there as it goes")
     where.add_argument("--save-every", type=whole(1), metavar="STEPS")
-    where.add_argument("--keep", type=whole(1), default=2, help="how many of the last checkpoints stay")
+    where.add_argument("--keep", type=whole(1), help="how many of the last checkpoints stay (2)")
     where.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     where.add_argument("--log", metavar="FILE", help="a JSON line for each step")
     where.add_argument("--picture", metavar="FILE", help="the loss and the learning rate, as .png, .svg or .pdf")

@@ -46,8 +46,10 @@ def check(args):
         args.parser.error("--patience and --every need held-out data: --eval-data FILE or --eval-share 0.1")
     if args.resume and not args.checkpoints:
         args.parser.error("--resume needs --checkpoints DIR: where to go on from")
-    if args.save_every and not args.checkpoints:
-        args.parser.error("--save-every needs --checkpoints DIR: where to save")
+    if (args.save_every or args.keep) and not args.checkpoints:
+        args.parser.error("--save-every and --keep need --checkpoints DIR: where to save")
+    if args.skip_bad and not args.data:
+        args.parser.error("--skip-bad needs --data FILE: the records to leave out")
     if args.technique == "full" and args.adapter:
         args.parser.error("--technique full trains the model itself: export it with its --adapter first")
     if args.out and args.technique != "full":
@@ -107,7 +109,7 @@ def fit(model, examples, held_out, tokenizer, args):
         lr=args.rate or compare.RATES.get(args.technique) or 1e-3, batch_size=args.batch_size, accumulate=args.accumulate,
         schedule=args.schedule, warmup=args.warmup, weight_decay=args.weight_decay, clip=args.clip, pad=tokenizer.pad or 0,
         seed=args.seed, held_out=held_out, every=args.every, patience=args.patience, checkpoints=args.checkpoints,
-        save_every=args.save_every, keep=args.keep, resume=args.resume, log=args.log, name=args.technique)
+        save_every=args.save_every, keep=args.keep or 2, resume=args.resume, log=args.log, name=args.technique)
 
 
 def write(model, technique, tokenizer, args):

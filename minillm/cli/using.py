@@ -52,9 +52,14 @@ def needs_tokenizer(tokenizer, args):
 def run_eval(args):
     if args.text and args.data:
         raise ValueError("--text and --data: one of them")
+    records = args.data and not args.data.endswith(".txt")
+    if args.windows and records:
+        raise ValueError("--windows is for running text, and --data holds records")
+    if args.skip_bad and not records:
+        raise ValueError("--skip-bad is for records: --data FILE")
     model, tokenizer = load(args)
     needs_tokenizer(tokenizer, args)
-    if args.data and not args.data.endswith(".txt"):
+    if records:
         return answers(model, tokenizer, args)
     if args.text or args.data:
         text = data.text(args.text or args.data)

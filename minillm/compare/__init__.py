@@ -68,9 +68,7 @@ def compare(
     force=False,
     length=128,
     seed=0,
-    device=None,
-    dtype=None,
-    threads=None,
+    device=None, dtype=None, threads=None,
     progress=True,
     **sizes,
 ):
