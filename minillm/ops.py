@@ -5,12 +5,13 @@
 For dx autograd keeps the W that the forward used. Where W is a parameter that costs
 nothing. Where W was made for this one product (int8 turned to floats, a weight times its
 mask) it is a whole dense matrix for each leaf, kept from the forward to the backward: more
-than all that LoRA keeps. The two functions below keep what W is made from, and make it
+than all that LoRA keeps. The functions below keep what W is made from, and make it
 again. The price is that small computation a second time.
 
-Each is differentiable twice, since its backward is made of ordinary operations. In code
-that torch.compile makes the same is asked for with checkpointing: left alone, the compiler
-keeps a W that goes into a matrix product."""
+`remade` does so for any W, by checkpointing, which has some overhead. The other two are its
+quick forms for a W that does not learn, and for the product of a parameter and a mask. Each is differentiable twice, since its backward is made
+of ordinary operations. In code that torch.compile makes they checkpoint too: left alone, the
+compiler keeps a W that goes into a matrix product."""
 
 import contextlib
 
@@ -31,6 +32,11 @@ def linear(x, W, b=None):
     return F.linear(x, W, b)
 
 
+def remade(function, x):
+    """function(x), of which only x is kept: the backward computes it again, the same each time."""
+    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
+
+
 def remade_linear(x, make):
     """x Wᵀ, where W = make() does not learn: the backward calls `make` again. x (..., in) -> (..., out).
 
@@ -39,7 +45,7 @@ def remade_linear(x, make):
     if not (torch.is_grad_enabled() and x.requires_grad):
         return linear(x, make())
     if torch.compiler.is_compiling():
-        return checkpoint(lambda x: linear(x, make()), x, use_reentrant=False, preserve_rng_state=False)
+        return remade(lambda x: linear(x, make()), x)
     return _Remade.apply(x, make)
 
 
@@ -56,13 +62,13 @@ class _Remade(torch.autograd.Function):
 
 def masked_linear(x, W, mask):
     """x (mask * W)ᵀ, where W may learn: W and mask are kept, and not their product. x (..., in) -> (..., out)."""
-    def product(x, W):
+    def product(x):
         return linear(x, (W * mask).to(x.dtype))
 
     if not torch.is_grad_enabled():
-        return product(x, W)
+        return product(x)
     if torch.compiler.is_compiling():
-        return checkpoint(product, x, W, use_reentrant=False, preserve_rng_state=False)
+        return remade(product, x)
     return _Masked.apply(x, W, mask)
 
 

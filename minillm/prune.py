@@ -53,7 +53,9 @@ class Mask(Patch):
         if not torch.is_grad_enabled():
             return below.compute(x, *self.fold(W, b))
         x = ops.in_autocast(x)
-        if W.requires_grad:
+        if W.requires_grad and below.depth > 0:  # made of W and what a patch beneath learns
+            y = ops.remade(lambda x: ops.linear(x, self.fold(*below.dense())[0].to(x.dtype)), x)
+        elif W.requires_grad:
             y = ops.masked_linear(x, W, self.mask)
         else:  # W may be made from a format just now: keep neither it nor its product with the mask
             y = ops.remade_linear(x, lambda: self.fold(*below.dense())[0].to(x.dtype))

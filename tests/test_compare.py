@@ -71,7 +71,7 @@ class Worker:
         self.failing, self.interrupt, self.measured = failing, interrupt, []
         monkeypatch.setattr(compare, "apart", self)
 
-    def __call__(self, function, name, settings):
+    def __call__(self, function, name, settings, splits):
         if name == self.interrupt:
             raise KeyboardInterrupt
         if name == self.failing:

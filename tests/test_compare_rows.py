@@ -84,9 +84,15 @@ def records(tmp_path_factory):
     return path
 
 
+def with_parts(function, name, given):
+    """function(name, given, the parts of its data), as `compare` calls it."""
+    _, tokenizer = minillm.load(given["model"])
+    return function(name, given, row.parts(tokenizer, given))
+
+
 def test_a_row_is_measured_over_seeds(model, records):
     none, lora = (
-        row.measure(name, settings(model, data=str(records), task=None))
+        with_parts(row.measure, name, settings(model, data=str(records), task=None))
         for name in ("none", "lora")
     )
     assert none["before"] == none["after"] == lora["before"] and none["after_change"]["value"] == 0
@@ -125,7 +131,7 @@ def test_the_other_tasks_have_all_their_metrics(model, task, names):
 
 
 def test_seeds_change_the_order_of_training_and_nothing_else_does(model, records):
-    bench = row.Bench("full", settings(model, data=str(records), task=None))
+    bench = with_parts(row.Bench, "full", settings(model, data=str(records), task=None))
     one, again, other = (bench.fit(0.01, 2, seed)[0].lm_head.weight for seed in (1, 1, 2))
     assert torch.equal(one, again) and not torch.equal(one, other)
     assert not torch.equal(one, bench.model.lm_head.weight)
@@ -142,7 +148,7 @@ def test_a_file_of_the_user_is_split_by_hash(model, records, tmp_path):
         len(set.union(*kept.values())) == 60
         and sum(len(part.examples) for part in parts.values()) == 70
     )
-    none = row.measure("none", settings(model, data=str(records), task=None))
+    none = with_parts(row.measure, "none", settings(model, data=str(records), task=None))
     assert none["metric"] == "perplexity" and none["before"]["n"] == len(parts["test"].examples)
     assert none["before"]["value"] == evaluate.completions(m, parts["test"].examples)
     few = tmp_path / "few.jsonl"

@@ -87,6 +87,9 @@ def test_training_keeps_no_dense_weight_of_what_is_stored_or_masked():
     assert kept("prune") <= kept()
     assert kept("quant") == kept("quant", "prune") < kept()
     assert kept("sparse", "prune") <= kept("sparse")
+    matrix = 4 * 64 * 64  # of floats; the model has 14 of this size or larger
+    assert kept("lora", "prune") < kept("lora") + matrix
+    assert kept("quant", "lora", "prune") < kept("lora") + matrix
 
 
 def test_half_precision_keeps_no_more():

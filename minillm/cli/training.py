@@ -106,7 +106,7 @@ def read(args, tokenizer):
 def fit(model, examples, held_out, tokenizer, args):
     return train.train(
         model, examples, steps=args.steps or (None if args.epochs else 100), epochs=args.epochs,
-        lr=args.rate or compare.RATES.get(args.technique) or 1e-3, batch_size=args.batch_size, accumulate=args.accumulate,
+        lr=args.rate or compare.usual(args.technique, args.model) or 1e-3, batch_size=args.batch_size, accumulate=args.accumulate,
         schedule=args.schedule, warmup=args.warmup, weight_decay=args.weight_decay, clip=args.clip, pad=tokenizer.pad or 0,
         seed=args.seed, held_out=held_out, every=args.every, patience=args.patience, checkpoints=args.checkpoints,
         save_every=args.save_every, keep=args.keep or 2, resume=args.resume, log=args.log, name=args.technique)

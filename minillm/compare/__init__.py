@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 from minillm import data as texts
 from minillm import hub
 from minillm.compare.picture import picture
-from minillm.compare.row import RATES, measure, own, score, scores, sweep
+from minillm.compare.row import RATES, measure, parts, score, scores, sweep, usual
 from minillm.compare.table import Table, failed, shown, text, tried, write
 
 __all__ = [
@@ -49,11 +49,12 @@ __all__ = [
     "sweep",
     "text",
     "tried",
+    "usual",
     "write",
 ]
 
 SIZES = {  # what a run takes by default: the tiny model needs more steps and has the speed for them
-    "tiny": dict(steps=100, seeds=3, batch_size=4, windows=24, limit=64),
+    "tiny": dict(steps=80, seeds=3, batch_size=4, windows=24, limit=64),
     "smollm2": dict(steps=40, seeds=1, batch_size=4, windows=8, limit=32),
 }
 
@@ -95,6 +96,7 @@ def compare(
         dict(length=length, seed=seed, device=device, dtype=dtype, threads=threads), sizes
     )
     table = Table(out, force)  # says now, not after the work, what will not be written
+    table.begin(settings)
     loaded, tokenizer = hub.load(model)  # makes the tiny model, or says now what is missing
     positions = getattr(loaded.config, "positions", 2 * length)
     if not data and task == "language" and 2 * length > positions:
@@ -102,9 +104,8 @@ def compare(
             f"length={length}: windows of {2 * length} tokens are beyond "
             f"this model's {positions} positions"
         )
-    if data:
-        own(data, tokenizer, length)
-    table.begin(settings, loaded)
+    splits = parts(tokenizer, settings)
+    table.on(loaded)
     del loaded
     todo = [name for name in names if name not in table.done()]
     if progress and len(todo) < len(names):
@@ -114,7 +115,7 @@ def compare(
         )
     with table.held():
         for name in tqdm(todo, desc="compare", unit="technique", disable=not progress):
-            table.add(measured(name, settings | dict(progress=progress)))
+            table.add(measured(name, settings | dict(progress=progress), splits))
         table.finish()
     return [table.rows[name] for name in names]
 
@@ -144,10 +145,10 @@ def check(names, model, task, data, settings, sizes):
     return dict(model=str(model), task=None if data else task, data=data and str(data), **settings)
 
 
-def measured(name, settings):
+def measured(name, settings, splits):
     """The row of one technique, measured in a process of its own; an error becomes a row too."""
     try:
-        return apart(measure, name, settings)
+        return apart(measure, name, settings, splits)
     except ChildProcessError as error:
         return dict(technique=name, error=str(error))
 

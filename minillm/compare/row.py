@@ -12,30 +12,38 @@ import torch
 from minillm import data, evaluate, hub, report, train
 from minillm.registry import CannotMerge, techniques
 
-# The usual learning rate of each, where its sweep begins. "full" trains everything, "none" nothing.
-RATES = {
-    "none": None,
-    "full": 3e-4,
-    "freeze": 1e-3,
-    "prompts": 1e-2,
-    "lora": 2e-3,
-    "adapters": 4e-3,
-}
+# The usual learning rate of each, where its sweep begins: the best that `compare` has found on
+# SmolLM2, and on the tiny model, whose weights take larger steps. "full" trains everything,
+# "none" nothing.
+RATES = dict(none=None, full=1e-4, freeze=3e-4, prompts=1e-2, lora=2e-3, adapters=2e-3)
+OF_TINY = dict(none=None, full=1e-3, freeze=3e-3, prompts=3e-2, lora=6e-3, adapters=1.2e-2)
 STEP = 10**0.5  # between neighbouring rates of a sweep
 MOST = 6  # rates that a sweep tries
 
 
-def measure(name, settings):
-    """One row of the table, a dict for JSON. Runs in a process of its own."""
+def usual(name, model):
+    """The usual learning rate of a technique on a model, named as `hub.load` takes it."""
+    return (OF_TINY if str(model) == "tiny" else RATES).get(name)
+
+
+def measure(name, settings, splits):
+    """One row of the table, a dict for JSON. Runs in a process of its own.
+
+    splits: what `parts` returns, read once for all rows.
+    """
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
-    bench = Bench(name, settings)
+    bench = Bench(name, settings, splits)
     before = bench.quality(bench.model)
     main = next(iter(before))  # the metric that the sweep and the table go by
     row = dict(technique=name, metric=main, rate=None, before=before[main].record())
     row |= dict(trainable=0, peak_bytes=0, seconds=0.0)
     if name != "none":
-        row |= sweep(RATES[name], lambda lr: bench.attempt(lr)[main], evaluate.metric(main).better)
+        row |= sweep(
+            usual(name, settings["model"]),
+            lambda lr: bench.attempt(lr)[main],
+            evaluate.metric(main).better,
+        )
     after, less = [], {"int8": [], "pruned": []}
     for model in bench.trained(row):
         after.append(bench.quality(model) if name != "none" else before)
@@ -59,10 +67,9 @@ def measure(name, settings):
 class Bench:
     """What the row of one technique is measured with: the untuned model, the text, the settings."""
 
-    def __init__(self, name, settings):
-        self.name, self.settings = name, settings
+    def __init__(self, name, settings, splits):
+        self.name, self.settings, self.splits = name, settings, splits
         self.model, self.tokenizer = hub.load(settings["model"], settings["dtype"], settings["device"])
-        self.splits = parts(self.tokenizer, settings)
 
     def quality(self, model, split="test", windows=None):
         """{metric: Score} of a model."""

@@ -21,8 +21,8 @@ FORMAT = "minillm.compare 1"
 class Table:
     """The rows so far, {technique: row}, and the directory that keeps them (None: no directory).
 
-    `begin` takes over the rows that the directory has of the same settings; `add`
-    writes after each new one.
+    `begin` and `on` take over the rows that the directory has of the same settings and
+    model; `add` writes after each new one.
     """
 
     def __init__(self, directory, force=False):
@@ -49,28 +49,36 @@ class Table:
     def path(self):
         return self.directory / "table.json"
 
-    def begin(self, settings, model):
+    def begin(self, settings):
         """Note the settings; FileExistsError, with what differs, if the rows in the
         directory have others.
         """
-        self.settings = settings | dict(
-            weights=fingerprint(model), records=settings["data"] and contents(settings["data"])
-        )
         self.versions = versions(settings["threads"])
-        if self.old is None:
-            return
-        now, then = self.settings | self.versions, self.old["settings"] | self.old["versions"]
+        self.settings = settings | dict(records=settings["data"] and contents(settings["data"]))
+        self.same(self.settings | self.versions)
+
+    def on(self, model):
+        """Take over the rows that the directory has of this model; FileExistsError if they
+        are of other weights.
+        """
+        self.settings["weights"] = fingerprint(model)
+        self.same(dict(weights=self.settings["weights"]))
+        if self.old is not None:
+            self.rows = {row["technique"]: row for row in self.old["rows"]}
+
+    def same(self, now):
+        """FileExistsError where the rows in the directory had another value of one of these."""
+        then = {} if self.old is None else self.old["settings"] | self.old["versions"]
         differ = ", ".join(
-            f"{key}={then.get(key)!r} then, {now.get(key)!r} now"
-            for key in dict.fromkeys([*now, *then])
-            if then.get(key) != now.get(key)
+            f"{key}={then.get(key)!r} then, {value!r} now"
+            for key, value in now.items()
+            if then and then.get(key) != value
         )
         if differ:
             raise FileExistsError(
                 f"{self.path} has rows of other settings ({differ}), which are not mixed: "
                 "give another directory, or replace the table with force=True"
             )
-        self.rows = {row["technique"]: row for row in self.old["rows"]}
 
     def done(self):
         """The techniques that have a row without an error."""
