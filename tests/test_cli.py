@@ -178,7 +178,7 @@ def test_errors_are_one_line_and_nothing_is_touched(args, message, run, tmp_path
     (["train", "--steps", "1", "--epochs", "1", "--out", "x"], "--steps and --epochs: one of them"),
     (["train", "--length", "1"], "--length: '1'"),
     (["train", "--warmup", "2.5"], "--warmup: '2.5' is not"),
-    (["train", "--resume", "--out", "x"], "--resume needs --checkpoints"),
+    (["train", "--resume", "--preview"], "--resume needs --out PATH or --checkpoints DIR"),
     (["train", "--keep", "3", "--out", "x"], "--keep need --checkpoints"),
     (["train", "--skip-bad", "--out", "x"], "--skip-bad needs --data"),
     (["train", "--patience", "2", "--out", "x"], "--patience.*need held-out data"),
@@ -249,8 +249,9 @@ def test_export_merges_what_can_be_merged_and_refuses_the_rest(run, tmp_path):
     assert (tmp_path / "lora" / "notes.txt").read_text() == "mine"
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(run, model, tmp_path):
-    args = ["--data", "a.txt", "--length", "64", "--option", "r=4", "--steps", "60", "--checkpoints", "c", "--log", "log.jsonl",
+@pytest.mark.parametrize("where", [["--checkpoints", "c"], []])
+def test_ctrl_c_saves_and_says_how_to_go_on(run, model, tmp_path, where):
+    args = ["--data", "a.txt", "--length", "64", "--option", "r=4", "--steps", "60", *where, "--log", "log.jsonl",
             "--out", "lora.safetensors"]
     process = subprocess.Popen([sys.executable, "-m", "minillm", "train", "--model", model, *args], cwd=tmp_path, text=True,
                                stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(minillm.__file__))})
@@ -264,6 +265,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(run, model, tmp_path):
     assert "--resume" in run("train", *args, code=1), "a fresh run there is refused"
     run("train", *args, "--resume")
     assert [record["step"] for record in logged(tmp_path / "log.jsonl")] == list(range(60))
+    assert not (tmp_path / "lora.safetensors.interrupted").exists()
+    assert cli.main(["train", "--model", model, *args[:-2], "--rate", "1e9", "--out", "no.safetensors"]) == 1
+    assert not list(tmp_path.glob("no.safetensors*")), "a training that fails leaves nothing"
 
 
 def test_compare_writes_the_table(run, model, tmp_path):

@@ -168,7 +168,7 @@ def train_arguments(sub):
     where = sub.add_argument_group("where to write")
     where.add_argument("--out", metavar="PATH", help="a .safetensors file; a directory or a .gguf file with --technique full")
     where.add_argument("--force", action="store_true", help="replace a file that minillm did not write")
-    where.add_argument("--checkpoints", metavar="DIR", help="save the whole state there as it goes")
+    where.add_argument("--checkpoints", metavar="DIR", help="save the whole state there as it goes; without it, Ctrl-C alone saves, beside --out")
     where.add_argument("--save-every", type=whole(1), metavar="STEPS")
     where.add_argument("--keep", type=whole(1), help="how many of the last checkpoints stay (2)")
     where.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")

@@ -28,8 +28,13 @@ def run(args):
     model.recompute = args.recompute
     if args.shard:
         distributed.shard(model)
-    history = fit(model, examples, held_out, tokenizer, args)
-    write(model, technique, tokenizer, args)
+    done = False
+    try:
+        history = fit(model, examples, held_out, tokenizer, args)
+        write(model, technique, tokenizer, args)
+        done = True
+    finally:
+        tidy(args, done)
     if args.picture and distributed.place()[0] == 0:
         train.picture(history, args.picture)
     if distributed.place()[0] == 0:
@@ -44,8 +49,8 @@ def check(args):
         args.parser.error("--eval-data and --eval-share: one of them")
     if (args.patience or args.every) and not (args.eval_data or args.eval_share):
         args.parser.error("--patience and --every need held-out data: --eval-data FILE or --eval-share 0.1")
-    if args.resume and not args.checkpoints:
-        args.parser.error("--resume needs --checkpoints DIR: where to go on from")
+    if args.resume and not (args.checkpoints or args.out):
+        args.parser.error("--resume needs --out PATH or --checkpoints DIR: what to go on with")
     if (args.save_every or args.keep) and not args.checkpoints:
         args.parser.error("--save-every and --keep need --checkpoints DIR: where to save")
     if args.skip_bad and not args.data:
@@ -103,13 +108,27 @@ def read(args, tokenizer):
     return (data.pack(examples, args.length) if args.pack else examples), held_out
 
 
+def of_interruption(args):
+    """Where Ctrl-C saves without --checkpoints: a directory beside --out."""
+    return args.out.rstrip("/") + ".interrupted"
+
+
+def tidy(args, done):
+    """Remove the directory of an interruption, unless it holds what --resume needs."""
+    if not args.checkpoints and distributed.place()[0] == 0:
+        if done or not train.saved(of_interruption(args)):
+            train.clear(of_interruption(args))
+
+
 def fit(model, examples, held_out, tokenizer, args):
     return train.train(
         model, examples, steps=args.steps or (None if args.epochs else 100), epochs=args.epochs,
         lr=args.rate or compare.usual(args.technique, args.model) or 1e-3, batch_size=args.batch_size, accumulate=args.accumulate,
         schedule=args.schedule, warmup=args.warmup, weight_decay=args.weight_decay, clip=args.clip, pad=tokenizer.pad or 0,
-        seed=args.seed, held_out=held_out, every=args.every, patience=args.patience, checkpoints=args.checkpoints,
-        save_every=args.save_every, keep=args.keep or 2, resume=args.resume, log=args.log, name=args.technique)
+        seed=args.seed, held_out=held_out, every=args.every, patience=args.patience,
+        checkpoints=args.checkpoints or of_interruption(args),
+        save_every=args.save_every if args.checkpoints else 0, keep=args.keep or 2,
+        resume=args.resume, log=args.log, name=args.technique)
 
 
 def write(model, technique, tokenizer, args):

@@ -20,12 +20,12 @@
   included: mixed precision by autocast (a bfloat16 model with float32 adapters needs none).
 """
 
-from minillm.train.checkpoints import newest, restore, saved
+from minillm.train.checkpoints import clear, newest, restore, saved
 from minillm.train.history import Summary, check_log, check_picture, picture, summary
 from minillm.train.interrupt import Interrupted
 from minillm.train.loop import train
 from minillm.train.losses import held_out_loss, loss_sum
 from minillm.train.rates import SCHEDULES, groups, rate
 
-__all__ = ["SCHEDULES", "Interrupted", "Summary", "check_log", "check_picture", "groups", "held_out_loss", "loss_sum", "newest",
+__all__ = ["SCHEDULES", "Interrupted", "Summary", "check_log", "check_picture", "clear", "groups", "held_out_loss", "loss_sum", "newest",
            "picture", "rate", "restore", "saved", "summary", "train"]

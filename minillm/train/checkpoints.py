@@ -48,6 +48,15 @@ def newest(directory):
     return next(reversed(saved(directory)), None)
 
 
+def clear(directory):
+    """Remove the checkpoints in a directory, and the directory if nothing else is in it."""
+    directory = pathlib.Path(directory)
+    for path in (*saved(directory), directory / ".lock"):
+        path.unlink(missing_ok=True)
+    if directory.is_dir() and not any(directory.iterdir()):
+        directory.rmdir()
+
+
 def ready(directory, resume):
     """The checkpoint to go on from, or None for a training from the start.
 

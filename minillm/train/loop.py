@@ -49,8 +49,8 @@ def train(model, examples, *, steps=None, epochs=None, lr, batch_size=8, accumul
     patience         the training ends after so many of these without a better one
     restore_best     the model ends as it was after the best of them; costs a copy of what learns
     checkpoints      a directory, which gets a file each `save_every` steps (a tenth of all), after
-                     the last and on Ctrl-C; the last `keep` stay. resume=True goes on from the
-                     newest, or begins where there is none
+                     the last and on Ctrl-C (0: on Ctrl-C alone); the last `keep` stay. resume=True
+                     goes on from the newest, or begins where there is none
     log              a file of JSON lines, the returned log; progress, name: of the bar
 
     ValueError for a setting that makes no sense, where nothing learns, where a checkpoint is of
@@ -177,7 +177,7 @@ class Run:
 
     def due(self, every):
         """Whether what happens `every` so many steps, and at the end, happens now."""
-        return every is not None and (len(self.history) % every == 0 or self.over())
+        return bool(every) and (len(self.history) % every == 0 or self.over())
 
     def over(self):
         o = self.options

@@ -8,7 +8,7 @@ import types
 from minillm import data, distributed
 from minillm.train.rates import rate
 
-WHOLE = dict(steps=1, batch_size=1, accumulate=1, every=1, patience=1, save_every=1, keep=1,
+WHOLE = dict(steps=1, batch_size=1, accumulate=1, every=1, patience=1, save_every=0, keep=1,
              pad=0, seed=None)  # whole numbers, and the least that each can be
 OPTIONAL = ("steps", "every", "patience", "save_every")
 COMPARED = ("steps", "lr", "batch_size", "accumulate", "schedule", "warmup", "weight_decay",
@@ -107,11 +107,12 @@ def evaluation(o):
 
 
 def files_of(o):
-    """`save_every` without a number is a tenth of the steps."""
+    """`save_every` without a number is a tenth of the steps; 0 stays 0."""
     if o.checkpoints is not None:
         if pathlib.Path(o.checkpoints).is_file():
             raise ValueError(f"checkpoints={str(o.checkpoints)!r} is a file, not a directory")
-        o.save_every = o.save_every or max(1, o.steps // 10)
+        if o.save_every is None:
+            o.save_every = max(1, o.steps // 10)
     elif o.save_every is not None:
         raise ValueError(f"save_every={o.save_every} needs a directory: give checkpoints=")
     elif o.resume:
