@@ -27,10 +27,11 @@ from minillm.transformer import Config, Transformer
 
 # Few parameters and several passes over the text: in the time there is, a larger model would
 # stay so unfinished that half of its weights could go unnoticed. An example is as long as the
-# windows that `compare` measures (2 * 128).
+# windows that `compare` measures (2 * 128). At twice this rate, or with a quarter of the warm-up,
+# chance decides how the training ends: perplexities from 40 to 90.
 RECIPE = dict(
     vocab_size=1024, width=96, layers=4, heads=4, kv_heads=2, ffn=256, positions=512,
-    steps=1000, lr=6e-3, batch_size=4, length=256, seed=0,
+    steps=1000, lr=3e-3, batch_size=4, length=256, seed=0,
 )  # fmt: skip
 
 
@@ -91,7 +92,7 @@ def pretrain(text, *, vocab_size, steps, lr, batch_size, length, seed, progress=
         steps=steps,
         lr=lr,
         batch_size=batch_size,
-        warmup=steps // 20,
+        warmup=steps // 5,
         weight_decay=0.1,
         betas=(0.9, 0.95),
         seed=seed,
