@@ -4,7 +4,8 @@ A file of a technique holds
 
     what it added          the tensors of each Patch or Format, as SITE.NAME
     what learned with it   the model's own parameters that learn, as learned:NAME (none beneath LoRA, all
-                           dense ones beneath a pruning mask)
+                           dense ones beneath a pruning mask), and its buffers, as buffer:NAME, which
+                           training changes without a gradient (BatchNorm's running mean)
     sites                  the settings of each Patch or Format
     base                   a fingerprint of the other parameters: the model that it belongs to
 
@@ -22,10 +23,10 @@ import torch
 
 from minillm import distributed, files, fingerprint
 from minillm.attach import check_formats, ring, store
-from minillm.learning import learns, left_to_learn, notes
+from minillm.learning import buffers, learns, left_to_learn, notes
 from minillm.registry import Format, Patch, attached, formats_of, hint, parameters, patches_of, walk
 
-LEARNED = "learned:"
+LEARNED, BUFFER = "learned:", "buffer:"
 
 
 # --- saving -----------------------------------------------------------------------------------------
@@ -34,8 +35,8 @@ LEARNED = "learned:"
 def save(cls, model, path, learned=True, force=False):
     """Write the technique to a safetensors file: what it added, and what of the model's own learns.
 
-    learned=False leaves the model's own parameters out. What `freeze` left to learn is in freeze's own
-    file. FileExistsError where `path` is a file that no technique of minillm wrote, unless `force`. The
+    learned=False leaves the model's own parameters and buffers out. What `freeze` left to learn is in
+    freeze's own file. FileExistsError where `path` is a file that no technique of minillm wrote, unless `force`. The
     old file stays until the new one is whole.
     """
     name = cls.technique
@@ -46,7 +47,8 @@ def save(cls, model, path, learned=True, force=False):
     own = {} if left_to_learn(model) else fingerprint.own(model)
     own = {key: p for key, p in own.items() if learned and p.requires_grad}
     tensors = {f"{where}.{key}": t for where, module in modules.items() for key, t in added(module).items()}
-    write(path, name, model, tensors, own, force,
+    kept = dict(buffers(model)) if learned else {}
+    write(path, name, model, tensors, own, kept, force,
           sites={where: module.config() for where, module in modules.items()})
 
 
@@ -55,8 +57,8 @@ def added(module):
     return dict(module.state_dict()) if isinstance(module, Patch) else dict(module.named_buffers())
 
 
-def write(path, technique, model, tensors, own, force=False, **metadata):
-    """Write `tensors`, the learned parameters `own`, and the metadata, as JSON each.
+def write(path, technique, model, tensors, own, kept, force=False, **metadata):
+    """Write `tensors`, the learned parameters `own`, the buffers `kept`, and the metadata, as JSON each.
 
     Of several processes the first writes.
     """
@@ -65,6 +67,7 @@ def write(path, technique, model, tensors, own, force=False, **metadata):
     shared = {name: others for name, others in tied_names(model).items() if name in own}
     told = {key: json.dumps(value) for key, value in dict(metadata, base=base, shared=shared).items()}
     every = tensors | {LEARNED + name: p.detach() for name, p in own.items()}
+    every |= {BUFFER + name: b.clone() for name, b in kept.items()}  # two buffers may share memory
     every = {key: distributed.whole(t).contiguous() for key, t in every.items()}
     if distributed.place()[0] == 0:
         with files.atomic(path) as new:
@@ -118,15 +121,15 @@ def load(cls, model, path, replace=False, any_base=False):
             possible = [site for site in sites.values() if cls.accepts(site)]
             raise ValueError(f"{path} has {name} for {where!r}, which this model lacks; {hint(where, possible)}")
     check_free(cls, model, configs, path, replace)
-    parts, own = sorted_out(tensors, configs, path)
+    parts, own, kept = sorted_out(tensors, configs, path)
     made = {where: remake(cls, sites[where], config, parts[where], f"{path}, {where!r}")
             for where, config in configs.items()}
     check_base(model, metadata, path, any_base)
-    check_learned(model, own, path)
+    check_learned(model, own, kept, path)
     new = [site for where, site in sites.items() if where in made and not isinstance(site.module, cls)]
     if issubclass(cls, Format):
         check_formats(cls, model, new)
-    put_back(model, own, field(metadata, "shared", path))
+    put_back(model, own, kept, field(metadata, "shared", path))
     if not issubclass(cls, Format):
         ring(model, [(sites[where], patch) for where, patch in made.items()])
         if any(learns(patch) for patch in made.values()):
@@ -186,17 +189,18 @@ def check_free(cls, model, configs, path, replace):
 
 
 def sorted_out(tensors, configs, path):
-    """({site: {name: tensor}}, {parameter: tensor that learned}) of a file's tensors."""
-    parts, own = {where: {} for where in configs}, {}
+    """({site: {name: tensor}}, {parameter: tensor that learned}, {buffer: tensor}) of a file's tensors."""
+    parts, own, kept = {where: {} for where in configs}, {}, {}
     for key, tensor in tensors.items():
-        if key.startswith(LEARNED):
-            own[key.removeprefix(LEARNED)] = tensor
+        prefix, _, name = key.partition(":")
+        if prefix + ":" in (LEARNED, BUFFER):
+            (own if prefix + ":" == LEARNED else kept)[name] = tensor
             continue
         where = max((w for w in configs if key.startswith(w + ".")), key=len, default=None)
         if where is None:
             raise ValueError(f"{path} has the tensor {key!r}, which belongs to none of its sites")
         parts[where][key.removeprefix(where + ".")] = tensor
-    return parts, own
+    return parts, own, kept
 
 
 def remake(cls, site, config, tensors, where):
@@ -237,19 +241,30 @@ def check_base(model, metadata, path, any_base=False):
 # --- the model's own parameters in a file ----------------------------------------------------------------
 
 
-def check_learned(model, tensors, path):
-    """ValueError where a learned parameter of a file is not one of this model's."""
+def check_learned(model, tensors, kept, path):
+    """ValueError where a learned parameter or a buffer of a file is not one of this model's."""
     ours = {name: tuple(p.shape) for name, _, _, p in parameters(model)}
     ours |= {f"{site.name}.weight": tuple(site.module.weight.shape) for site in walk(model) if isinstance(site.module, Format)}
     for name, t in tensors.items():
         if ours.get(name) != tuple(t.shape) or not t.is_floating_point():
             here = f"has {ours[name]}" if name in ours else "lacks it"
             raise ValueError(f"{path} does not fit this model: {name!r} is {tuple(t.shape)} of {t.dtype} in the file, the model {here}")
+    ours, theirs = shapes(dict(buffers(model))), shapes(kept)
+    for name, shape in theirs.items():
+        if ours.get(name) != shape:
+            here = f"has {ours[name]}" if name in ours else "lacks it"
+            raise ValueError(f"{path} does not fit this model: the buffer {name!r} is {shape} in the file, the model {here}")
 
 
 @torch.no_grad()
-def put_back(model, tensors, shared):
-    """Copy learned parameters into the model, under all the names that a tied one had; a Format packs anew."""
+def put_back(model, tensors, kept, shared):
+    """Copy learned parameters into the model, under all the names that a tied one had; a Format packs anew.
+
+    Copy the buffers `kept` as well.
+    """
+    here = dict(buffers(model))
+    for name, t in kept.items():
+        here[name].copy_(distributed.like(t, here[name]))
     ours = {name: p for name, _, _, p in parameters(model)}
     for name, t in tensors.items():
         for one in {name, *shared.get(name, ())} & ours.keys():

@@ -195,3 +195,50 @@ def test_a_refused_load_changes_nothing(tmp_path):
     with pytest.raises(ValueError, match="nan"):
         minillm.quant.load(model, tmp_path / "a", any_base=True)
     assert type(model.layers[0].self_attn.q_proj).__name__ == "Linear" and logits(model, IDS).isnan().any()
+
+
+# --- buffers ------------------------------------------------------------------------------------------
+
+
+class Normed(nn.Module):
+    """A model whose BatchNorm changes in training without a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.up, self.norm, self.head = nn.Embedding(24, 16), nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Linear(16, 24)
+        self.register_buffer("scratch", torch.zeros(3), persistent=False)
+
+    def forward(self, ids):
+        x = self.up(self.embed(ids))
+        return self.head(self.norm(x.flatten(0, 1)).view(x.shape))
+
+
+def normed():
+    torch.manual_seed(3)
+    return Normed().eval()
+
+
+@pytest.mark.parametrize("name, options", [("lora", {}), ("prune", {}), ("quant", {}), ("prompts", {}), ("sparse", dict(anyway=True)),
+                                           ("adapters", dict(targets=["norm"], width=16)), ("freeze", dict(targets=["embed"]))])
+def test_what_training_changed_without_a_gradient_is_in_the_file(name, options, tmp_path):
+    technique = minillm.techniques()[name]
+    model = learn(technique.wrap(normed(), **options)).eval()
+    technique.save(model, tmp_path / "a")
+    assert {"buffer:norm.running_mean", "buffer:norm.running_var", "buffer:norm.num_batches_tracked"} <= keys(tmp_path / "a")
+    assert not any("scratch" in key for key in keys(tmp_path / "a"))
+    again = technique.load(normed(), tmp_path / "a").eval()
+    assert logits(again, IDS).equal(logits(model, IDS)) and not logits(normed(), IDS).equal(logits(model, IDS))
+
+
+def test_a_buffer_that_does_not_fit_is_refused(tmp_path):
+    model = minillm.lora.wrap(normed(), r=2)
+    minillm.lora.save(model, tmp_path / "a", learned=False)
+    assert not any(key.startswith("buffer:") for key in keys(tmp_path / "a"))
+    minillm.lora.save(model, tmp_path / "a")
+    wide, none = normed(), normed()
+    wide.norm.running_mean = torch.zeros(15)
+    none.norm.running_mean = None
+    for other, message in ((wide, r"'norm.running_mean' is \(16,\) of floats in the file, the model has \(15,\)"), (none, "the model lacks it")):
+        with pytest.raises(ValueError, match=message):
+            minillm.lora.load(other, tmp_path / "a")
+        assert not minillm.layers(other)
