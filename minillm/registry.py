@@ -224,6 +224,13 @@ class Format(nn.Module):
         """W (out, in), in `dtype`."""
         raise NotImplementedError
 
+    def rounding(self):
+        """How far each weight of `dense()` may be from what was packed: shaped so that it expands to (out, in).
+
+        Infinity where nothing is known.
+        """
+        return torch.full((1, 1), torch.inf)
+
     @property
     def weight(self):
         """The dense weight as the leaf would keep it, for code that reads `.weight` (nn.MultiheadAttention does)."""

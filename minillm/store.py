@@ -63,7 +63,8 @@ def write(path, technique, model, tensors, own, kept, force=False, **metadata):
     Of several processes the first writes.
     """
     check_writable(path, force)
-    base = fingerprint.of(model, own.keys() | left_to_learn(model).keys())
+    held = {f"{site.name}.weight" for site in formats_of(technique, model)} | own.keys() | left_to_learn(model).keys()
+    base = fingerprint.of(model, held)
     shared = {name: others for name, others in tied_names(model).items() if name in own}
     told = {key: json.dumps(value) for key, value in dict(metadata, base=base, shared=shared).items()}
     every = tensors | {LEARNED + name: p.detach() for name, p in own.items()}
@@ -231,7 +232,11 @@ def check_base(model, metadata, path, any_base=False):
     if any_base:
         return
     try:
-        difference = fingerprint.differs(model, field(metadata, "base", path))
+        then = field(metadata, "base", path)
+    except ValueError as error:
+        raise ValueError(f"{error}; any_base=True loads it all the same") from error
+    try:
+        difference = fingerprint.differs(model, then)
     except ValueError as error:
         raise ValueError(f"{path}: {error}; any_base=True loads it all the same") from error
     if difference:
