@@ -21,9 +21,10 @@ Not included: unfreezing layer by layer while training (ULMFiT's gradual unfreez
 
 from torch import nn
 
+from minillm.learned import check_learned, put_back
 from minillm.learning import buffers, freeze, left_to_learn, slots, stopped_by, thaw
 from minillm.registry import CannotMerge, parameters, register, select, walk
-from minillm.store import check_base, check_learned, field, opened, put_back, sorted_out, write
+from minillm.store import check_base, field, opened, sorted_out, write
 
 
 class Freeze:
@@ -111,7 +112,7 @@ def load(model, path, replace=False, any_base=False):
     missing = frozen - {name for name, *_ in slots(model)}
     if missing:
         raise ValueError(f"{path} freezes {sorted(missing)[0]!r}, which this model lacks ({len(missing)} such)")
-    check_learned(model, own, kept, path)
+    check_learned(model, own, kept, shared, path)
     check_base(model, metadata, path, any_base)
     put_back(model, own, kept, shared)
     thaw(model, "freeze")

@@ -19,12 +19,12 @@ import pathlib
 
 import safetensors
 import safetensors.torch
-import torch
 
 from minillm import distributed, files, fingerprint
 from minillm.attach import check_formats, ring, store
-from minillm.learning import buffers, learns, left_to_learn, notes
-from minillm.registry import Format, Patch, attached, formats_of, hint, parameters, patches_of, walk
+from minillm.learned import check_learned, let_learn, put_back, shapes, tied_names
+from minillm.learning import buffers, learns, left_to_learn
+from minillm.registry import Format, Patch, attached, computed, formats_of, hint, patches_of, walk
 
 LEARNED, BUFFER = "learned:", "buffer:"
 
@@ -76,14 +76,6 @@ def write(path, technique, model, tensors, own, kept, force=False, **metadata):
     distributed.wait()
 
 
-def tied_names(model):
-    """{first name of a parameter: its other names}."""
-    names = {}
-    for name, _, _, p in parameters(model):
-        names.setdefault(id(p), []).append(name)
-    return {first: others for first, *others in names.values() if others}
-
-
 def check_writable(path, force=False):
     """FileExistsError if `path` is a directory, or a file that no technique of minillm wrote, unless `force`.
 
@@ -120,17 +112,19 @@ def load(cls, model, path, replace=False, any_base=False):
     for where in configs:
         if where not in sites or not cls.accepts(sites[where]):
             possible = [site for site in sites.values() if cls.accepts(site)]
-            raise ValueError(f"{path} has {name} for {where!r}, which this model lacks; {hint(where, possible)}")
+            why = computed(sites[where]) if where in sites else ""
+            raise ValueError(f"{path} has {name} for {where!r}, which this model lacks{why}; {hint(where, possible)}")
     check_free(cls, model, configs, path, replace)
     parts, own, kept = sorted_out(tensors, configs, path)
     made = {where: remake(cls, sites[where], config, parts[where], f"{path}, {where!r}")
             for where, config in configs.items()}
     check_base(model, metadata, path, any_base)
-    check_learned(model, own, kept, path)
+    shared = field(metadata, "shared", path)
+    check_learned(model, own, kept, shared, path)
     new = [site for where, site in sites.items() if where in made and not isinstance(site.module, cls)]
     if issubclass(cls, Format):
         check_formats(cls, model, new)
-    put_back(model, own, kept, field(metadata, "shared", path))
+    put_back(model, own, kept, shared)
     if not issubclass(cls, Format):
         ring(model, [(sites[where], patch) for where, patch in made.items()])
         if any(learns(patch) for patch in made.values()):
@@ -153,12 +147,22 @@ def opened(path, technique):
 
 
 def read(path):
-    """(tensors, metadata) of a safetensors file; ValueError if it is anything else. Nothing is unpickled."""
+    """(tensors, metadata) of a safetensors file; ValueError if it is anything else. Nothing is unpickled.
+
+    OSError, which names the path, where there is no such file, or a directory.
+    """
+    if pathlib.Path(path).is_dir():
+        raise IsADirectoryError(f"{path} is a directory; what a technique saved is a file, such as "
+                                f"{pathlib.Path(path) / 'adapter.safetensors'}")
     try:
         with safetensors.safe_open(path, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); other formats are not opened") from error
+    except OSError as error:
+        if str(path) in str(error):
+            raise
+        raise OSError(f"{path} cannot be read: {error}") from error
 
 
 def holds(path):
@@ -223,10 +227,6 @@ def remake(cls, site, config, tensors, where):
     return new
 
 
-def shapes(tensors):
-    return {key: f"{tuple(t.shape)} of {'floats' if t.is_floating_point() else 'integers'}" for key, t in tensors.items()}
-
-
 def check_base(model, metadata, path, any_base=False):
     """ValueError where the file was made for another model, unless any model will do."""
     if any_base:
@@ -241,49 +241,3 @@ def check_base(model, metadata, path, any_base=False):
         raise ValueError(f"{path}: {error}; any_base=True loads it all the same") from error
     if difference:
         raise ValueError(f"{path} belongs to another model: {difference}; any_base=True loads it all the same")
-
-
-# --- the model's own parameters in a file ----------------------------------------------------------------
-
-
-def check_learned(model, tensors, kept, path):
-    """ValueError where a learned parameter or a buffer of a file is not one of this model's."""
-    ours = {name: tuple(p.shape) for name, _, _, p in parameters(model)}
-    ours |= {f"{site.name}.weight": tuple(site.module.weight.shape) for site in walk(model) if isinstance(site.module, Format)}
-    for name, t in tensors.items():
-        if ours.get(name) != tuple(t.shape) or not t.is_floating_point():
-            here = f"has {ours[name]}" if name in ours else "lacks it"
-            raise ValueError(f"{path} does not fit this model: {name!r} is {tuple(t.shape)} of {t.dtype} in the file, the model {here}")
-    ours, theirs = shapes(dict(buffers(model))), shapes(kept)
-    for name, shape in theirs.items():
-        if ours.get(name) != shape:
-            here = f"has {ours[name]}" if name in ours else "lacks it"
-            raise ValueError(f"{path} does not fit this model: the buffer {name!r} is {shape} in the file, the model {here}")
-
-
-@torch.no_grad()
-def put_back(model, tensors, kept, shared):
-    """Copy learned parameters into the model, under all the names that a tied one had; a Format packs anew.
-
-    Copy the buffers `kept` as well.
-    """
-    here = dict(buffers(model))
-    for name, t in kept.items():
-        here[name].copy_(distributed.like(t, here[name]))
-    ours = {name: p for name, _, _, p in parameters(model)}
-    for name, t in tensors.items():
-        for one in {name, *shared.get(name, ())} & ours.keys():
-            ours[one].copy_(distributed.like(t, ours[one]))
-    for site in walk(model):
-        if isinstance(site.module, Format) and f"{site.name}.weight" in tensors:
-            t = tensors[f"{site.name}.weight"].to(site.module.weight)
-            site.module.pack(t.T if site.module.leaf.transposed else t)
-
-
-def let_learn(model, names, technique):
-    """Parameters that learned together with the patches of a file learn again."""
-    for name, owner, key, p in parameters(model):
-        if name in names:
-            stopped = notes(owner)
-            stopped[key] = stopped.get(key, frozenset()) - {technique}
-            p.requires_grad_(not stopped[key])

@@ -367,3 +367,50 @@ def test_a_file_belongs_to_one_configuration_of_transformers(tmp_path):
     model.config.rms_norm_eps = 1e-3
     with pytest.raises(ValueError, match="with rms_norm_eps=1e-06, this model is .* with rms_norm_eps=0.001"):
         minillm.lora.load(model, tmp_path / "a")
+
+
+# --- errors ---------------------------------------------------------------------------------------------
+
+
+def test_what_is_no_file_is_named_once(tmp_path):
+    for read in (minillm.verbs.read, lambda path: minillm.lora.load(build("llama"), path), minillm.store.holds):
+        with pytest.raises(IsADirectoryError, match=f"^{tmp_path} is a directory; what a technique saved is a file"):
+            read(tmp_path)
+        with pytest.raises(FileNotFoundError, match=str(tmp_path / "missing")):
+            read(tmp_path / "missing")
+
+
+def test_a_checkpoint_whose_weights_are_a_directory_is_named(tmp_path):
+    minillm.save(build("llama"), tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").unlink()
+    (tmp_path / "m" / "model.safetensors").mkdir()
+    with pytest.raises(ValueError, match="model.safetensors is a directory, and a safetensors file was expected"):
+        minillm.load(tmp_path / "m")
+
+
+def rewritten(path, **metadata):
+    tensors, before = minillm.verbs.read(path)
+    safetensors.torch.save_file(tensors, path, {**before, **metadata})
+    return path
+
+
+@pytest.mark.parametrize("base", ["", "{}"])
+def test_an_error_names_the_path_once(base, tmp_path):
+    minillm.lora.save(minillm.lora.wrap(build("llama"), r=2), tmp_path / "a")
+    with pytest.raises(ValueError) as caught:
+        minillm.lora.load(build("llama"), rewritten(tmp_path / "a", base=base))
+    assert str(caught.value).count(str(tmp_path)) == 1 and "any_base=True" in str(caught.value)
+
+
+@pytest.mark.parametrize("shared", ['{"embed_tokens.weight": "lm_head.weight"}', '{"embed_tokens.weight": [1]}', '{"x": ["lm_head.weight"]}',
+                                    '{"embed_tokens.weight": ["norm.weight"]}', '{"embed_tokens.weight": ["missing"]}',
+                                    '{"embed_tokens.weight": ["embed_tokens.weight", "layers.0.mlp.up_proj.weight"]}'])
+@pytest.mark.parametrize("technique", ["prune", "freeze"])
+def test_other_names_of_a_parameter_are_checked_before_the_model_is_touched(technique, shared, tmp_path):
+    page, options = minillm.techniques()[technique], dict(freeze=dict(targets=["layers"])).get(technique, {})
+    page.save(page.wrap(build("gpt2"), **options), tmp_path / "a")
+    for model in (build("gpt2"), minillm.untie(build("gpt2"))):
+        before = {key: t.clone() for key, t in model.state_dict().items()}
+        with pytest.raises(ValueError, match="a says that '.*' is also"):
+            page.load(model, rewritten(tmp_path / "a", shared=shared))
+        assert all(t.equal(before[key]) for key, t in model.state_dict().items()) and not minillm.layers(model)
