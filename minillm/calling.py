@@ -16,7 +16,7 @@ def native(model):
 
 
 def arguments(model):
-    """{name: parameter} of the model's forward: of the model that torch.compile or peft has wrapped."""
+    """{name: parameter} of the forward of the model; of what torch.compile or peft has wrapped."""
     model = getattr(model, "_orig_mod", model)
     if callable(getattr(type(model), "get_base_model", None)):
         model = model.get_base_model()
@@ -36,8 +36,10 @@ def logits(model, ids, mask=None, alone=True):
     if mask is None or bool((mask == 1).all()):
         return logits_of(model(ids))
     if mask.dtype != torch.bool:
-        raise ValueError(f"{type(model).__name__} has no mask for packed examples: give it the "
-                         "examples unpacked")
+        raise ValueError(
+            f"{type(model).__name__} has no mask for packed examples: give it the "
+            "examples unpacked"
+        )
     takes = arguments(model)
     trusted = not alone and any(a.kind is a.VAR_KEYWORD for a in takes.values())
     if "attention_mask" in takes or trusted:
@@ -46,9 +48,11 @@ def logits(model, ids, mask=None, alone=True):
             given["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
         return logits_of(model(ids, **given))
     if not alone:
-        raise ValueError(f"the forward of {type(model).__name__} takes no attention_mask, so it "
-                         "cannot know what is padding: give it examples of one length, or "
-                         "batch_size=1")
+        raise ValueError(
+            f"the forward of {type(model).__name__} takes no attention_mask, so it "
+            "cannot know what is padding: give it examples of one length, or "
+            "batch_size=1"
+        )
     rows = [logits(model, row[real][None])[0] for row, real in zip(ids, mask)]  # (tokens, vocab)
     every = rows[0].new_zeros(*ids.shape, rows[0].shape[-1])
     every[mask] = torch.cat(rows)

@@ -29,21 +29,24 @@ from minillm.registry import Format, parameters, walk
 
 SAMPLES = 4  # values of each weight
 
-# Fields of a configuration that do not change what the model computes from its weights in eval: names,
-# dropout, how it is run. The parameters' names and shapes show `tied` and the number of positions.
-ASIDE = re.compile("_?name_or_path|.*version|architectures|(torch_)?dtype|device.*|use_cache|output_.*|return_dict|"
-                   ".*attn_implementation|.*(drop|dropout)|.*_token_id|id2label|label2id|problem_type|quantization_config|"
-                   "initializer_.*|tied|tie_.*|positions|n_positions|max_position_embeddings|pretraining_tp|chunk_size.*")
+# Fields of a configuration that do not change what the model computes from its weights in eval:
+# names, dropout, how it is run. The parameters show `tied` and the number of learned positions.
+ASIDE = re.compile(
+    "_?name_or_path|.*version|architectures|(torch_)?dtype|device.*|use_cache|output_.*|"
+    "return_dict|.*attn_implementation|.*(drop|dropout)|.*_token_id|id2label|label2id|"
+    "problem_type|quantization_config|initializer_.*|tied|tie_.*|(n_)?positions|"
+    "max_position_embeddings|pretraining_tp|chunk_size.*"
+)
 
 
-# --- writing ----------------------------------------------------------------------------------------
+# --- writing ----------------------------------------------------------------------------------
 
 
 def of(model, without=None):
-    """A dict for JSON: the model's name, configuration and parameters' names, and samples of its weights.
+    """A dict for JSON: the model's name, its configuration, and samples of its weights.
 
-    The samples are those of its own parameters, and of what a Format stores, but not those in `without`.
-    By default those that learn are left out, for whoever asks saves them.
+    The weights are its own parameters, and what a Format stores. Of those in `without` there is
+    the name alone. By default these are the ones that learn, for whoever asks saves them.
     """
     every = own(model)
     without = {name for name, p in every.items() if p.requires_grad} if without is None else without
@@ -64,7 +67,11 @@ def own(model):
 
 def formats(model):
     """[(name of the weight, Format)] of the leaves that a Format stores."""
-    return [(f"{site.name}.weight", site.module) for site in walk(model) if isinstance(site.module, Format)]
+    return [
+        (f"{site.name}.weight", site.module)
+        for site in walk(model)
+        if isinstance(site.module, Format)
+    ]
 
 
 @torch.no_grad()
@@ -78,10 +85,17 @@ def sample(p):
 
 @torch.no_grad()
 def sample_stored(form):
-    """[dtype, shape, values, format, how far each value may be from what was packed; None: any distance]."""
+    """[dtype, shape, values, format, distances] of what a Format stores.
+
+    A distance says how far a value may be from what was packed; None: nothing is known.
+    """
     off = form.rounding().expand(form.shape)  # (out, in)
     _, _, distances = sample(off.T if form.leaf.transposed else off)  # in the places of the values
-    return [*sample(form.weight), form.technique, [d if math.isfinite(d) else None for d in distances]]
+    return [
+        *sample(form.weight),
+        form.technique,
+        [d if math.isfinite(d) else None for d in distances],
+    ]
 
 
 def settings(model):
@@ -106,13 +120,14 @@ def name_of(model):
     return str(told or type(model).__name__)
 
 
-# --- reading ----------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------
 
 
 def differs(model, then):
     """A sentence that names both models, if the fingerprint `then` is not this model's; else None.
 
-    ValueError where `then` is no fingerprint. What a file of an earlier minillm lacks is not compared.
+    ValueError where `then` is no fingerprint. What a file of an earlier minillm lacks is not
+    compared.
     """
     try:
         theirs, called, config, names = parsed(then)
@@ -127,34 +142,45 @@ def differs(model, then):
     here = {name for name, *_ in slots(model)}
     more, fewer = sorted(here - names) if names else [], sorted((names | theirs.keys()) - here)
     if more or fewer:
-        number, what, first = (len(fewer), "lacks", fewer[0]) if fewer else (len(more), "has also", more[0])
+        number, what, first = (
+            (len(fewer), "lacks", fewer[0]) if fewer else (len(more), "has also", more[0])
+        )
         return both.format("and ", "") + f"it {what} the parameter {first!r} ({number} such)"
-    ours = {name: sample(p) + ["", [0.0] * SAMPLES] for name, p in own(model).items() if name in theirs}
+    ours = {
+        name: sample(p) + ["", [0.0] * SAMPLES] for name, p in own(model).items() if name in theirs
+    }
     ours |= {name: sample_stored(form) for name, form in formats(model) if name in theirs}
     odd = [name for name in ours if not agree(ours[name], theirs[name])]
     if not odd:
         return None
-    return (both.format(f"(fingerprint {digest(theirs)}), ", f" (fingerprint {digest(ours)})")
-            + f"{len(odd)} of {len(theirs)} parameters differ, first {odd[0]!r}")
+    return (
+        both.format(f"(fingerprint {digest(theirs)}), ", f" (fingerprint {digest(ours)})")
+        + f"{len(odd)} of {len(theirs)} parameters differ, first {odd[0]!r}"
+    )
 
 
 def parsed(then):
-    """({weight: its sample, as `sample_stored` has it}, the model's name, its settings, all names or none)."""
+    """({weight: its sample, as `sample_stored` has it}, the model's name, its settings, names)."""
     theirs = {name: [*entry, "", [0.0] * SAMPLES] for name, entry in then["samples"].items()}
     theirs |= then.get("stored", {})
     for name, (dtype, shape, values, form, off) in theirs.items():
         torch.finfo(getattr(torch, dtype))
         if len(off) < len(values):
             raise ValueError(f"{name!r} has {len(values)} values and {len(off)} distances")
-        theirs[name] = [dtype, list(shape), [float(v) for v in values], str(form),
-                        [d if d is None else float(d) for d in off]]
+        theirs[name] = [
+            dtype,
+            list(shape),
+            [float(v) for v in values],
+            str(form),
+            [d if d is None else float(d) for d in off],
+        ]
     config = dict(then.get("config") or {})
     names = {*then["others"], *theirs} if "others" in then else set()
     return theirs, str(then["model"]), config, names
 
 
 def alike(a, b):
-    """Whether two settings are equal; a number in single precision, as a GGUF keeps it, is the same number."""
+    """Whether two settings are equal; single precision, as in a GGUF, does not change a number."""
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a)
     if isinstance(a, float) and isinstance(b, float):
@@ -164,15 +190,20 @@ def alike(a, b):
 
 def agree(ours, theirs):
     """Whether two samples can be of one weight, up to a cast and to the rounding of formats."""
-    (dtype, shape, values, form, off), (other_dtype, other_shape, others, other_form, other_off) = ours, theirs
+    (dtype, shape, values, form, off), (other_dtype, other_shape, others, other_form, other_off) = (
+        ours,
+        theirs,
+    )
     if shape != other_shape or len(values) != len(others):
         return False
     if (dtype, form) == (other_dtype, other_form):
         return all(a == b or a != a and b != b for a, b in zip(values, others))
     rounding = [torch.finfo(getattr(torch, name)) for name in (dtype, other_dtype)]
     relative, absolute = max(f.eps for f in rounding), max(f.smallest_normal for f in rounding)
-    return all(c is None or d is None or abs(a - b) <= c + d + relative * max(abs(a), abs(b)) + absolute
-               for a, b, c, d in zip(values, others, off, other_off))
+    return all(
+        c is None or d is None or abs(a - b) <= c + d + relative * max(abs(a), abs(b)) + absolute
+        for a, b, c, d in zip(values, others, off, other_off)
+    )
 
 
 def digest(samples):

@@ -95,7 +95,9 @@ def save(model, path, force=False):
     A weight that a format stores by now is written dense. FileExistsError as for every technique's `save`.
     """
     frozen = sorted(check_frozen(model))
-    write(path, "freeze", model, {}, left_to_learn(model), dict(buffers(model)), force, frozen=frozen)
+    write(
+        path, "freeze", model, {}, left_to_learn(model), dict(buffers(model)), force, frozen=frozen
+    )
 
 
 def load(model, path, replace=False, any_base=False):

@@ -1,7 +1,7 @@
-"""What training changed of the model itself, as a technique's file keeps it: parameters and buffers.
+"""What training changed of the model itself, as a technique's file keeps it.
 
-A file holds them under their author's names, a tied parameter once. They are checked before the
-model is touched, and then copied into it.
+These are parameters and buffers. A file holds them under their author's names, a tied parameter
+once. They are checked before the model is touched, and then copied into it.
 """
 
 import torch
@@ -20,7 +20,10 @@ def tied_names(model):
 
 
 def shapes(tensors):
-    return {key: f"{tuple(t.shape)} of {'floats' if t.is_floating_point() else 'integers'}" for key, t in tensors.items()}
+    return {
+        key: f"{tuple(t.shape)} of {'floats' if t.is_floating_point() else 'integers'}"
+        for key, t in tensors.items()
+    }
 
 
 def check_learned(model, tensors, kept, shared, path):
@@ -29,40 +32,62 @@ def check_learned(model, tensors, kept, shared, path):
     The same for `shared`, {learned parameter: its other names}.
     """
     ours = {name: tuple(p.shape) for name, _, _, p in parameters(model)}
-    ours |= {f"{site.name}.weight": tuple(site.module.weight.shape) for site in walk(model) if isinstance(site.module, Format)}
+    ours |= {
+        f"{site.name}.weight": tuple(site.module.weight.shape)
+        for site in walk(model)
+        if isinstance(site.module, Format)
+    }
     for name, t in tensors.items():
         if ours.get(name) != tuple(t.shape) or not t.is_floating_point():
             here = f"has {ours[name]}" if name in ours else "lacks it"
-            raise ValueError(f"{path} does not fit this model: {name!r} is {tuple(t.shape)} of {t.dtype} in the file, the model {here}")
+            raise ValueError(
+                f"{path} does not fit this model: {name!r} is {tuple(t.shape)} of {t.dtype} in "
+                f"the file, the model {here}"
+            )
     ours, theirs = shapes(dict(buffers(model))), shapes(kept)
     for name, shape in theirs.items():
         if ours.get(name) != shape:
             here = f"has {ours[name]}" if name in ours else "lacks it"
-            raise ValueError(f"{path} does not fit this model: the buffer {name!r} is {shape} in the file, the model {here}")
+            raise ValueError(
+                f"{path} does not fit this model: the buffer {name!r} is {shape} in the file, "
+                f"the model {here}"
+            )
     check_shared(model, tensors, shared, path)
 
 
 def check_shared(model, tensors, shared, path):
-    """ValueError where the file's other names of a learned parameter are not names that it can have here."""
+    """ValueError where a learned parameter cannot have the other names that the file gives it."""
     ties = {}
     for name, _, _, p in parameters(model):
         ties.setdefault(id(p), set()).add(name)
     ours = {name: (p.shape, ties[id(p)]) for name, _, _, p in parameters(model)}
     for name, others in shared.items():
-        if name not in tensors or not isinstance(others, list) or not all(isinstance(one, str) for one in others):
-            raise ValueError(f"{path} says that {name!r} is also {others!r}: those are no names of a parameter that it holds")
+        if (
+            name not in tensors
+            or not isinstance(others, list)
+            or not all(isinstance(one, str) for one in others)
+        ):
+            raise ValueError(
+                f"{path} says that {name!r} is also {others!r}: these are no names of a parameter "
+                "that it holds"
+            )
         for one in others:
             shape, tied = ours.get(one, (None, ()))
-            apart = len(tied) == 1 and len(ours.get(name, (None, ()))[1]) == 1  # the model ties neither: it was untied
+            apart = (
+                len(tied) == 1 and len(ours.get(name, (None, ()))[1]) == 1
+            )  # the model ties neither: it was untied
             if shape != tensors[name].shape or not (name in tied or apart):
-                raise ValueError(f"{path} says that {name!r} is also {one!r}, which this model does not share with it")
+                raise ValueError(
+                    f"{path} says that {name!r} is also {one!r}, which this model does not share "
+                    "with it"
+                )
 
 
 @torch.no_grad()
 def put_back(model, tensors, kept, shared):
-    """Copy learned parameters into the model, under all the names that a tied one had; a Format packs anew.
+    """Copy learned parameters and the buffers `kept` into the model.
 
-    Copy the buffers `kept` as well.
+    A tied parameter goes to all the names that it had; a Format packs anew.
     """
     here = dict(buffers(model))
     for name, t in kept.items():

@@ -19,15 +19,23 @@ def slots(model):
 
 
 def buffers(model):
-    """[(name, buffer)] of what training changes without a gradient, such as BatchNorm's running mean.
+    """[(name, buffer)] of what training changes without a gradient: BatchNorm's running mean.
 
-    These are the model's own persistent buffers, under their author's names: the buffers of a
+    These are the model's own persistent buffers, under their author's names. The buffers of a
     technique never change.
     """
     owners = [("", model.base if isinstance(model, Layer) else model)]
-    owners += [(f"{site.name}.", site.module) for site in walk(model) if not isinstance(site.module, Format)]
-    return [(prefix + key, b) for prefix, owner in owners for key, b in owner._buffers.items()
-            if b is not None and key not in owner._non_persistent_buffers_set]
+    owners += [
+        (f"{site.name}.", site.module)
+        for site in walk(model)
+        if not isinstance(site.module, Format)
+    ]
+    return [
+        (prefix + key, b)
+        for prefix, owner in owners
+        for key, b in owner._buffers.items()
+        if b is not None and key not in owner._non_persistent_buffers_set
+    ]
 
 
 def notes(owner):

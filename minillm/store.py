@@ -3,9 +3,9 @@
 A file of a technique holds
 
     what it added          the tensors of each Patch or Format, as SITE.NAME
-    what learned with it   the model's own parameters that learn, as learned:NAME (none beneath LoRA, all
-                           dense ones beneath a pruning mask), and its buffers, as buffer:NAME, which
-                           training changes without a gradient (BatchNorm's running mean)
+    what learned with it   the model's own parameters that learn, as learned:NAME (none beneath
+                           LoRA, all dense ones beneath a pruning mask); and its buffers, as
+                           buffer:NAME, which change without a gradient (BatchNorm's running mean)
     sites                  the settings of each Patch or Format
     base                   a fingerprint of the other parameters: the model that it belongs to
 
@@ -35,9 +35,9 @@ LEARNED, BUFFER = "learned:", "buffer:"
 def save(cls, model, path, learned=True, force=False):
     """Write the technique to a safetensors file: what it added, and what of the model's own learns.
 
-    learned=False leaves the model's own parameters and buffers out. What `freeze` left to learn is in
-    freeze's own file. FileExistsError where `path` is a file that no technique of minillm wrote, unless `force`. The
-    old file stays until the new one is whole.
+    learned=False leaves the model's own parameters and buffers out. What `freeze` left to learn is
+    in freeze's own file. FileExistsError where `path` is a file that no technique of minillm wrote,
+    unless `force`. The old file stays until the new one is whole.
     """
     name = cls.technique
     modules = {site.name: patch for site, patch in patches_of(name, model)}
@@ -58,12 +58,16 @@ def added(module):
 
 
 def write(path, technique, model, tensors, own, kept, force=False, **metadata):
-    """Write `tensors`, the learned parameters `own`, the buffers `kept`, and the metadata, as JSON each.
+    """Write `tensors`, the learned parameters `own`, the buffers `kept`, and the metadata as JSON.
 
     Of several processes the first writes.
     """
     check_writable(path, force)
-    held = {f"{site.name}.weight" for site in formats_of(technique, model)} | own.keys() | left_to_learn(model).keys()
+    held = (
+        {f"{site.name}.weight" for site in formats_of(technique, model)}
+        | own.keys()
+        | left_to_learn(model).keys()
+    )
     base = fingerprint.of(model, held)
     shared = {name: others for name, others in tied_names(model).items() if name in own}
     told = {key: json.dumps(value) for key, value in dict(metadata, base=base, shared=shared).items()}
@@ -113,7 +117,10 @@ def load(cls, model, path, replace=False, any_base=False):
         if where not in sites or not cls.accepts(sites[where]):
             possible = [site for site in sites.values() if cls.accepts(site)]
             why = computed(sites[where]) if where in sites else ""
-            raise ValueError(f"{path} has {name} for {where!r}, which this model lacks{why}; {hint(where, possible)}")
+            raise ValueError(
+                f"{path} has {name} for {where!r}, which this model lacks{why}; "
+                f"{hint(where, possible)}"
+            )
     check_free(cls, model, configs, path, replace)
     parts, own, kept = sorted_out(tensors, configs, path)
     made = {where: remake(cls, sites[where], config, parts[where], f"{path}, {where!r}")
@@ -147,13 +154,15 @@ def opened(path, technique):
 
 
 def read(path):
-    """(tensors, metadata) of a safetensors file; ValueError if it is anything else. Nothing is unpickled.
+    """(tensors, metadata) of a safetensors file. Nothing is unpickled.
 
-    OSError, which names the path, where there is no such file, or a directory.
+    ValueError for any other file. OSError, which names the path, for a directory or no file.
     """
     if pathlib.Path(path).is_dir():
-        raise IsADirectoryError(f"{path} is a directory; what a technique saved is a file, such as "
-                                f"{pathlib.Path(path) / 'adapter.safetensors'}")
+        raise IsADirectoryError(
+            f"{path} is a directory; what a technique saved is a file, such as "
+            f"{pathlib.Path(path) / 'adapter.safetensors'}"
+        )
     try:
         with safetensors.safe_open(path, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
@@ -194,7 +203,7 @@ def check_free(cls, model, configs, path, replace):
 
 
 def sorted_out(tensors, configs, path):
-    """({site: {name: tensor}}, {parameter: tensor that learned}, {buffer: tensor}) of a file's tensors."""
+    """A file's tensors: {site: {name: tensor}}, {learned parameter: tensor}, {buffer: tensor}."""
     parts, own, kept = {where: {} for where in configs}, {}, {}
     for key, tensor in tensors.items():
         prefix, _, name = key.partition(":")

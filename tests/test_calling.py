@@ -1,4 +1,4 @@
-"""The logits of any model, for training and for evaluation: padding, masks, and models that only look like minillm's."""
+"""The logits of any model: padding, masks, and models that only look like minillm's."""
 
 import pytest
 import torch
@@ -41,11 +41,15 @@ def test_a_batch_learns_what_its_rows_learn_alone(kind, left):
 
 
 class Lookalike(nn.Module):
-    """A user's model that keeps its loss, its middle layer and its head under names of minillm's Transformer."""
+    """A user's model, whose loss, middle layer and head have the names of minillm's Transformer."""
 
     def __init__(self):
         super().__init__()
-        self.embed, self.hidden, self.lm_head = nn.Embedding(24, 8), nn.Linear(8, 8), nn.Linear(8, 24)
+        self.embed, self.hidden, self.lm_head = (
+            nn.Embedding(24, 8),
+            nn.Linear(8, 8),
+            nn.Linear(8, 24),
+        )
         self.loss, self.layers = nn.CrossEntropyLoss(), nn.ModuleList()
 
     def forward(self, ids, **options):
@@ -54,14 +58,20 @@ class Lookalike(nn.Module):
 
 def test_a_model_that_names_its_parts_as_minillm_does_is_no_transformer():
     model = Lookalike()
-    expected = F.cross_entropy(model(IDS)[:, :-1].flatten(0, 1), IDS[:, 1:].flatten(), reduction="sum")
+    expected = F.cross_entropy(
+        model(IDS)[:, :-1].flatten(0, 1), IDS[:, 1:].flatten(), reduction="sum"
+    )
     torch.testing.assert_close(loss_sum(model, IDS, IDS), expected)
     torch.testing.assert_close(evaluate.nll(model, IDS, IDS)[0].sum(), expected.detach())
     assert minillm.report.report(model, length=4).activations > 0
     check_compiled(torch.compile(model, backend="eager"))  # its forward is what train calls
     with pytest.raises(TypeError, match="compiles the model's forward"):
         check_compiled(torch.compile(build("llama"), backend="eager"))
-    assert native(build("llama")) and native(torch.compile(build("llama"), backend="eager")) and not native(model)
+    assert (
+        native(build("llama"))
+        and native(torch.compile(build("llama"), backend="eager"))
+        and not native(model)
+    )
 
 
 def test_a_packed_mask_is_for_minillm_alone():
@@ -69,14 +79,20 @@ def test_a_packed_mask_is_for_minillm_alone():
     for call in (logits, loss_sum):
         with pytest.raises(ValueError, match="Lookalike has no mask for packed examples"):
             call(Lookalike(), IDS, *([IDS] if call is loss_sum else []), packed)
-    torch.testing.assert_close(logits(Lookalike().eval(), IDS, torch.ones_like(IDS)).shape, torch.Size([2, 6, 24]))
+    torch.testing.assert_close(
+        logits(Lookalike().eval(), IDS, torch.ones_like(IDS)).shape, torch.Size([2, 6, 24])
+    )
 
 
 def test_the_likelihood_of_half_precision_logits_is_summed_in_float32():
     model = build("Linear").bfloat16()
-    exact = F.cross_entropy(model(IDS)[:, :-1].flatten(0, 1).double(), IDS[:, 1:].flatten(), reduction="sum")
+    exact = F.cross_entropy(
+        model(IDS)[:, :-1].flatten(0, 1).double(), IDS[:, 1:].flatten(), reduction="sum"
+    )
     own = build("llama").bfloat16()
-    whole = F.cross_entropy(own(IDS)[:, :-1].flatten(0, 1).double(), IDS[:, 1:].flatten(), reduction="sum")
+    whole = F.cross_entropy(
+        own(IDS)[:, :-1].flatten(0, 1).double(), IDS[:, 1:].flatten(), reduction="sum"
+    )
     for m, expected in ((model, exact), (own, whole)):
         total, _ = evaluate.nll(m, IDS, IDS)
         assert total.dtype == torch.float32

@@ -231,7 +231,9 @@ def test_completions_are_the_loss_that_training_reports():
 
 def test_bleu_names_the_tokenizers_that_there_are():
     for tokenize in ("foo", None, 3):
-        with pytest.raises(ValueError, match=f"tokenize={tokenize!r} is unknown; known: .*'13a'.*'char'"):
+        with pytest.raises(
+            ValueError, match=f"tokenize={tokenize!r} is unknown; known: .*'13a'.*'char'"
+        ):
             evaluate.bleu(["a"], ["b"], tokenize=tokenize)
     assert evaluate.bleu(["a b c d e"], ["a b c d e"], tokenize="char") == pytest.approx(100)
 
@@ -243,8 +245,11 @@ def test_bleu_says_in_one_line_what_a_tokenizer_needs(monkeypatch):
         raise RuntimeError("\nIt needs extra dependencies.\n\n  pip install sacrebleu[ja]\n")
 
     monkeypatch.setattr(library, "_get_tokenizer", missing)
-    with pytest.raises(ValueError, match=r"tokenize='ja-mecab' needs what is not there \(It needs extra dependencies. "
-                                         r"pip install sacrebleu\[ja\]\); '13a'"):
+    with pytest.raises(
+        ValueError,
+        match=r"tokenize='ja-mecab' needs what is not there \(It needs extra dependencies. "
+        r"pip install sacrebleu\[ja\]\); '13a'",
+    ):
         evaluate.bleu(["a"], ["b"], tokenize="ja-mecab")
 
 

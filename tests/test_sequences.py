@@ -1,4 +1,4 @@
-"""After any sequence of wrap, merge, unmerge and unwrap that takes everything away, the model is as before."""
+"""A sequence of wrap, merge, unmerge and unwrap that takes all away leaves the model as it was."""
 
 import itertools
 import random
@@ -11,8 +11,13 @@ import minillm
 from minillm.registry import CannotMerge, Format, attached, walk
 from minillm.verbs import merged
 
-OPTIONS = {"freeze": dict(last=1), "lora": dict(r=2), "adapters": dict(size=2), "prompts": dict(length=2),
-           "sparse": dict(anyway=True)}
+OPTIONS = {
+    "freeze": dict(last=1),
+    "lora": dict(r=2),
+    "adapters": dict(size=2),
+    "prompts": dict(length=2),
+    "sparse": dict(anyway=True),
+}
 VERBS = ("wrap", "wrap", "merge", "unmerge", "unwrap", "forget")  # to forget: merge(keep=False)
 
 
@@ -23,7 +28,9 @@ def learns(model):
 def step(model, name, verb):
     """Whether the model allows the verb now."""
     technique = minillm.techniques()[name]
-    given = OPTIONS.get(name, {}) if verb == "wrap" else dict(keep=False) if verb == "forget" else {}
+    given = (
+        OPTIONS.get(name, {}) if verb == "wrap" else dict(keep=False) if verb == "forget" else {}
+    )
     try:
         getattr(technique, "merge" if verb == "forget" else verb)(model, **given)
     except (ValueError, CannotMerge):
@@ -55,14 +62,24 @@ def unwrap_all(model):
     raise AssertionError(f"what cannot be unwrapped: {left(model)}")
 
 
-@pytest.mark.parametrize("calls, last", [
-    ("prune.wrap prune.merge lora.wrap prune.unmerge lora.unwrap prune.unwrap", None),
-    ("prune.wrap prune.merge lora.wrap prune.unwrap lora.unwrap", None),
-    ("prune.wrap prune.merge freeze.wrap prune.unmerge freeze.unwrap prune.unwrap", None),
-    ("lora.wrap lora.merge quant.wrap freeze.wrap quant.unwrap lora.unwrap freeze.unwrap", "quant"),
-    ("sparse.wrap prune.wrap prune.merge sparse.unwrap prune.unwrap", None),
-    ("freeze.wrap sparse.wrap prune.wrap prune.merge sparse.unwrap freeze.unwrap prune.unwrap", None),
-])
+@pytest.mark.parametrize(
+    "calls, last",
+    [
+        ("prune.wrap prune.merge lora.wrap prune.unmerge lora.unwrap prune.unwrap", None),
+        ("prune.wrap prune.merge lora.wrap prune.unwrap lora.unwrap", None),
+        ("prune.wrap prune.merge freeze.wrap prune.unmerge freeze.unwrap prune.unwrap", None),
+        (
+            "lora.wrap lora.merge quant.wrap freeze.wrap quant.unwrap lora.unwrap freeze.unwrap",
+            "quant",
+        ),
+        ("sparse.wrap prune.wrap prune.merge sparse.unwrap prune.unwrap", None),
+        (
+            "freeze.wrap sparse.wrap prune.wrap prune.merge "
+            "sparse.unwrap freeze.unwrap prune.unwrap",
+            None,
+        ),
+    ],
+)
 def test_what_a_merge_stopped_learns_again(calls, last):
     model, plain = build("llama"), build("llama")
     model.layers[1].mlp.up_proj.weight.requires_grad_(False)

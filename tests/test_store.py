@@ -197,7 +197,7 @@ def test_a_refused_load_changes_nothing(tmp_path):
     assert type(model.layers[0].self_attn.q_proj).__name__ == "Linear" and logits(model, IDS).isnan().any()
 
 
-# --- buffers ------------------------------------------------------------------------------------------
+# --- buffers ----------------------------------------------------------------------------------
 
 
 class Normed(nn.Module):
@@ -205,7 +205,12 @@ class Normed(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.embed, self.up, self.norm, self.head = nn.Embedding(24, 16), nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Linear(16, 24)
+        self.embed, self.up, self.norm, self.head = (
+            nn.Embedding(24, 16),
+            nn.Linear(16, 16),
+            nn.BatchNorm1d(16),
+            nn.Linear(16, 24),
+        )
         self.register_buffer("scratch", torch.zeros(3), persistent=False)
 
     def forward(self, ids):
@@ -218,16 +223,32 @@ def normed():
     return Normed().eval()
 
 
-@pytest.mark.parametrize("name, options", [("lora", {}), ("prune", {}), ("quant", {}), ("prompts", {}), ("sparse", dict(anyway=True)),
-                                           ("adapters", dict(targets=["norm"], width=16)), ("freeze", dict(targets=["embed"]))])
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("lora", {}),
+        ("prune", {}),
+        ("quant", {}),
+        ("prompts", {}),
+        ("sparse", dict(anyway=True)),
+        ("adapters", dict(targets=["norm"], width=16)),
+        ("freeze", dict(targets=["embed"])),
+    ],
+)
 def test_what_training_changed_without_a_gradient_is_in_the_file(name, options, tmp_path):
     technique = minillm.techniques()[name]
     model = learn(technique.wrap(normed(), **options)).eval()
     technique.save(model, tmp_path / "a")
-    assert {"buffer:norm.running_mean", "buffer:norm.running_var", "buffer:norm.num_batches_tracked"} <= keys(tmp_path / "a")
+    assert {
+        "buffer:norm.running_mean",
+        "buffer:norm.running_var",
+        "buffer:norm.num_batches_tracked",
+    } <= keys(tmp_path / "a")
     assert not any("scratch" in key for key in keys(tmp_path / "a"))
     again = technique.load(normed(), tmp_path / "a").eval()
-    assert logits(again, IDS).equal(logits(model, IDS)) and not logits(normed(), IDS).equal(logits(model, IDS))
+    assert logits(again, IDS).equal(logits(model, IDS)) and not logits(normed(), IDS).equal(
+        logits(model, IDS)
+    )
 
 
 def test_a_buffer_that_does_not_fit_is_refused(tmp_path):
@@ -238,13 +259,16 @@ def test_a_buffer_that_does_not_fit_is_refused(tmp_path):
     wide, none = normed(), normed()
     wide.norm.running_mean = torch.zeros(15)
     none.norm.running_mean = None
-    for other, message in ((wide, r"'norm.running_mean' is \(16,\) of floats in the file, the model has \(15,\)"), (none, "the model lacks it")):
+    for other, message in (
+        (wide, r"'norm.running_mean' is \(16,\) of floats in the file, the model has \(15,\)"),
+        (none, "the model lacks it"),
+    ):
         with pytest.raises(ValueError, match=message):
             minillm.lora.load(other, tmp_path / "a")
         assert not minillm.layers(other)
 
 
-# --- a base in a format, and the configuration ----------------------------------------------------------
+# --- a base in a format, and the configuration ------------------------------------------------
 
 
 def over(form, model):
@@ -252,7 +276,9 @@ def over(form, model):
 
 
 def sparse(model):
-    return minillm.sparse.wrap(minillm.prune.merge(minillm.prune.wrap(model, sparsity=0.75), keep=False))
+    return minillm.sparse.wrap(
+        minillm.prune.merge(minillm.prune.wrap(model, sparsity=0.75), keep=False)
+    )
 
 
 def changed(model):
@@ -264,13 +290,22 @@ def changed(model):
     return model
 
 
-FORMS = [("int8", "int8"), ("int8", "dense"), ("dense", "int8"), ("csr", "csr"), ("csr", "dense"), ("csr", "int8")]
+FORMS = [
+    ("int8", "int8"),
+    ("int8", "dense"),
+    ("dense", "int8"),
+    ("csr", "csr"),
+    ("csr", "dense"),
+    ("csr", "int8"),
+]
 
 
 @pytest.mark.parametrize("made, used", FORMS)
 @pytest.mark.parametrize("cast", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["llama", "hf_gpt2"])
-def test_an_adapter_that_was_made_over_a_format_belongs_to_one_base(kind, made, used, cast, tmp_path):
+def test_an_adapter_that_was_made_over_a_format_belongs_to_one_base(
+    kind, made, used, cast, tmp_path
+):
     minillm.lora.save(minillm.lora.wrap(over(made, build(kind)), r=2), tmp_path / "a")
     model = build(kind).to(cast) if cast and made != used else build(kind)
     minillm.lora.load(over(used, model), tmp_path / "a")
@@ -322,13 +357,27 @@ def sized(layers=2, **options):
     return model
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(rope_base=5e5), "with rope_base=10000.0, this model is 'Transformer' with rope_base=500000.0"),
-    (dict(window=2, eps=1e-6), "with eps=1e-05, window=None, this model is 'Transformer' with eps=1e-06, window=2"),
-    (dict(activation="gelu"), "with activation='silu', this model is .* with activation='gelu'"),
-    (dict(layers=3), "with layers=2, this model is .* with layers=3"),
-    (dict(tied=False), None), (dict(positions=64), None), (dict(eps=9.999999747378752e-06), None),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            dict(rope_base=5e5),
+            "with rope_base=10000.0, this model is 'Transformer' with rope_base=500000.0",
+        ),
+        (
+            dict(window=2, eps=1e-6),
+            "with eps=1e-05, window=None, this model is 'Transformer' with eps=1e-06, window=2",
+        ),
+        (
+            dict(activation="gelu"),
+            "with activation='silu', this model is .* with activation='gelu'",
+        ),
+        (dict(layers=3), "with layers=2, this model is .* with layers=3"),
+        (dict(tied=False), None),
+        (dict(positions=64), None),
+        (dict(eps=9.999999747378752e-06), None),
+    ],
+)
 def test_a_file_belongs_to_one_configuration(options, message, tmp_path):
     minillm.lora.save(minillm.lora.wrap(sized(), r=2), tmp_path / "a")
     model = sized(**options)
@@ -344,7 +393,10 @@ def test_heads_are_part_of_the_model(tmp_path):
     minillm.lora.save(minillm.lora.wrap(sized(), r=2), tmp_path / "a")
     torch.manual_seed(1)
     model = minillm.Transformer(minillm.Config(24, 16, 2, 2))
-    with pytest.raises(ValueError, match="with heads=4, kv_heads=4, head_size=4, this model is 'Transformer' with heads=2"):
+    with pytest.raises(
+        ValueError,
+        match="with heads=4, kv_heads=4, head_size=4, this model is 'Transformer' with heads=2",
+    ):
         minillm.lora.load(model, tmp_path / "a")
 
 
@@ -353,7 +405,10 @@ def test_a_layer_more_or_less_is_another_model(tmp_path):
     long.load_state_dict(short.state_dict(), strict=False)
     minillm.lora.save(minillm.lora.wrap(long, ["0"], r=2), tmp_path / "long")
     minillm.lora.save(minillm.lora.wrap(short, ["0"], r=2), tmp_path / "short")
-    for path, model, message in (("long", short, "lacks the parameter '3.bias' .2 such"), ("short", long, "has also the parameter '3.bias' .2")):
+    for path, model, message in (
+        ("long", short, "lacks the parameter '3.bias' .2 such"),
+        ("short", long, "has also the parameter '3.bias' .2"),
+    ):
         with pytest.raises(ValueError, match=message):
             minillm.lora.load(minillm.lora.unwrap(model), tmp_path / path)
 
@@ -362,19 +417,31 @@ def test_a_layer_more_or_less_is_another_model(tmp_path):
 def test_a_file_belongs_to_one_configuration_of_transformers(tmp_path):
     minillm.lora.save(minillm.lora.wrap(build("hf_llama"), r=2), tmp_path / "a")
     model = build("hf_llama")
-    model.config.use_cache, model.config.pad_token_id, model.config.attention_dropout = False, 3, 0.5
+    model.config.use_cache, model.config.pad_token_id, model.config.attention_dropout = (
+        False,
+        3,
+        0.5,
+    )
     minillm.lora.unwrap(minillm.lora.load(model, tmp_path / "a"))
     model.config.rms_norm_eps = 1e-3
-    with pytest.raises(ValueError, match="with rms_norm_eps=1e-06, this model is .* with rms_norm_eps=0.001"):
+    with pytest.raises(
+        ValueError, match="with rms_norm_eps=1e-06, this model is .* with rms_norm_eps=0.001"
+    ):
         minillm.lora.load(model, tmp_path / "a")
 
 
-# --- errors ---------------------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------
 
 
 def test_what_is_no_file_is_named_once(tmp_path):
-    for read in (minillm.verbs.read, lambda path: minillm.lora.load(build("llama"), path), minillm.store.holds):
-        with pytest.raises(IsADirectoryError, match=f"^{tmp_path} is a directory; what a technique saved is a file"):
+    for read in (
+        minillm.verbs.read,
+        lambda path: minillm.lora.load(build("llama"), path),
+        minillm.store.holds,
+    ):
+        with pytest.raises(
+            IsADirectoryError, match=f"^{tmp_path} is a directory; what a technique saved is a file"
+        ):
             read(tmp_path)
         with pytest.raises(FileNotFoundError, match=str(tmp_path / "missing")):
             read(tmp_path / "missing")
@@ -384,7 +451,9 @@ def test_a_checkpoint_whose_weights_are_a_directory_is_named(tmp_path):
     minillm.save(build("llama"), tmp_path / "m")
     (tmp_path / "m" / "model.safetensors").unlink()
     (tmp_path / "m" / "model.safetensors").mkdir()
-    with pytest.raises(ValueError, match="model.safetensors is a directory, and a safetensors file was expected"):
+    with pytest.raises(
+        ValueError, match="model.safetensors is a directory, and a safetensors file was expected"
+    ):
         minillm.load(tmp_path / "m")
 
 
@@ -402,15 +471,29 @@ def test_an_error_names_the_path_once(base, tmp_path):
     assert str(caught.value).count(str(tmp_path)) == 1 and "any_base=True" in str(caught.value)
 
 
-@pytest.mark.parametrize("shared", ['{"embed_tokens.weight": "lm_head.weight"}', '{"embed_tokens.weight": [1]}', '{"x": ["lm_head.weight"]}',
-                                    '{"embed_tokens.weight": ["norm.weight"]}', '{"embed_tokens.weight": ["missing"]}',
-                                    '{"embed_tokens.weight": ["embed_tokens.weight", "layers.0.mlp.up_proj.weight"]}'])
+@pytest.mark.parametrize(
+    "shared",
+    [
+        '{"embed_tokens.weight": "lm_head.weight"}',
+        '{"embed_tokens.weight": [1]}',
+        '{"x": ["lm_head.weight"]}',
+        '{"embed_tokens.weight": ["norm.weight"]}',
+        '{"embed_tokens.weight": ["missing"]}',
+        '{"embed_tokens.weight": ["embed_tokens.weight", "layers.0.mlp.up_proj.weight"]}',
+    ],
+)
 @pytest.mark.parametrize("technique", ["prune", "freeze"])
-def test_other_names_of_a_parameter_are_checked_before_the_model_is_touched(technique, shared, tmp_path):
-    page, options = minillm.techniques()[technique], dict(freeze=dict(targets=["layers"])).get(technique, {})
+def test_other_names_of_a_parameter_are_checked_before_the_model_is_touched(
+    technique, shared, tmp_path
+):
+    page, options = minillm.techniques()[technique], dict(freeze=dict(targets=["layers"])).get(
+        technique, {}
+    )
     page.save(page.wrap(build("gpt2"), **options), tmp_path / "a")
     for model in (build("gpt2"), minillm.untie(build("gpt2"))):
         before = {key: t.clone() for key, t in model.state_dict().items()}
         with pytest.raises(ValueError, match="a says that '.*' is also"):
             page.load(model, rewritten(tmp_path / "a", shared=shared))
-        assert all(t.equal(before[key]) for key, t in model.state_dict().items()) and not minillm.layers(model)
+        assert all(
+            t.equal(before[key]) for key, t in model.state_dict().items()
+        ) and not minillm.layers(model)

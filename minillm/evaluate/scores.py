@@ -185,8 +185,8 @@ def bleu(hypotheses, references, tokenize="13a"):
     """Corpus BLEU, 0 to 100, a Score: sacrebleu's defaults (exponential smoothing). One
     reference each.
 
-    tokenize: a tokenizer of sacrebleu, else ValueError; "13a" splits at spaces and punctuation, "zh" is
-    for Chinese, "char" for any script.
+    tokenize: a tokenizer of sacrebleu, else ValueError; "13a" splits at spaces and
+    punctuation, "zh" is for Chinese, "char" for any script.
     """
     from sacrebleu.metrics import BLEU
 

@@ -28,7 +28,7 @@ def of(model):
 
 
 def modules(model):
-    """(name, class and what it shows of its settings) of the model's own modules, under their author's names.
+    """(name, class and the settings that it shows) of each of the model's own modules.
 
     What differs between processes or devices is left out: an address, a device, the class that
     FSDP makes.
