@@ -71,12 +71,10 @@ def check_shared(model, tensors, shared, path):
                 f"{path} says that {name!r} is also {others!r}: these are no names of a parameter "
                 "that it holds"
             )
+        alone = ours.get(name, (None, ()))[1] == {name}  # nothing is tied to it here: it was untied
         for one in others:
             shape, tied = ours.get(one, (None, ()))
-            apart = (
-                len(tied) == 1 and len(ours.get(name, (None, ()))[1]) == 1
-            )  # the model ties neither: it was untied
-            if shape != tensors[name].shape or not (name in tied or apart):
+            if shape != tensors[name].shape or not (alone or name in tied):
                 raise ValueError(
                     f"{path} says that {name!r} is also {one!r}, which this model does not share "
                     "with it"

@@ -152,7 +152,6 @@ def twin(base):
     new = copy.copy(base)
     for table in ("_parameters", "_buffers", "_modules"):
         new.__dict__[table] = dict(base.__dict__[table])
-    new.__dict__["_frozen_by"] = dict(notes(base))
     return new
 
 

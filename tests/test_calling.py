@@ -74,6 +74,23 @@ def test_a_model_that_names_its_parts_as_minillm_does_is_no_transformer():
     )
 
 
+class Sums(nn.Module):
+    """Each token adds to all later ones, so padding in front is felt; no mask is read."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(24, 24)
+
+    def forward(self, ids, **options):
+        return self.embed(ids).cumsum(1)
+
+
+def test_a_model_that_swallows_any_keyword_sees_its_padded_rows_one_by_one():
+    model = Sums()
+    alone = sum(evaluate.nll(model, torch.tensor([r]), torch.tensor([r]))[0].sum() for r in ROWS)
+    torch.testing.assert_close(evaluate.nll(model, *padded(left=True))[0].sum(), alone)
+
+
 def test_a_packed_mask_is_for_minillm_alone():
     packed = torch.tensor([[1, 1, 1, 2, 2, 2]] * 2)
     for call in (logits, loss_sum):

@@ -5,7 +5,7 @@ import json
 import pytest
 import safetensors.torch
 import torch
-from models import build, two
+from models import build, logits, two
 from test_store import OPTIONS, learn
 from torch import nn
 
@@ -146,7 +146,14 @@ def test_a_row_of_zeros_and_an_embedding_are_stored_exactly_enough():
         off = form.rounding().expand(form.shape)
         off = off.T if form.leaf.transposed else off
         assert ((form.weight - dense[name]).abs() <= off * 1.0001).all() and off.max() < 0.02, name
-    assert not model.layers[0].mlp.up_proj.rounding()[3].any()
+    form = model.layers[0].mlp.up_proj
+    assert not form.rounding()[3].any() and form.rounding()[4].equal(form.scale[4] / 2)
+
+
+def test_what_a_format_stores_is_in_its_own_file_and_may_be_trained(tmp_path):
+    model = minillm.quant.wrap(changed(build("llama")))
+    minillm.quant.save(model, tmp_path / "a")
+    assert logits(minillm.quant.load(build("llama"), tmp_path / "a")).equal(logits(model))
 
 
 def test_a_file_without_what_came_later_still_loads(tmp_path):

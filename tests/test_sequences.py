@@ -78,6 +78,11 @@ def unwrap_all(model):
             "sparse.unwrap freeze.unwrap prune.unwrap",
             None,
         ),
+        (
+            "sparse.wrap prune.wrap prune.merge freeze.wrap prune.unmerge freeze.unwrap "
+            "sparse.unwrap prune.unwrap",
+            None,
+        ),
     ],
 )
 def test_what_a_merge_stopped_learns_again(calls, last):

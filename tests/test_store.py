@@ -179,6 +179,13 @@ def test_what_training_changed_without_a_gradient_is_in_the_file(name, options, 
     )
 
 
+def test_two_buffers_may_share_their_memory(tmp_path):
+    model = normed()
+    model.register_buffer("alias", model.norm.running_mean)
+    minillm.lora.save(minillm.lora.wrap(model, r=2), tmp_path / "a")
+    assert {"buffer:alias", "buffer:norm.running_mean"} <= keys(tmp_path / "a")
+
+
 def test_a_buffer_that_does_not_fit_is_refused(tmp_path):
     model = minillm.lora.wrap(normed(), r=2)
     minillm.lora.save(model, tmp_path / "a", learned=False)
