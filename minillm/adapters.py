@@ -50,6 +50,8 @@ class Bottleneck(Patch):
     def accepts(cls, site):
         if any(isinstance(parent, nn.MultiheadAttention) for parent, _ in site.places):
             return False  # its out_proj is never called: its weight is read, and would pass an adapter by
+        if getattr(site.module.forward, "__func__", None) is nn.Module.forward:
+            return False  # a container, such as a ModuleList: it is never called
         return site.leaf is None or not site.leaf.lookup
 
     def forward(self, below, *args, **kwargs):

@@ -63,7 +63,7 @@ def shard(model):
     if not dist.is_initialized():
         raise RuntimeError("shard needs several processes: start the program with torchrun, and "
                            "call minillm.distributed.start()")
-    if not hasattr(model, "layers") or not hasattr(model, "loss"):
+    if not hasattr(model, "layers") or not callable(getattr(type(model), "loss", None)):
         raise TypeError(f"shard is for minillm's Transformer, not {type(model).__name__}")
     for block in model.layers:
         fully_shard(block)

@@ -21,9 +21,10 @@ Not included: unfreezing layer by layer while training (ULMFiT's gradual unfreez
 
 from torch import nn
 
-from minillm.learning import freeze, left_to_learn, slots, stopped_by, thaw
+from minillm.learned import check_learned, put_back
+from minillm.learning import buffers, freeze, left_to_learn, slots, stopped_by, thaw
 from minillm.registry import CannotMerge, parameters, register, select, walk
-from minillm.store import check_base, check_learned, field, opened, put_back, sorted_out, write
+from minillm.store import check_base, field, opened, sorted_out, write
 
 
 class Freeze:
@@ -93,7 +94,10 @@ def save(model, path, force=False):
 
     A weight that a format stores by now is written dense. FileExistsError as for every technique's `save`.
     """
-    write(path, "freeze", model, {}, left_to_learn(model), force, frozen=sorted(check_frozen(model)))
+    frozen = sorted(check_frozen(model))
+    write(
+        path, "freeze", model, {}, left_to_learn(model), dict(buffers(model)), force, frozen=frozen
+    )
 
 
 def load(model, path, replace=False, any_base=False):
@@ -105,14 +109,14 @@ def load(model, path, replace=False, any_base=False):
     tensors, metadata = opened(path, "freeze")
     if stopped_by(model, "freeze") and not replace:
         raise ValueError(f"the model has freeze already, and {path} would take its place: unwrap it first, or say replace=True")
-    _, own = sorted_out(tensors, {}, path)
+    _, own, kept = sorted_out(tensors, {}, path)
     frozen, shared = set(field(metadata, "frozen", path, list)), field(metadata, "shared", path)
     missing = frozen - {name for name, *_ in slots(model)}
     if missing:
         raise ValueError(f"{path} freezes {sorted(missing)[0]!r}, which this model lacks ({len(missing)} such)")
-    check_learned(model, own, path)
+    check_learned(model, own, kept, shared, path)
     check_base(model, metadata, path, any_base)
-    put_back(model, own, shared)
+    put_back(model, own, kept, shared)
     thaw(model, "freeze")
     freeze(model, "freeze", lambda name: name in frozen)
     return model

@@ -21,6 +21,8 @@ from minillm.fill import check_names, check_tokenizer, empty, shapes_of
 from minillm.registry import Format, Patch, walk
 from minillm.transformer import Config, Transformer
 
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
 # --- reading ----------------------------------------------------------------------------------
 
 
@@ -28,13 +30,15 @@ def load(source, dtype=None, device=None):
     """(model, tokenizer) of a checkpoint; the model is in eval mode and has `source` as `.source`.
 
     source: "smollm2" or "tiny", a directory in the Hugging Face layout, or a .gguf file. dtype: as
-    torch has it, or its name; by default the checkpoint's own, of a GGUF float32. The tokenizer is
+    torch has it, or its name: float32, float64, bfloat16 or float16; by default the checkpoint's
+    own, of a GGUF float32. The tokenizer is
     None where the checkpoint has none. FileNotFoundError where the source is missing, ValueError
     where it is not whole, or is something that minillm does not compute.
     """
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise ValueError(f"dtype={dtype!r} is no floating-point type of torch, such as 'bfloat16'")
+    if dtype is not None and found not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is unknown; a model computes in one of: "
+                         + ", ".join(str(one).removeprefix("torch.") for one in DTYPES))
     model, tokenizer = open_checkpoint(pathlib.Path(located(source)), source, found, device)
     model.source = str(source)
     return model, tokenizer

@@ -65,6 +65,8 @@ def written_dtype(told):
 
 def names_in(shard):
     """The names of a safetensors file's tensors."""
+    if pathlib.Path(shard).is_dir():
+        raise ValueError(f"{shard} is a directory, and a safetensors file was expected there")
     try:
         with safetensors.safe_open(shard, "pt") as file:
             return list(file.keys())

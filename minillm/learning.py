@@ -8,7 +8,7 @@ The weight of a leaf that a Format stores is no parameter while it is stored. It
 Format, so that `unwrap` of the format gives back a weight that learns, or not, as it should.
 """
 
-from minillm.registry import Format, parameters, walk
+from minillm.registry import Format, Layer, parameters, walk
 
 
 def slots(model):
@@ -16,6 +16,26 @@ def slots(model):
     stored = [(f"{site.name}.weight", site.module, "weight", None)
               for site in walk(model) if isinstance(site.module, Format)]
     return parameters(model) + stored
+
+
+def buffers(model):
+    """[(name, buffer)] of what training changes without a gradient: BatchNorm's running mean.
+
+    These are the model's own persistent buffers, under their author's names. The buffers of a
+    technique never change.
+    """
+    owners = [("", model.base if isinstance(model, Layer) else model)]
+    owners += [
+        (f"{site.name}.", site.module)
+        for site in walk(model)
+        if not isinstance(site.module, Format)
+    ]
+    return [
+        (prefix + key, b)
+        for prefix, owner in owners
+        for key, b in owner._buffers.items()
+        if b is not None and key not in owner._non_persistent_buffers_set
+    ]
 
 
 def notes(owner):

@@ -54,11 +54,21 @@ LEAVES = {  # a subclass is a leaf as long as it keeps the forward of the class 
 
 
 def leaf(module):
-    """The Leaf that says how `module` (a leaf, a Format or a Layer over one) keeps its matrix; None for other modules."""
+    """The Leaf that says how `module` keeps its matrix; None for other modules.
+
+    `module` is a leaf, a Format or a Layer over one. A module whose weight is computed from other
+    parameters (weight_norm, torch.nn.utils.prune) is no leaf: what is written to it is lost.
+    """
     if isinstance(module, Layer):
         return leaf(module.base)
     if isinstance(module, Format):
         return module.leaf
+    kind = kept(module)
+    return kind if kind and "weight" in module._parameters else None
+
+
+def kept(module):
+    """The Leaf of a module whose class is in LEAVES, wherever its weight comes from; or None."""
     for cls in type(module).__mro__:
         kind = LEAVES.get(f"{cls.__module__}.{cls.__qualname__}")
         if kind and type(module).forward is cls.forward and getattr(module, "max_norm", None) is None:
@@ -224,6 +234,13 @@ class Format(nn.Module):
         """W (out, in), in `dtype`."""
         raise NotImplementedError
 
+    def rounding(self):
+        """How far each weight of `dense()` may be from what was packed; it expands to (out, in).
+
+        Infinity where nothing is known.
+        """
+        return torch.full((1, 1), torch.inf)
+
     @property
     def weight(self):
         """The dense weight as the leaf would keep it, for code that reads `.weight` (nn.MultiheadAttention does)."""
@@ -240,7 +257,14 @@ class Format(nn.Module):
             raise ValueError(f"{where}: {self.technique} keeps {sorted(ours)}, the file has {sorted(tensors)}")
         for key, old in ours.items():
             new = tensors[key]
-            if new.dtype.is_floating_point != old.dtype.is_floating_point or (new.shape != old.shape and key not in self.variable):
+            cast = (
+                new.dtype.is_floating_point and old.dtype.is_floating_point
+            )  # another integer type may not hold the values
+            if (
+                not cast
+                and new.dtype != old.dtype
+                or (new.shape != old.shape and key not in self.variable)
+            ):
                 raise ValueError(f"{where}: {key} should be {old.dtype} {tuple(old.shape)}, the file has {new.dtype} {tuple(new.shape)}")
             self._buffers[key] = new.to(old.device, old.dtype)
         self.check(where)
@@ -433,11 +457,26 @@ def select(model, targets, accepts, default, what="leaf"):
         matching = [site.name for site in sites if found.fullmatch(site.name)]
         if not matching:
             others = [site for site in every if found.fullmatch(site.name)]
-            why = (f"{others[0].name!r} is a {type(others[0].module).__name__}, no {what} that can be wrapped"
-                   if others else f"no module's name ends so ({len(every)} were looked at)")
+            why = (
+                f"{others[0].name!r} is a {type(others[0].module).__name__}, no {what} that can "
+                f"be wrapped{computed(others[0])}"
+                if others
+                else f"no module's name ends so ({len(every)} were looked at)"
+            )
             raise ValueError(f"target {written!r} matches no {what}: {why}; {hint(written, sites)}")
         chosen.update(matching)
     return [site for site in sites if site.name in chosen]
+
+
+def computed(site):
+    """What to say of a site whose weight is no parameter of its own; else nothing."""
+    if kept(site.module) and not leaf(site.module):
+        return (
+            ": its weight is computed from other parameters (by weight_norm or nn.utils.prune, "
+            "for example); make it a parameter again first, with torch's remove_parametrizations, "
+            "remove_weight_norm or prune.remove"
+        )
+    return ""
 
 
 def hint(written, sites):

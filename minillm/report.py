@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from minillm import files
-from minillm.evaluate import logits
+from minillm.calling import logits, native
 from minillm.memory import Peak, bytes_by_format, peak_memory, total_bytes
 from minillm.registry import prepare, walk
 
@@ -141,7 +141,7 @@ def saved_bytes(model, ids):
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        if hasattr(model, "hidden") and hasattr(model, "lm_head"):
+        if native(model):
             loss = model.loss(*prepare(model, ids, ids))
         else:
             loss = F.cross_entropy(

@@ -60,6 +60,10 @@ class CSR(Format):
         W[self.rows(), self.col.long()] = self.values
         return W
 
+    def rounding(self):
+        """None where a value is kept. A zero may be a weight that was pruned."""
+        return torch.where(self.dense() == 0, torch.inf, 0.0)
+
     def forward(self, x):
         x = ops.in_autocast(x)
         rows = x.reshape(-1, self.shape[1])  # (..., in) -> (n, in)

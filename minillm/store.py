@@ -3,8 +3,9 @@
 A file of a technique holds
 
     what it added          the tensors of each Patch or Format, as SITE.NAME
-    what learned with it   the model's own parameters that learn, as learned:NAME (none beneath LoRA, all
-                           dense ones beneath a pruning mask)
+    what learned with it   the model's own parameters that learn, as learned:NAME (none beneath
+                           LoRA, all dense ones beneath a pruning mask); and its buffers, as
+                           buffer:NAME, which change without a gradient (BatchNorm's running mean)
     sites                  the settings of each Patch or Format
     base                   a fingerprint of the other parameters: the model that it belongs to
 
@@ -18,14 +19,14 @@ import pathlib
 
 import safetensors
 import safetensors.torch
-import torch
 
 from minillm import distributed, files, fingerprint
 from minillm.attach import check_formats, ring, store
-from minillm.learning import learns, left_to_learn, notes
-from minillm.registry import Format, Patch, attached, formats_of, hint, parameters, patches_of, walk
+from minillm.learned import check_learned, let_learn, put_back, shapes, tied_names
+from minillm.learning import buffers, learns, left_to_learn
+from minillm.registry import Format, Patch, attached, computed, formats_of, hint, patches_of, walk
 
-LEARNED = "learned:"
+LEARNED, BUFFER = "learned:", "buffer:"
 
 
 # --- saving -----------------------------------------------------------------------------------------
@@ -34,9 +35,9 @@ LEARNED = "learned:"
 def save(cls, model, path, learned=True, force=False):
     """Write the technique to a safetensors file: what it added, and what of the model's own learns.
 
-    learned=False leaves the model's own parameters out. What `freeze` left to learn is in freeze's own
-    file. FileExistsError where `path` is a file that no technique of minillm wrote, unless `force`. The
-    old file stays until the new one is whole.
+    learned=False leaves the model's own parameters and buffers out. What `freeze` left to learn is
+    in freeze's own file. FileExistsError where `path` is a file that no technique of minillm wrote,
+    unless `force`. The old file stays until the new one is whole.
     """
     name = cls.technique
     modules = {site.name: patch for site, patch in patches_of(name, model)}
@@ -46,7 +47,8 @@ def save(cls, model, path, learned=True, force=False):
     own = {} if left_to_learn(model) else fingerprint.own(model)
     own = {key: p for key, p in own.items() if learned and p.requires_grad}
     tensors = {f"{where}.{key}": t for where, module in modules.items() for key, t in added(module).items()}
-    write(path, name, model, tensors, own, force,
+    kept = dict(buffers(model)) if learned else {}
+    write(path, name, model, tensors, own, kept, force,
           sites={where: module.config() for where, module in modules.items()})
 
 
@@ -55,29 +57,27 @@ def added(module):
     return dict(module.state_dict()) if isinstance(module, Patch) else dict(module.named_buffers())
 
 
-def write(path, technique, model, tensors, own, force=False, **metadata):
-    """Write `tensors`, the learned parameters `own`, and the metadata, as JSON each.
+def write(path, technique, model, tensors, own, kept, force=False, **metadata):
+    """Write `tensors`, the learned parameters `own`, the buffers `kept`, and the metadata as JSON.
 
     Of several processes the first writes.
     """
     check_writable(path, force)
-    base = fingerprint.of(model, own.keys() | left_to_learn(model).keys())
+    held = (
+        {f"{site.name}.weight" for site in formats_of(technique, model)}
+        | own.keys()
+        | left_to_learn(model).keys()
+    )
+    base = fingerprint.of(model, held)
     shared = {name: others for name, others in tied_names(model).items() if name in own}
     told = {key: json.dumps(value) for key, value in dict(metadata, base=base, shared=shared).items()}
     every = tensors | {LEARNED + name: p.detach() for name, p in own.items()}
+    every |= {BUFFER + name: b.clone() for name, b in kept.items()}  # two buffers may share memory
     every = {key: distributed.whole(t).contiguous() for key, t in every.items()}
     if distributed.place()[0] == 0:
         with files.atomic(path) as new:
             safetensors.torch.save_file(every, new, dict(told, format="pt", technique=technique))
     distributed.wait()
-
-
-def tied_names(model):
-    """{first name of a parameter: its other names}."""
-    names = {}
-    for name, _, _, p in parameters(model):
-        names.setdefault(id(p), []).append(name)
-    return {first: others for first, *others in names.values() if others}
 
 
 def check_writable(path, force=False):
@@ -116,17 +116,22 @@ def load(cls, model, path, replace=False, any_base=False):
     for where in configs:
         if where not in sites or not cls.accepts(sites[where]):
             possible = [site for site in sites.values() if cls.accepts(site)]
-            raise ValueError(f"{path} has {name} for {where!r}, which this model lacks; {hint(where, possible)}")
+            why = computed(sites[where]) if where in sites else ""
+            raise ValueError(
+                f"{path} has {name} for {where!r}, which this model lacks{why}; "
+                f"{hint(where, possible)}"
+            )
     check_free(cls, model, configs, path, replace)
-    parts, own = sorted_out(tensors, configs, path)
+    parts, own, kept = sorted_out(tensors, configs, path)
     made = {where: remake(cls, sites[where], config, parts[where], f"{path}, {where!r}")
             for where, config in configs.items()}
     check_base(model, metadata, path, any_base)
-    check_learned(model, own, path)
+    shared = field(metadata, "shared", path)
+    check_learned(model, own, kept, shared, path)
     new = [site for where, site in sites.items() if where in made and not isinstance(site.module, cls)]
     if issubclass(cls, Format):
         check_formats(cls, model, new)
-    put_back(model, own, field(metadata, "shared", path))
+    put_back(model, own, kept, shared)
     if not issubclass(cls, Format):
         ring(model, [(sites[where], patch) for where, patch in made.items()])
         if any(learns(patch) for patch in made.values()):
@@ -149,12 +154,24 @@ def opened(path, technique):
 
 
 def read(path):
-    """(tensors, metadata) of a safetensors file; ValueError if it is anything else. Nothing is unpickled."""
+    """(tensors, metadata) of a safetensors file. Nothing is unpickled.
+
+    ValueError for any other file. OSError, which names the path, for a directory or no file.
+    """
+    if pathlib.Path(path).is_dir():
+        raise IsADirectoryError(
+            f"{path} is a directory; what a technique saved is a file, such as "
+            f"{pathlib.Path(path) / 'adapter.safetensors'}"
+        )
     try:
         with safetensors.safe_open(path, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); other formats are not opened") from error
+    except OSError as error:
+        if str(path) in str(error):
+            raise
+        raise OSError(f"{path} cannot be read: {error}") from error
 
 
 def holds(path):
@@ -186,17 +203,18 @@ def check_free(cls, model, configs, path, replace):
 
 
 def sorted_out(tensors, configs, path):
-    """({site: {name: tensor}}, {parameter: tensor that learned}) of a file's tensors."""
-    parts, own = {where: {} for where in configs}, {}
+    """A file's tensors: {site: {name: tensor}}, {learned parameter: tensor}, {buffer: tensor}."""
+    parts, own, kept = {where: {} for where in configs}, {}, {}
     for key, tensor in tensors.items():
-        if key.startswith(LEARNED):
-            own[key.removeprefix(LEARNED)] = tensor
+        prefix, _, name = key.partition(":")
+        if prefix + ":" in (LEARNED, BUFFER):
+            (own if prefix + ":" == LEARNED else kept)[name] = tensor
             continue
         where = max((w for w in configs if key.startswith(w + ".")), key=len, default=None)
         if where is None:
             raise ValueError(f"{path} has the tensor {key!r}, which belongs to none of its sites")
         parts[where][key.removeprefix(where + ".")] = tensor
-    return parts, own
+    return parts, own, kept
 
 
 def remake(cls, site, config, tensors, where):
@@ -218,52 +236,17 @@ def remake(cls, site, config, tensors, where):
     return new
 
 
-def shapes(tensors):
-    return {key: f"{tuple(t.shape)} of {'floats' if t.is_floating_point() else 'integers'}" for key, t in tensors.items()}
-
-
 def check_base(model, metadata, path, any_base=False):
     """ValueError where the file was made for another model, unless any model will do."""
     if any_base:
         return
     try:
-        difference = fingerprint.differs(model, field(metadata, "base", path))
+        then = field(metadata, "base", path)
+    except ValueError as error:
+        raise ValueError(f"{error}; any_base=True loads it all the same") from error
+    try:
+        difference = fingerprint.differs(model, then)
     except ValueError as error:
         raise ValueError(f"{path}: {error}; any_base=True loads it all the same") from error
     if difference:
         raise ValueError(f"{path} belongs to another model: {difference}; any_base=True loads it all the same")
-
-
-# --- the model's own parameters in a file ----------------------------------------------------------------
-
-
-def check_learned(model, tensors, path):
-    """ValueError where a learned parameter of a file is not one of this model's."""
-    ours = {name: tuple(p.shape) for name, _, _, p in parameters(model)}
-    ours |= {f"{site.name}.weight": tuple(site.module.weight.shape) for site in walk(model) if isinstance(site.module, Format)}
-    for name, t in tensors.items():
-        if ours.get(name) != tuple(t.shape) or not t.is_floating_point():
-            here = f"has {ours[name]}" if name in ours else "lacks it"
-            raise ValueError(f"{path} does not fit this model: {name!r} is {tuple(t.shape)} of {t.dtype} in the file, the model {here}")
-
-
-@torch.no_grad()
-def put_back(model, tensors, shared):
-    """Copy learned parameters into the model, under all the names that a tied one had; a Format packs anew."""
-    ours = {name: p for name, _, _, p in parameters(model)}
-    for name, t in tensors.items():
-        for one in {name, *shared.get(name, ())} & ours.keys():
-            ours[one].copy_(distributed.like(t, ours[one]))
-    for site in walk(model):
-        if isinstance(site.module, Format) and f"{site.name}.weight" in tensors:
-            t = tensors[f"{site.name}.weight"].to(site.module.weight)
-            site.module.pack(t.T if site.module.leaf.transposed else t)
-
-
-def let_learn(model, names, technique):
-    """Parameters that learned together with the patches of a file learn again."""
-    for name, owner, key, p in parameters(model):
-        if name in names:
-            stopped = notes(owner)
-            stopped[key] = stopped.get(key, frozenset()) - {technique}
-            p.requires_grad_(not stopped[key])

@@ -60,11 +60,27 @@ def unwrap(cls, model):
 
 
 def refill(stored):
-    """The leaf that a Format had replaced, with the dense weight in it."""
-    shell, learns = stored.__dict__["shell"], stored.__dict__["learns"] and not notes(stored).get("weight")
+    """The leaf that a Format had replaced, with the dense weight in it.
+
+    A merge into the Format stays a merge into the leaf, and can be undone.
+    """
+    if record := merged(stored):
+        name, patch, old = record
+        beneath = refill(old)
+        leaf_above = twin(beneath)
+        fill(leaf_above, stored)
+        leaf_above.__dict__["merged_from"] = (name, patch, beneath)
+        return leaf_above
+    return fill(stored.__dict__["shell"], stored)
+
+
+def fill(shell, stored):
+    """Give the emptied leaf the weight, the bias and the notes of the Format; returns the leaf."""
+    learns = stored.__dict__["learns"] and not notes(stored).get("weight")
     shell.weight = nn.Parameter(stored.weight.detach().contiguous(), requires_grad=learns)
     if stored.bias is not None:
         shell.bias = stored.bias
+    shell.__dict__["_frozen_by"] = dict(notes(stored))
     return shell.train(stored.training)
 
 
@@ -76,6 +92,7 @@ def restore(base):
     for key, p in old.named_parameters(recurse=False):
         if base._parameters.get(key) is not None:
             p.requires_grad_(base._parameters[key].requires_grad)
+    old.__dict__["_frozen_by"] = dict(notes(base))  # who stopped what since the merge
     return old
 
 

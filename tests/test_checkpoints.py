@@ -16,6 +16,7 @@ from test_train import examples, losses, quiet
 from torch import nn
 
 import minillm
+from minillm.train import identity
 from minillm import files
 from minillm.train import Interrupted, newest, saved
 
@@ -324,6 +325,7 @@ import sys, torch
 from models import build
 from test_train import examples
 import minillm
+from minillm.train import identity
 torch.set_num_threads(1)
 model = minillm.lora.wrap(build("llama"), r=2, dropout=0.2)
 minillm.train.train(model, examples(), steps=400, lr=1e-2, batch_size=4, warmup=5, progress=False,
@@ -364,3 +366,49 @@ def test_a_process_killed_at_any_moment_goes_on_bit_for_bit(tmp_path):
     logs = [[json.loads(line)["loss"] for line in (d / "log.jsonl").read_text().splitlines()]
             for d in (whole, killed)]
     assert logs[0] == logs[1] and len(logs[0]) == 400
+
+
+@pytest.mark.parametrize(
+    "then, now, message",
+    [
+        (
+            (nn.ReLU(), nn.Dropout(0.1)),
+            (nn.Tanh(), nn.Dropout(0.5)),
+            r"the module '1' was ReLU\(\) then, it is Tanh\(\) now",
+        ),
+        (
+            (nn.ReLU(), nn.Dropout(0.1)),
+            (nn.ReLU(), nn.Dropout(0.5)),
+            r"the module '2' was Dropout\(p=0.1, .*\) then, it is Dropout\(p=0.5, .*\) now",
+        ),
+        (
+            (nn.ReLU(),),
+            (nn.ReLU(), nn.Identity()),
+            r"the module '2' was Linear\(.*\) then, it is Identity\(\) now",
+        ),
+    ],
+)
+def test_a_training_goes_on_with_the_same_modules(then, now, message, tmp_path):
+    def model(middle):
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Embedding(24, 8), *middle, nn.Linear(8, 24))
+
+    quiet(model(then), steps=2, batch_size=1, checkpoints=tmp_path)
+    with pytest.raises(ValueError, match=message):
+        quiet(model(now), steps=2, batch_size=1, checkpoints=tmp_path, resume=True)
+    quiet(model(then), steps=2, batch_size=1, checkpoints=tmp_path, resume=True)
+
+
+def test_what_differs_between_processes_is_not_compared():
+    class Shown(nn.Module):
+        def extra_repr(self):
+            return f"f={self.f}, device={self.device}, size=3"
+
+    model = nn.Sequential(Shown())
+    model[0].f, model[0].device = object(), "cuda:0"
+    then = identity.of(model)
+    model[0].f, model[0].device = object(), "cpu"
+    model[0].__class__ = type("FSDPShown", (Shown,), {})
+    assert identity.differs(model, then) is None
+    del then["modules"]  # of an earlier minillm
+    assert identity.differs(model, then) is None

@@ -227,3 +227,35 @@ def test_completions_are_the_loss_that_training_reports():
     assert evaluate.completions(model, [whole]).parts[:, 1].tolist() == [2]
     with pytest.raises(ValueError, match="1 examples have no token to predict"):
         evaluate.completions(model, [data.Example([1, 2], [1, -100])])
+
+
+def test_bleu_names_the_tokenizers_that_there_are():
+    for tokenize in ("foo", None, 3):
+        with pytest.raises(
+            ValueError, match=f"tokenize={tokenize!r} is unknown; known: .*'13a'.*'char'"
+        ):
+            evaluate.bleu(["a"], ["b"], tokenize=tokenize)
+    assert evaluate.bleu(["a b c d e"], ["a b c d e"], tokenize="char") == pytest.approx(100)
+
+
+def test_bleu_says_in_one_line_what_a_tokenizer_needs(monkeypatch):
+    import sacrebleu.metrics.bleu as library
+
+    def missing(name):
+        raise RuntimeError("\nIt needs extra dependencies.\n\n  pip install sacrebleu[ja]\n")
+
+    monkeypatch.setattr(library, "_get_tokenizer", missing)
+    with pytest.raises(
+        ValueError,
+        match=r"tokenize='ja-mecab' needs what is not there \(It needs extra dependencies. "
+        r"pip install sacrebleu\[ja\]\); '13a'",
+    ):
+        evaluate.bleu(["a"], ["b"], tokenize="ja-mecab")
+
+
+def test_the_perplexity_of_a_diverged_model_is_infinity():
+    model = build("llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e5)
+    score = evaluate.perplexity(model, Letters(), "abcdefghij" * 6, length=10)
+    assert score == score.high == math.inf

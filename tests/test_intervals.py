@@ -110,3 +110,42 @@ def test_a_score_is_a_float_that_knows_more():
     ) == "2.5"
     assert repr(score) == "perplexity 2.5 [2, 3] (n=8)" and score.record()["value"] == 2.5
     assert repr(Score(123456.7, "perplexity", 3)) == "perplexity 123,457 (n=3, no interval)"
+
+
+def test_the_degrees_of_freedom_of_a_change_are_welch_s():
+    """Three seeds and six examples: V_examples + V_seeds and Satterthwaite's formula written out."""
+    draw = np.random.default_rng(4)
+    rows = [draw.standard_normal(6) for _ in range(4)]
+    before, *after = (intervals.score("any", row, intervals.Metric()) for row in rows)
+    change = intervals.difference([before] * 3, after, intervals.Metric())
+    gains = np.stack(rows[1:]) - rows[0]  # (seeds, examples)
+    by_example = gains.mean(0).var(ddof=1) / 6
+    by_seed = gains.mean(1).var(ddof=1) / 3
+    freedom = (by_example + by_seed) ** 2 / (by_example**2 / 5 + by_seed**2 / 2)
+    half = intervals.t_quantile(freedom) * math.sqrt(by_example + by_seed)
+    assert (change.low, change.high) == (
+        pytest.approx(gains.mean() - half, rel=1e-9),
+        pytest.approx(gains.mean() + half, rel=1e-9),
+    )
+
+
+def test_a_diverged_model_has_a_perplexity_of_infinity():
+    perplexity = evaluate.metric("perplexity")
+    bad = intervals.score("perplexity", [(90_000.0 + i * i, 100) for i in range(8)], perplexity)
+    assert bad == bad.high == bad.low == math.inf and repr(bad) == "perplexity inf [inf, inf] (n=8)"
+    wide = intervals.score("perplexity", [(100 * 300.0 * i, 100) for i in range(5)], perplexity)
+    assert wide.low < wide < wide.high == math.inf, "the end of the interval alone"
+    good = intervals.score("perplexity", [(300.0 + i, 100) for i in range(8)], perplexity)
+    change = evaluate.change(good, bad)
+    assert change == change.high == math.inf and evaluate.change(bad, good) == -1
+    assert evaluate.metric("perplexity").moved(8.0, -0.25) == 6.0
+
+
+def test_the_ends_of_a_share_are_exact():
+    none, every = evaluate.accuracy([0] * 20, [1] * 20), evaluate.accuracy([1] * 20, [1] * 20)
+    assert repr(none) == "accuracy 0 [0, 0.1611] (n=20)" and every.high == 1 and none.low == 0
+    for n in range(5, 60):
+        for right in range(n + 1):
+            low, high = intervals.wilson(right / n, n)
+            assert 0 <= low <= right / n <= high <= 1 and (low == 0) == (right == 0), (right, n)
+            assert (high == 1) == (right == n), (right, n)

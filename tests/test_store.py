@@ -1,6 +1,5 @@
-"""What a technique's file holds, which model it belongs to, and that nothing of the user's is lost."""
+"""What a technique's file holds, and that nothing of the user's is lost."""
 
-import json
 import os
 
 import pytest
@@ -11,7 +10,7 @@ from models import IDS, build, logits
 from torch import nn
 
 import minillm
-from minillm import data, fingerprint
+from minillm import data
 from minillm.train import train
 
 
@@ -88,77 +87,6 @@ def test_freeze_of_a_file_takes_the_place_of_what_was_frozen(tmp_path):
     assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in wanted.parameters()]
 
 
-# --- the fingerprint --------------------------------------------------------------------------------
-
-
-def other(kind="llama"):
-    model = build(kind)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    return model
-
-
-@pytest.mark.parametrize("name", minillm.techniques())
-def test_a_file_belongs_to_one_model(name, tmp_path):
-    technique = minillm.techniques()[name]
-    alone = {} if name == "freeze" else dict(learned=False)
-    technique.save(technique.wrap(build("llama"), **OPTIONS.get(name, {})), tmp_path / "a", **alone)
-    model = other()
-    before = {key: t.clone() for key, t in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"belongs to another model: it was made for 'Transformer' \(fingerprint \w{8}\), this model is "
-                                         r"'Transformer' \(fingerprint \w{8}\).*first '.*any_base=True"):
-        technique.load(model, tmp_path / "a")
-    assert all(t.equal(before[key]) for key, t in model.state_dict().items()) and not minillm.layers(model)
-    technique.load(model, tmp_path / "a", any_base=True)
-    technique.load(build("llama"), tmp_path / "a")
-
-
-def test_casts_and_formats_keep_the_model(tmp_path):
-    model = minillm.lora.wrap(build("llama"), r=2)
-    minillm.lora.save(model, tmp_path / "a")
-    for base in (build("llama").bfloat16(), build("llama").half(), build("llama").double(), minillm.quant.wrap(build("llama")),
-                 minillm.prune.wrap(build("llama")), minillm.freeze.wrap(build("llama"), last=1)):
-        minillm.lora.load(base, tmp_path / "a")
-    minillm.lora.save(minillm.lora.wrap(minillm.quant.wrap(build("llama").bfloat16()), r=2), tmp_path / "b")
-    minillm.lora.load(build("llama"), tmp_path / "b")
-    with pytest.raises(ValueError, match="another model"):
-        minillm.lora.load(other().bfloat16(), tmp_path / "a")
-
-
-def test_a_merged_model_is_another_model(tmp_path):
-    model = minillm.lora.wrap(build("llama"), r=2)
-    for layer in minillm.layers(model).values():
-        nn.init.normal_(layer.patches["lora"].B)
-    minillm.prune.save(minillm.prune.wrap(minillm.lora.merge(model)), tmp_path / "a", learned=False)
-    with pytest.raises(ValueError, match="another model.*first 'layers.0.self_attn.q_proj.weight'"):
-        minillm.prune.load(build("llama"), tmp_path / "a")
-
-
-def test_the_fingerprint_samples_every_parameter():
-    model = build("llama")
-    then = fingerprint.of(model, without=())
-    assert len(then["samples"]) == len(list(model.parameters())) and fingerprint.differs(model, then) is None
-    assert json.loads(json.dumps(then)) == then
-    for name, p in model.named_parameters():
-        changed = build("llama")
-        with torch.no_grad():
-            dict(changed.named_parameters())[name].add_(1e-3)
-        assert f"1 of {len(then['samples'])} parameters differ, first {name!r}" in fingerprint.differs(changed, then)
-    model.source = "tiny"
-    assert "this model is 'tiny'" in fingerprint.differs(other(), then).replace("'Transformer' (fingerprint", "'tiny' (fingerprint")
-
-
-@pytest.mark.parametrize("base", ["", "[]", "{}", '{"model": "x", "samples": {"a": 1}}',
-                                  '{"model": "x", "samples": {"a": ["int8", [1], [1]]}}'])
-def test_a_broken_fingerprint_is_an_error(base, tmp_path):
-    minillm.lora.save(minillm.lora.wrap(build("llama"), r=2), tmp_path / "a")
-    tensors, metadata = minillm.verbs.read(tmp_path / "a")
-    safetensors.torch.save_file(tensors, tmp_path / "b", dict(metadata, base=base))
-    with pytest.raises(ValueError, match="any_base=True"):
-        minillm.lora.load(build("llama"), tmp_path / "b")
-
-
 # --- files of others ----------------------------------------------------------------------------------
 
 
@@ -195,3 +123,150 @@ def test_a_refused_load_changes_nothing(tmp_path):
     with pytest.raises(ValueError, match="nan"):
         minillm.quant.load(model, tmp_path / "a", any_base=True)
     assert type(model.layers[0].self_attn.q_proj).__name__ == "Linear" and logits(model, IDS).isnan().any()
+
+
+# --- buffers ----------------------------------------------------------------------------------
+
+
+class Normed(nn.Module):
+    """A model whose BatchNorm changes in training without a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.up, self.norm, self.head = (
+            nn.Embedding(24, 16),
+            nn.Linear(16, 16),
+            nn.BatchNorm1d(16),
+            nn.Linear(16, 24),
+        )
+        self.register_buffer("scratch", torch.zeros(3), persistent=False)
+
+    def forward(self, ids):
+        x = self.up(self.embed(ids))
+        return self.head(self.norm(x.flatten(0, 1)).view(x.shape))
+
+
+def normed():
+    torch.manual_seed(3)
+    return Normed().eval()
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("lora", {}),
+        ("prune", {}),
+        ("quant", {}),
+        ("prompts", {}),
+        ("sparse", dict(anyway=True)),
+        ("adapters", dict(targets=["norm"], width=16)),
+        ("freeze", dict(targets=["embed"])),
+    ],
+)
+def test_what_training_changed_without_a_gradient_is_in_the_file(name, options, tmp_path):
+    technique = minillm.techniques()[name]
+    model = learn(technique.wrap(normed(), **options)).eval()
+    technique.save(model, tmp_path / "a")
+    assert {
+        "buffer:norm.running_mean",
+        "buffer:norm.running_var",
+        "buffer:norm.num_batches_tracked",
+    } <= keys(tmp_path / "a")
+    assert not any("scratch" in key for key in keys(tmp_path / "a"))
+    again = technique.load(normed(), tmp_path / "a").eval()
+    assert logits(again, IDS).equal(logits(model, IDS)) and not logits(normed(), IDS).equal(
+        logits(model, IDS)
+    )
+
+
+def test_two_buffers_may_share_their_memory(tmp_path):
+    model = normed()
+    model.register_buffer("alias", model.norm.running_mean)
+    minillm.lora.save(minillm.lora.wrap(model, r=2), tmp_path / "a")
+    assert {"buffer:alias", "buffer:norm.running_mean"} <= keys(tmp_path / "a")
+
+
+def test_a_buffer_that_does_not_fit_is_refused(tmp_path):
+    model = minillm.lora.wrap(normed(), r=2)
+    minillm.lora.save(model, tmp_path / "a", learned=False)
+    assert not any(key.startswith("buffer:") for key in keys(tmp_path / "a"))
+    minillm.lora.save(model, tmp_path / "a")
+    wide, none = normed(), normed()
+    wide.norm.running_mean = torch.zeros(15)
+    none.norm.running_mean = None
+    for other, message in (
+        (wide, r"'norm.running_mean' is \(16,\) of floats in the file, the model has \(15,\)"),
+        (none, "the model lacks it"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            minillm.lora.load(other, tmp_path / "a")
+        assert not minillm.layers(other)
+
+
+# --- errors -----------------------------------------------------------------------------------
+
+
+def test_what_is_no_file_is_named_once(tmp_path):
+    for read in (
+        minillm.verbs.read,
+        lambda path: minillm.lora.load(build("llama"), path),
+        minillm.store.holds,
+    ):
+        with pytest.raises(
+            IsADirectoryError, match=f"^{tmp_path} is a directory; what a technique saved is a file"
+        ):
+            read(tmp_path)
+        with pytest.raises(FileNotFoundError, match=str(tmp_path / "missing")):
+            read(tmp_path / "missing")
+
+
+def test_a_checkpoint_whose_weights_are_a_directory_is_named(tmp_path):
+    minillm.save(build("llama"), tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").unlink()
+    (tmp_path / "m" / "model.safetensors").mkdir()
+    with pytest.raises(
+        ValueError, match="model.safetensors is a directory, and a safetensors file was expected"
+    ):
+        minillm.load(tmp_path / "m")
+
+
+def rewritten(path, **metadata):
+    tensors, before = minillm.verbs.read(path)
+    safetensors.torch.save_file(tensors, path, {**before, **metadata})
+    return path
+
+
+@pytest.mark.parametrize("base", ["", "{}"])
+def test_an_error_names_the_path_once(base, tmp_path):
+    minillm.lora.save(minillm.lora.wrap(build("llama"), r=2), tmp_path / "a")
+    with pytest.raises(ValueError) as caught:
+        minillm.lora.load(build("llama"), rewritten(tmp_path / "a", base=base))
+    assert str(caught.value).count(str(tmp_path)) == 1 and "any_base=True" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "shared",
+    [
+        '{"embed_tokens.weight": "lm_head.weight"}',
+        '{"embed_tokens.weight": [1]}',
+        '{"x": ["lm_head.weight"]}',
+        '{"embed_tokens.weight": ["norm.weight"]}',
+        '{"embed_tokens.weight": ["missing"]}',
+        '{"embed_tokens.weight": ["embed_tokens.weight", "layers.0.mlp.up_proj.weight"]}',
+    ],
+)
+@pytest.mark.parametrize("technique", ["prune", "freeze"])
+def test_other_names_of_a_parameter_are_checked_before_the_model_is_touched(
+    technique, shared, tmp_path
+):
+    page, options = minillm.techniques()[technique], dict(freeze=dict(targets=["layers"])).get(
+        technique, {}
+    )
+    page.save(page.wrap(build("gpt2"), **options), tmp_path / "a")
+    for model in (build("gpt2"), minillm.untie(build("gpt2"))):
+        before = {key: t.clone() for key, t in model.state_dict().items()}
+        with pytest.raises(ValueError, match="a says that '.*' is also"):
+            page.load(model, rewritten(tmp_path / "a", shared=shared))
+        assert all(
+            t.equal(before[key]) for key, t in model.state_dict().items()
+        ) and not minillm.layers(model)

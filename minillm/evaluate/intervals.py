@@ -21,11 +21,23 @@ and `low` and `high` are None.
 import dataclasses
 import math
 import statistics
+import sys
 from collections.abc import Callable
 
 import numpy as np
 
 FEWEST = 5  # with fewer examples, an interval says more about its assumptions than the model
+LARGEST = math.log(sys.float_info.max)  # 709.8: beyond it, e^x is no float
+
+
+def exp(x):
+    """e^x; infinity where a float cannot hold it, such as the perplexity of a diverged model."""
+    return math.exp(x) if x < LARGEST else math.inf
+
+
+def expm1(x):
+    """e^x - 1; infinity where a float cannot hold it."""
+    return math.expm1(x) if x < LARGEST else math.inf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +60,7 @@ class Metric:
 
     def moved(self, figure, change):
         """The figure after a change, as `difference` counts it."""
-        return figure * (1 + change) if self.changed is math.expm1 else figure + change
+        return figure * (1 + change) if self.changed is expm1 else figure + change
 
 
 class Score(float):
@@ -109,13 +121,16 @@ def jackknife(parts, measure):
 
 
 def wilson(share, n):
-    """Wilson's interval of a share of n examples."""
+    """Wilson's interval of a share of n examples; it begins at 0 where none is right, and
+    ends at 1 where all are.
+    """
     z = statistics.NormalDist().inv_cdf(0.975)
     middle, half = share + z * z / (2 * n), z * math.sqrt(
         share * (1 - share) / n + z * z / (4 * n * n)
     )
     scale = 1 + z * z / n
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+    low, high = (middle - half) / scale, (middle + half) / scale
+    return 0.0 if share == 0 else max(0.0, low), 1.0 if share == 1 else min(1.0, high)
 
 
 def score(name, parts, metric):

@@ -3,12 +3,12 @@ likeliest of several choices.
 """
 
 import contextlib
-import inspect
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from minillm.calling import logits, native
 from minillm.data import collate
 from minillm.evaluate.intervals import score
 from minillm.evaluate.scores import metric
@@ -30,37 +30,6 @@ def evaluating(model):
             module.training = mode
 
 
-def logits(model, ids, mask=None):
-    """The logits (b, t, vocab) of any model for ids (b, t); mask (b, t) is True at real
-    tokens, None where all are real.
-
-    A model that takes `position_ids` gets them: the first real token of a row has
-    position 0, on whichever side the padding is. (GPT-2 of transformers would count the
-    padding.) A model that takes no mask sees its padded rows one by one, without
-    padding.
-    """
-    whole = mask is None or bool(mask.all())
-    if not whole and mask.dtype != torch.bool:
-        raise ValueError(
-            f"{type(model).__name__} has no mask for packed examples: give it the examples unpacked"
-        )
-    takes = inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters
-    if whole or "attention_mask" in takes:
-        given = {}
-        if not whole:
-            given["attention_mask"] = mask.long()
-            if "position_ids" in takes:
-                given["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
-        output = model(ids, **given)
-        return getattr(output, "logits", output)
-    rows = [
-        logits(model, row[real][None])[0] for row, real in zip(ids, mask)
-    ]  # (its tokens, vocab) each
-    every = rows[0].new_zeros(*ids.shape, rows[0].shape[-1])
-    every[mask] = torch.cat(rows)
-    return every
-
-
 @torch.inference_mode()
 def nll(model, ids, labels, mask=None):
     """(-log p of the labels, summed for each row (b,); how many there are (b,)); labels
@@ -75,7 +44,7 @@ def nll(model, ids, labels, mask=None):
             None if t is None else t.to(device) for t in prepare(model, ids, labels, mask)
         )
         target, keep = labels[:, 1:], labels[:, 1:] != -100
-        if hasattr(model, "hidden") and hasattr(model, "lm_head"):
+        if native(model):
             h = model.hidden(ids, mask)[:, :-1][
                 keep
             ]  # (kept, width): the head is applied to 512 rows at a time

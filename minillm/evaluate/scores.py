@@ -2,7 +2,6 @@
 with its interval.
 """
 
-import math
 import re
 import string
 import unicodedata
@@ -10,7 +9,8 @@ from collections import Counter
 
 import numpy as np
 
-from minillm.evaluate.intervals import Metric, difference, score
+from minillm import options
+from minillm.evaluate.intervals import Metric, difference, exp, expm1, score
 
 # Characters of scripts without spaces between words: Thai, Lao, Burmese, Khmer, kana and Chinese.
 NO_SPACES = re.compile(
@@ -87,7 +87,7 @@ def corpus_bleu(parts):
 
 
 METRICS = {
-    "perplexity": Metric(log_perplexity, shown=math.exp, changed=math.expm1, least=1, better=-1),
+    "perplexity": Metric(log_perplexity, shown=exp, changed=expm1, least=1, better=-1),
     "accuracy": Metric(share=True, least=0, most=1),
     "exact match": Metric(share=True, least=0, most=1),
     "F1 (macro)": Metric(macro_f1, least=0, most=1),
@@ -185,13 +185,20 @@ def bleu(hypotheses, references, tokenize="13a"):
     """Corpus BLEU, 0 to 100, a Score: sacrebleu's defaults (exponential smoothing). One
     reference each.
 
-    tokenize: a tokenizer of sacrebleu; "13a" splits at spaces and punctuation, "zh" is
-    for Chinese, "char" for any script.
+    tokenize: a tokenizer of sacrebleu, else ValueError; "13a" splits at spaces and
+    punctuation, "zh" is for Chinese, "char" for any script.
     """
     from sacrebleu.metrics import BLEU
 
     hypotheses, references = paired(hypotheses, references)
-    each, rows = BLEU(effective_order=True, tokenize=tokenize), []
+    options.one_of("tokenize", tokenize, list(BLEU.TOKENIZERS))
+    try:
+        each, rows = BLEU(effective_order=True, tokenize=tokenize), []
+    except (RuntimeError, ImportError, OSError) as error:  # it needs another package, or a download
+        raise ValueError(
+            f"tokenize={tokenize!r} needs what is not there ({' '.join(str(error).split())}); "
+            "'13a', 'intl', 'zh', 'char' and 'none' need nothing more"
+        ) from error
     for hypothesis, reference in zip(
         hypotheses, references
     ):  # lengths, then matches and totals of each order of n-gram

@@ -23,7 +23,7 @@ import safetensors.torch
 import torch
 
 from minillm import distributed, files
-from minillm.registry import Format, Patch
+from minillm.learning import buffers
 from minillm.train import identity
 from minillm.train.history import measured
 from minillm.verbs import read
@@ -80,16 +80,6 @@ def state(run):
     """{name: tensor} of what the training changes in the model."""
     learning = {f"model.{name}": p.detach() for name, p in run.learning}
     return learning | {f"buffer.{name}": b for name, b in buffers(run.model)}
-
-
-def buffers(model):
-    """[(name, buffer)] of the persistent buffers outside of techniques, whose own never change."""
-    inside = {id(m) for part in model.modules() if isinstance(part, (Format, Patch))
-              for m in part.modules()}
-    return [(f"{name}.{key}" if name else key, b)
-            for name, module in model.named_modules() if id(module) not in inside
-            for key, b in module._buffers.items()
-            if b is not None and key not in module._non_persistent_buffers_set]
 
 
 def snapshot(run):

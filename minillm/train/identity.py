@@ -7,6 +7,7 @@ and `differs` names the first thing that is another now, with both values.
 import dataclasses
 import hashlib
 import json
+import re
 
 import torch
 
@@ -21,8 +22,21 @@ def of(model):
         model=type(model).__name__,
         dtypes=sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()}),
         config=dataclasses.asdict(config) if dataclasses.is_dataclass(config) else None,
+        modules=dict(modules(model)),
         techniques=[list(entry) for entry in techniques(model)],
         base=fingerprint.of(model))
+
+
+def modules(model):
+    """(name, class and the settings that it shows) of each of the model's own modules.
+
+    What differs between processes or devices is left out: an address, a device, the class that
+    FSDP makes.
+    """
+    for site in walk(model):
+        cls = next(c for c in type(site.module).__mro__ if not c.__name__.startswith("FSDP"))
+        shown = re.sub(r"( at 0x[0-9a-fA-F]+)|(,? ?device=[^,)]*)", "", site.module.extra_repr())
+        yield site.name, f"{cls.__name__}({shown})"
 
 
 def techniques(model):
@@ -63,6 +77,11 @@ def differs(model, then):
     ours, theirs = now["techniques"], then["techniques"]
     if [entry[:2] for entry in ours] != [entry[:2] for entry in theirs]:
         return f"the techniques were {listed(theirs)} then, they are {listed(ours)} now"
+    parts = then.get("modules", now["modules"])  # a checkpoint of an earlier minillm lacks them
+    for name in dict.fromkeys([*now["modules"], *parts]):
+        old, new = parts.get(name, "missing"), now["modules"].get(name, "missing")
+        if old != new:
+            return f"the module {name!r} was {old} then, it is {new} now"
     odd = [(a, b) for a, b in zip(theirs, ours) if a != b]
     if odd:
         (site, name, old, _), (_, _, new, _) = odd[0]

@@ -17,6 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from minillm import data, distributed, files
+from minillm.calling import native
 from minillm.train import identity
 from minillm.train.checkpoints import put_back, ready, restore, save, snapshot
 from minillm.train.history import journal, measured
@@ -192,7 +193,7 @@ def check_compiled(model):
     """TypeError for a compiled model whose compiled part `train` would never call."""
     wrapped = hasattr(model, "_orig_mod")  # torch.compile(model); the other is model.compile()
     compiled = wrapped or getattr(model, "_compiled_call_impl", None) is not None
-    if compiled and hasattr(model, "loss"):
+    if compiled and native(model):
         raise TypeError("torch.compile(model) compiles the model's forward, and train calls its "
                         "`loss`: nothing would be compiled. minillm.compile(model) compiles its "
                         "blocks")

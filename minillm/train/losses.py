@@ -8,12 +8,11 @@ without. So nobody learns it, here as in `evaluate.perplexity`: the losses of al
 means over the same tokens.
 """
 
-import inspect
-
 import torch
 import torch.nn.functional as F
 
 from minillm import data
+from minillm.calling import logits, native
 from minillm.registry import prepare
 
 
@@ -30,25 +29,11 @@ def loss_sum(model, ids, labels, mask=None):
     labels = labels.clone()
     labels[:, 0] = data.NOT_LEARNT  # before `prepare`, which may put a prompt in front
     ids, labels, mask = prepare(model, ids, labels, mask)
-    if hasattr(model, "loss"):
+    if native(model):
         return model.loss(ids, labels, mask, reduction="sum")
-    if mask is not None and mask.dtype != torch.bool:
-        raise ValueError(f"{type(model).__name__} has no mask for packed examples: "
-                         "give it the examples unpacked")
-    if mask is not None and not takes_mask(model):
-        raise ValueError(f"the forward of {type(model).__name__} takes no attention_mask, so it "
-                         "cannot know what is padding: give it examples of one length, or "
-                         "batch_size=1")
-    output = model(ids) if mask is None else model(ids, attention_mask=mask)
-    logits = getattr(output, "logits", output)  # (b, t, vocab)
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(),
+    every = logits(model, ids, mask, alone=False)  # (b, t, vocab)
+    return F.cross_entropy(every[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(),
                            ignore_index=data.NOT_LEARNT, reduction="sum")
-
-
-def takes_mask(model):
-    forward = getattr(model, "_orig_mod", model).forward  # of what torch.compile has wrapped
-    arguments = inspect.signature(forward).parameters.values()
-    return any(a.name == "attention_mask" or a.kind is a.VAR_KEYWORD for a in arguments)
 
 
 @torch.no_grad()

@@ -1,0 +1,64 @@
+"""The logits of any model: minillm's, Hugging Face's, or any that maps ids (b, t) to logits."""
+
+import inspect
+
+import torch
+
+from minillm.transformer import Transformer
+
+
+def native(model):
+    """Whether this is minillm's Transformer, which has `hidden` and `loss`, compiled or not.
+
+    The class says so. A user's model may well hold a module that is called `loss` or `hidden`.
+    """
+    return isinstance(getattr(model, "_orig_mod", model), Transformer)
+
+
+def arguments(model):
+    """{name: parameter} of the forward of the model; of what torch.compile or peft has wrapped."""
+    model = getattr(model, "_orig_mod", model)
+    if callable(getattr(type(model), "get_base_model", None)):
+        model = model.get_base_model()
+    return inspect.signature(model.forward).parameters
+
+
+def logits(model, ids, mask=None, alone=True):
+    """The logits (b, t, vocab) of any model for ids (b, t); mask (b, t) is True at real
+    tokens, None where all are real.
+
+    A model that takes `position_ids` gets them: the first real token of a row has
+    position 0, on whichever side the padding is. (GPT-2 of transformers would count the
+    padding.) A model that takes no mask sees its padded rows one by one, without
+    padding. With alone=False that is a ValueError, and a forward with **kwargs is
+    trusted to take the mask.
+    """
+    if mask is None or bool((mask == 1).all()):
+        return logits_of(model(ids))
+    if mask.dtype != torch.bool:
+        raise ValueError(
+            f"{type(model).__name__} has no mask for packed examples: give it the "
+            "examples unpacked"
+        )
+    takes = arguments(model)
+    trusted = not alone and any(a.kind is a.VAR_KEYWORD for a in takes.values())
+    if "attention_mask" in takes or trusted:
+        given = dict(attention_mask=mask.long())
+        if "position_ids" in takes:
+            given["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
+        return logits_of(model(ids, **given))
+    if not alone:
+        raise ValueError(
+            f"the forward of {type(model).__name__} takes no attention_mask, so it "
+            "cannot know what is padding: give it examples of one length, or "
+            "batch_size=1"
+        )
+    rows = [logits(model, row[real][None])[0] for row, real in zip(ids, mask)]  # (tokens, vocab)
+    every = rows[0].new_zeros(*ids.shape, rows[0].shape[-1])
+    every[mask] = torch.cat(rows)
+    return every
+
+
+def logits_of(output):
+    """The logits in what a model returns: itself, or, of a Hugging Face model, its `logits`."""
+    return getattr(output, "logits", output)
