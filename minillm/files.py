@@ -176,6 +176,22 @@ def settle(new, old):
         shutil.copymode(old, new)
 
 
+def leftovers(directory, names):
+    """The temporary directories that an `atomic` write has left when it was killed.
+
+    names: a regular expression of the names that were to be written. A directory counts where it
+    has such a name, and holds no more than such a write puts there.
+    """
+    found = []
+    for path in pathlib.Path(directory).glob(".*"):
+        name, _, random = path.name[1:].rpartition(".")
+        if re.fullmatch(names, name) and re.fullmatch("[a-z0-9_]{8}", random) and path.is_dir():
+            inside = list(path.iterdir()) if not path.is_symlink() else [path]
+            if all(p.is_file() and p.name in (name, "probe") for p in inside):
+                found.append(path)
+    return found
+
+
 # --- what files say --------------------------------------------------------------------------
 
 
@@ -251,3 +267,10 @@ def lock(directory):
             raise RuntimeError(f"another run is writing to {path}: "
                                "give this one a directory of its own") from error
         yield
+
+
+def unlock(directory):
+    """Remove the file of a `lock`. A file of that name with something in it is the user's."""
+    path = pathlib.Path(directory) / ".lock"
+    if path.is_file() and path.stat().st_size == 0:
+        path.unlink()

@@ -1,8 +1,12 @@
 """`minillm train`: every output and option is checked first, then the data is shown, then the model learns."""
 
+import pathlib
 import sys
 
-from minillm import compare, data, distributed, hub, options, registry, store, train
+import torch
+
+from minillm import compare, data, distributed, fingerprint, hub, learning, options, registry, store, train
+from minillm.cli.paths import check_paths
 from minillm.cli.using import load, needs_tokenizer
 
 
@@ -36,13 +40,19 @@ def run(args):
     finally:
         tidy(args, done)
     if args.picture and distributed.place()[0] == 0:
-        train.picture(history, args.picture)
+        train.picture(history, args.picture, args.force)
     if distributed.place()[0] == 0:
         print(f"{train.summary(history)}\nsaved {args.out}")
 
 
 def check(args):
     """Every reason to refuse that needs no model."""
+    check_options(args)
+    check_files(args)
+
+
+def check_options(args):
+    """Exit with one line on options that contradict each other, or would be ignored."""
     if args.steps and args.epochs:
         args.parser.error("--steps and --epochs: one of them")
     if args.eval_data and args.eval_share:
@@ -57,10 +67,19 @@ def check(args):
         args.parser.error("--skip-bad needs --data FILE: the records to leave out")
     if args.technique == "full" and args.adapter:
         args.parser.error("--technique full trains the model itself: export it with its --adapter first")
+
+
+def check_files(args):
+    """An error on a file that cannot be read, or that a write would take away."""
+    check_paths(args, {"--out": args.out, "--log": args.log, "--picture": args.picture, "--checkpoints": args.checkpoints,
+                       "the directory of an interruption": args.out and not args.checkpoints and of_interruption(args)})
     if args.out and args.technique != "full":
         store.check_writable(args.out, args.force)
+        if pathlib.Path(args.out).suffix != ".safetensors":
+            args.parser.error(f"--out {args.out}: what a technique learns is a .safetensors file; export makes a .gguf file or a "
+                              "directory of it")
     if args.picture:
-        train.check_picture(args.picture)
+        train.check_picture(args.picture, args.force)
     if args.log:
         train.check_log(args.log)
     for path in filter(None, (args.data, args.eval_data)):
@@ -83,14 +102,40 @@ def wrap_options(technique, args):
 
 
 def wrap(model, technique, keywords, args):
-    """Attach the technique, unless --adapter has brought it: then it learns on."""
+    """Attach the technique, unless --adapter has brought it: then it learns on.
+
+    What files of other techniques have brought stays as it is, for --out holds one technique alone.
+    """
     here = technique and (registry.patches_of(args.technique, model) or registry.formats_of(args.technique, model))
     if args.technique == "freeze":
         here = any(store.holds(path) == "freeze" for path in args.adapter)
     if here and keywords:
         raise ValueError(f"--option {args.option[0]}: the adapter that goes on learning has its own settings")
-    if technique and not here:
+    if technique is None:
+        return
+    others = [(name, patch) for layer in registry.layers(model).values()
+              for name, patch in layer.patches.items() if name != args.technique]
+    for _, patch in others:
+        patch.requires_grad_(False)
+    torch.manual_seed(args.seed)  # for what the technique draws at its start
+    if not here:
         technique.wrap(model, **keywords)
+    for name in {name for name, _ in others}:
+        learning.thaw(model, name)  # a technique that does not learn stops nobody
+    check_saved(model, args.technique)
+
+
+def check_saved(model, name):
+    """ValueError where something learns that the file of the technique does not hold (see `store.save`)."""
+    left = learning.left_to_learn(model)
+    own = left if name == "freeze" else {} if left else fingerprint.own(model)
+    held = {id(p) for _, patch in registry.patches_of(name, model) for p in patch.parameters()}
+    held |= {id(p) for p in own.values()}
+    lost = [key for key, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    if lost:
+        raise ValueError(f"--technique {name}: {len(lost)} parameters would learn that its file does not hold, first "
+                         f"{lost[0].replace('.base.', '.')!r}. Train them with --technique freeze, or export the model with "
+                         "its --adapter first")
 
 
 def read(args, tokenizer):

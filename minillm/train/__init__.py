@@ -2,6 +2,7 @@
 
     loop          `train`, and one optimizer step from top to bottom: read `update` first
     settings      its arguments, checked
+    room          whether the model has the positions and the ids of the examples
     rates         the learning rate over the steps, and for each group of parameters
     losses        the loss of a batch, and of held-out examples
     history       the log, its summary and its picture

@@ -51,8 +51,9 @@ def newest(directory):
 def clear(directory):
     """Remove the checkpoints in a directory, and the directory if nothing else is in it."""
     directory = pathlib.Path(directory)
-    for path in (*saved(directory), directory / ".lock"):
-        path.unlink(missing_ok=True)
+    for path in saved(directory):
+        path.unlink()
+    files.unlock(directory)
     if directory.is_dir() and not any(directory.iterdir()):
         directory.rmdir()
 
@@ -68,7 +69,7 @@ def ready(directory, resume):
                               f"({len(saved(directory))}, the newest {path.name}): resume=True "
                               "goes on with it; for a new one choose another directory")
     if distributed.place()[0] == 0:
-        for half in pathlib.Path(directory).glob(".step-*.safetensors.*"):
+        for half in files.leftovers(directory, r"step-\d{8,}\.safetensors"):
             shutil.rmtree(half)  # what a run was writing when it was killed
     return path
 
