@@ -214,6 +214,21 @@ def read_json(path):
     return told
 
 
+def sort_metadata(path):
+    """Put the metadata of a safetensors file in the order of its keys, in place.
+
+    The safetensors library writes it in an order of chance, so that no two files would be equal.
+    """
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")  # of the header, which ends in spaces
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # else the library has written it more shortly: as it is
+            file.seek(8)
+            file.write(text.ljust(size))
+
+
 def checksum(path):
     """The SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:

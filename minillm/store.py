@@ -69,6 +69,7 @@ def write(path, technique, model, tensors, own, force=False, **metadata):
     if distributed.place()[0] == 0:
         with files.atomic(path) as new:
             safetensors.torch.save_file(every, new, dict(told, format="pt", technique=technique))
+            files.sort_metadata(new)
     distributed.wait()
 
 

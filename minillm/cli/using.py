@@ -6,6 +6,7 @@ import sys
 import torch
 
 from minillm import compare, data, evaluate, hub, registry, report
+from minillm.cli.paths import check_paths
 from minillm.generate import check_options
 from minillm.show import show
 from minillm.store import holds
@@ -160,6 +161,7 @@ def run_show(args):
 
 def run_export(args):
     """Formats give their dense weights back, patches are merged, and what freeze trained is the model already."""
+    check_paths(args, {"--out": args.out})
     classes = registry.TECHNIQUES
     for path in args.adapter:
         name = holds(path)
