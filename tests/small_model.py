@@ -46,6 +46,7 @@ def run(model, capsys, tmp_path, monkeypatch):
         except SystemExit as stopped:  # an argument that is wrong by itself
             got = stopped.code
         captured = capsys.readouterr()
+        call.error = captured.err
         assert got == code, captured.err
         if code:
             said = captured.err.strip()

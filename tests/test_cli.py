@@ -101,8 +101,6 @@ def test_the_preview_trains_nothing_without_out(run, tmp_path):
     (["train", "--option", "rank_stabilized=maybe", "--out", "x.safetensors"], "rank_stabilized='maybe' is neither true nor false"),
     (["train", "--option", "targets=5", "--out", "x.safetensors"], "targets=5 is neither a regular expression"),
     (["train", "--out", "a.txt/x.safetensors"], "a.txt is not a directory"),
-    (["eval", "--data", "chats.jsonl", "--windows", "2"], "--windows is for running text"),
-    (["eval", "--text", "a.txt", "--skip-bad"], "--skip-bad is for records"),
     (["train", "--option", "foo=1", "--out", "x.safetensors"], "lora has no option 'foo'.*alpha=16.0"),
     (["train", "--option", "r=abc", "--out", "x.safetensors"], "r='abc' is not a whole number"),
     (["train", "--option", "r=2.5", "--out", "x.safetensors"], "r='2.5' is not a whole number"),
@@ -120,8 +118,13 @@ def test_the_preview_trains_nothing_without_out(run, tmp_path):
     (["generate", "--system", "x", "hi"], "--system.*--chat"),
     (["export", "--out", "."], "current directory"),
     (["export", "--out", "a.txt"], "a.txt"),
+    (["show", "--device", "meta"], "--device meta: this device holds no values"),
+    (["train", "--technique", "adapters", "--option", "width=4", "--out", "x.safetensors"],
+     "width=4: the output that this adapter changes has the width 32"),
+    (["train", "--technique", "sparse", "--out", "x.safetensors"], "--option anyway=true"),
+    (["train", "--data", "a.txt", "--eval-share", "0.0001", "--length", "512", "--out", "x.safetensors"],
+     "^minillm train: --eval-share 0.0001 of .* examples holds out 0"),
     (["export", "--type", "q8_0", "--out", "d"], "q8_0"),
-    (["eval", "--data", "chats.jsonl", "--text", "a.txt"], "--text and --data: one of them"),
 ])
 def test_errors_are_one_line_and_nothing_is_touched(args, message, run, tmp_path):
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
@@ -150,6 +153,22 @@ def test_errors_are_one_line_and_nothing_is_touched(args, message, run, tmp_path
     (["generate", "--top-p", "0", "hi"], "--top-p: '0'"),
     (["generate", "--top-k", "-1", "hi"], "--top-k: '-1'"),
     (["generate", "--min-p", "2", "hi"], "--min-p: '2'"),
+    (["eval", "--data", "c.jsonl", "--text", "a.txt"], "--text and --data: one of them"),
+    (["eval", "--text", "a.txt", "--task", "language"], "--text and --task: one of them"),
+    (["eval", "--data", "c.jsonl", "--windows", "2"], "--windows is for running text"),
+    (["eval", "--task", "package", "--windows", "2"], "--windows is for running text"),
+    (["eval", "--text", "a.txt", "--skip-bad"], "--skip-bad is for records"),
+    (["eval", "--data", "a.txt", "--examples", "0"], "--examples is for records"),
+    (["eval", "--task", "summary", "--max-new-tokens", "5"], "--max-new-tokens is for records"),
+    (["train", "--data", "c.jsonl", "--task", "summary", "--out", "x"], "--task and --data: one of them"),
+    (["compare", "--data", "c.jsonl", "--task", "summary"], "--task and --data: one of them"),
+    (["train", "--option", "r=2", "--option", "r=4", "--out", "x"], "--option r=2 and --option r=4: one of them"),
+    (["train", "--preview", "--log", "x.jsonl"], "--log needs --out PATH"),
+    (["train", "--seed", str(2**63), "--out", "x"], f"--seed: '{2**63}' is not a whole number from 0 to"),
+    (["compare", "--seed", str(2**64)], "--seed: '.*' is not a whole number from 0 to"),
+    (["generate", "--seed", "3", "hi"], "--seed 3 has no effect at --temperature 0"),
+    (["chat", "--seed", "0"], "--seed 0 has no effect at --temperature 0"),
+    (["show", "--any-base"], "--any-base is for --adapter"),
     (["export", "--type", "q4", "--out", "x"], "'q4'"),
 ])
 def test_wrong_arguments_are_one_line_before_any_work(args, message, capsys, monkeypatch):
@@ -226,6 +245,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(run, model, tmp_path, where):
     run("train", *args, "--resume")
     assert [record["step"] for record in logged(tmp_path / "log.jsonl")] == list(range(60))
     assert not (tmp_path / "lora.safetensors.interrupted").exists()
+    run("train", *args[:8], "--out", "whole.safetensors")
+    assert (tmp_path / "whole.safetensors").read_bytes() == (tmp_path / "lora.safetensors").read_bytes()
     assert cli.main(["train", "--model", model, *args[:-2], "--rate", "1e9", "--out", "no.safetensors"]) == 1
     assert not list(tmp_path.glob("no.safetensors*")), "a training that fails leaves nothing"
 

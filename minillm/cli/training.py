@@ -7,7 +7,7 @@ import torch
 
 from minillm import compare, data, distributed, fingerprint, hub, learning, options, registry, store, train
 from minillm.cli.paths import check_paths
-from minillm.cli.using import load, needs_tokenizer
+from minillm.cli.using import given, load, needs_tokenizer, refuse_second
 
 
 def run(args):
@@ -53,16 +53,17 @@ def check(args):
 
 def check_options(args):
     """Exit with one line on options that contradict each other, or would be ignored."""
-    if args.steps and args.epochs:
-        args.parser.error("--steps and --epochs: one of them")
-    if args.eval_data and args.eval_share:
-        args.parser.error("--eval-data and --eval-share: one of them")
+    for pair in (("--steps", "--epochs"), ("--eval-data", "--eval-share"), ("--task", "--data")):
+        refuse_second(args, *pair)
     if (args.patience or args.every) and not (args.eval_data or args.eval_share):
         args.parser.error("--patience and --every need held-out data: --eval-data FILE or --eval-share 0.1")
     if args.resume and not (args.checkpoints or args.out):
         args.parser.error("--resume needs --out PATH or --checkpoints DIR: what to go on with")
     if (args.save_every or args.keep) and not args.checkpoints:
         args.parser.error("--save-every and --keep need --checkpoints DIR: where to save")
+    for option in ("--log", "--picture", "--checkpoints"):
+        if args.preview and not args.out and given(args, option):
+            args.parser.error(f"{option} needs --out PATH: without it, --preview trains nothing")
     if args.skip_bad and not args.data:
         args.parser.error("--skip-bad needs --data FILE: the records to leave out")
     if args.technique == "full" and args.adapter:
@@ -83,7 +84,7 @@ def check_files(args):
     if args.log:
         train.check_log(args.log)
     for path in filter(None, (args.data, args.eval_data)):
-        data.reader_of(path)
+        data.check_file(path, args.skip_bad)
 
 
 def wrap_options(technique, args):
@@ -93,6 +94,8 @@ def wrap_options(technique, args):
         key, equals, text = option.partition("=")
         if not equals:
             args.parser.error(f"--option {option!r} is not KEY=VALUE, such as r=16")
+        if key in texts:
+            args.parser.error(f"--option {key}={texts[key]} and --option {option}: one of them")
         texts[key] = text
     if technique is None:
         if texts:
@@ -123,6 +126,13 @@ def wrap(model, technique, keywords, args):
     for name in {name for name, _ in others}:
         learning.thaw(model, name)  # a technique that does not learn stops nobody
     check_saved(model, args.technique)
+    try_out(model)
+
+
+@torch.no_grad()
+def try_out(model):
+    """Let one token through: the error of an option that does not fit comes now, not in step 0."""
+    model(registry.prepare(model, torch.zeros(1, 1, dtype=torch.long, device=model.norm.weight.device))[0])
 
 
 def check_saved(model, name):
@@ -146,11 +156,19 @@ def read(args, tokenizer):
             print(f"{path}: {reading.summary()}", file=sys.stderr)
         return reading
 
-    examples = file(args.data) if args.data else data.task(args.task, tokenizer, "train", length=args.length).examples
+    examples = file(args.data) if args.data else data.task(args.task or "language", tokenizer, "train", length=args.length).examples
     held_out = file(args.eval_data) if args.eval_data else None
     if args.eval_share:
-        examples, held_out = data.held_out(examples, args.eval_share, args.seed)
+        examples, held_out = split(examples, args)
     return (data.pack(examples, args.length) if args.pack else examples), held_out
+
+
+def split(examples, args):
+    """(examples to learn, held-out examples) by --eval-share."""
+    try:
+        return data.held_out(examples, args.eval_share, args.seed)
+    except ValueError as error:
+        raise ValueError(str(error).replace("share=", "--eval-share ", 1)) from error
 
 
 def of_interruption(args):

@@ -202,11 +202,11 @@ def facts_of(run, path, metadata):
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError, IndexError) as error:
         raise ValueError(f"{path} is not a checkpoint of minillm.train "
                          f"({type(error).__name__}: {error})") from error
+    if other:  # first: another technique has another usual rate, too
+        raise ValueError(f"{path} belongs to another training: {other}")
     if odd:
         listed = ", ".join(f"{key}={old!r} then, {new!r} now" for key, (old, new) in odd.items())
         raise ValueError(f"{path} was written with other settings: {listed}")
-    if other:
-        raise ValueError(f"{path} belongs to another training: {other}")
     if not whole:
         raise ValueError(f"{path}: its log is not whole, or not of this step")
     return place, history
