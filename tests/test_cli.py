@@ -162,7 +162,7 @@ def test_errors_are_one_line_and_nothing_is_touched(args, message, run, tmp_path
     (["eval", "--task", "summary", "--max-new-tokens", "5"], "--max-new-tokens is for records"),
     (["train", "--data", "c.jsonl", "--task", "summary", "--out", "x"], "--task and --data: one of them"),
     (["compare", "--data", "c.jsonl", "--task", "summary"], "--task and --data: one of them"),
-    (["train", "--option", "r=2", "--option", "r=4", "--out", "x"], "--option r=2 and --option r=4: one of them"),
+    (["train", "--option", "r=2", "--option", "r=4", "--out", "x.safetensors"], "--option r=2 and --option r=4: one of them"),
     (["train", "--preview", "--log", "x.jsonl"], "--log needs --out PATH"),
     (["train", "--seed", str(2**63), "--out", "x"], f"--seed: '{2**63}' is not a whole number from 0 to"),
     (["compare", "--seed", str(2**64)], "--seed: '.*' is not a whole number from 0 to"),

@@ -105,7 +105,7 @@ CLASHES = [
     ("--technique full --out fd --checkpoints fd/c", "--checkpoints fd/c lies inside of --out fd"),
     ("--out z.safetensors --checkpoints z.safetensors/c", "lies inside of --out z.safetensors"),
     ("--out c/step-00000003.safetensors --checkpoints c", "lies inside of --checkpoints c"),
-    ("--out z.safetensors --log z.safetensors.interrupted", "z.safetensors.interrupted are one path"),
+    ("--out z.safetensors --log z.safetensors.interrupted", "--log z.safetensors.interrupted are one path"),
     ("--log link.jsonl --out real.jsonl", "--out real.jsonl and --log link.jsonl"),
     ("--data chats.jsonl --out chats.jsonl --force", "--data chats.jsonl would be replaced by --out chats.jsonl"),
     ("--eval-data chats.jsonl --log chats.jsonl --out z.safetensors", "--eval-data chats.jsonl would be replaced by --log"),

@@ -72,8 +72,10 @@ def check_options(args):
 
 def check_files(args):
     """An error on a file that cannot be read, or that a write would take away."""
-    check_paths(args, {"--out": args.out, "--log": args.log, "--picture": args.picture, "--checkpoints": args.checkpoints,
-                       "the directory of an interruption": args.out and not args.checkpoints and of_interruption(args)})
+    others = {"--log": args.log, "--picture": args.picture}
+    check_paths(args, {"--out": args.out, "--checkpoints": args.checkpoints, **others})
+    if args.out and not args.checkpoints:
+        check_paths(args, {"the directory of an interruption": of_interruption(args), **others})
     if args.out and args.technique != "full":
         store.check_writable(args.out, args.force)
         if pathlib.Path(args.out).suffix != ".safetensors":

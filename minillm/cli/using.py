@@ -76,7 +76,8 @@ def check_eval(args):
     for option, fits, what in (
             ("--windows", windows, "running text: --text FILE or --task language"), ("--skip-bad", records, "records: --data FILE"),
             ("--examples", records, "records: --data FILE"), ("--max-new-tokens", records, "records: --data FILE")):
-        if not fits and given(args, option) not in (None, False):
+        value = given(args, option)
+        if not fits and value is not None and value is not False:  # 0 is a value
             args.parser.error(f"{option} is for {what}")
     for path in filter(None, (args.text, args.data)):
         data.text(path) if not records else data.check_file(path, args.skip_bad)
