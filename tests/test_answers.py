@@ -156,8 +156,8 @@ def test_there_is_room_for_a_prompt_or_an_error():
     assert evaluate.room(build("llama"), 12) == 20
     assert evaluate.room(minillm.prompts.wrap(build("llama"), length=3), 12) == 17
     for model, new, message in (
-        (build("llama"), 32, "max_new_tokens=32 leaves no room for a prompt: the model has 32 positions"),
-        (minillm.prompts.wrap(build("gpt2"), length=20), 12, "32 positions, of which a soft prompt takes 20"),
+        (build("llama"), 32, "=32 leaves no room for a prompt: the model has 32 positions"),
+        (minillm.prompts.wrap(build("gpt2"), length=20), 12, "of which a soft prompt takes 20"),
         (build("llama"), 0, "max_new_tokens=0: the least is 1"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -166,7 +166,8 @@ def test_only_the_last_are_kept_and_only_checkpoints_are_removed(tmp_path):
     for name in mine:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("mine")
-    with pytest.raises(ZeroDivisionError), files.atomic(tmp_path / "step-00000002.safetensors") as new:
+    path = tmp_path / "step-00000002.safetensors"
+    with pytest.raises(ZeroDivisionError), files.atomic(path) as new:
         shutil.copytree(new.parent, half := tmp_path / (new.parent.name[:-8] + "01234567"))
         (half / new.name).write_text("half")  # what a killed process leaves
         raise ZeroDivisionError

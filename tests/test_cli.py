@@ -97,11 +97,15 @@ def test_the_preview_trains_nothing_without_out(run, tmp_path):
 @pytest.mark.parametrize("args, message", [
     (["show", "--model", "nowhere"], "nowhere: no such file"),
     (["eval", "--adapter", "a.txt"], "a.txt is not a whole safetensors file"),
-    (["train", "--option", "targets=['q_porj']", "--out", "x.safetensors"], "'q_porj' matches no leaf.*'q_proj'"),
-    (["train", "--option", "rank_stabilized=maybe", "--out", "x.safetensors"], "rank_stabilized='maybe' is neither true nor false"),
-    (["train", "--option", "targets=5", "--out", "x.safetensors"], "targets=5 is neither a regular expression"),
+    (["train", "--option", "targets=['q_porj']", "--out", "x.safetensors"],
+     "'q_porj' matches no leaf.*'q_proj'"),
+    (["train", "--option", "rank_stabilized=maybe", "--out", "x.safetensors"],
+     "rank_stabilized='maybe' is neither true nor false"),
+    (["train", "--option", "targets=5", "--out", "x.safetensors"],
+     "targets=5 is neither a regular expression"),
     (["train", "--out", "a.txt/x.safetensors"], "a.txt is not a directory"),
-    (["train", "--option", "foo=1", "--out", "x.safetensors"], "lora has no option 'foo'.*alpha=16.0"),
+    (["train", "--option", "foo=1", "--out", "x.safetensors"],
+     "lora has no option 'foo'.*alpha=16.0"),
     (["train", "--option", "r=abc", "--out", "x.safetensors"], "r='abc' is not a whole number"),
     (["train", "--option", "r=2.5", "--out", "x.safetensors"], "r='2.5' is not a whole number"),
     (["train", "--data", "nowhere.jsonl", "--out", "x.safetensors"], "nowhere.jsonl"),
@@ -122,7 +126,8 @@ def test_the_preview_trains_nothing_without_out(run, tmp_path):
     (["train", "--technique", "adapters", "--option", "width=4", "--out", "x.safetensors"],
      "width=4: the output that this adapter changes has the width 32"),
     (["train", "--technique", "sparse", "--out", "x.safetensors"], "--option anyway=true"),
-    (["train", "--data", "a.txt", "--eval-share", "0.0001", "--length", "512", "--out", "x.safetensors"],
+    (["train", "--data", "a.txt", "--eval-share", "0.0001", "--length", "512",
+      "--out", "x.safetensors"],
      "^minillm train: --eval-share 0.0001 of .* examples holds out 0"),
     (["export", "--type", "q8_0", "--out", "d"], "q8_0"),
 ])
@@ -138,7 +143,8 @@ def test_errors_are_one_line_and_nothing_is_touched(args, message, run, tmp_path
     (["train", "--rate", "0"], "--rate: '0' is not a number above 0"),
     (["train", "--rate", "-1"], "--rate: '-1' is not a number above 0"),
     (["train", "--steps", "0"], "--steps: '0' is not a whole number of at least 1"),
-    (["train", "--steps", "1", "--epochs", "1", "--out", "x.safetensors"], "--steps and --epochs: one of them"),
+    (["train", "--steps", "1", "--epochs", "1", "--out", "x.safetensors"],
+     "--steps and --epochs: one of them"),
     (["train", "--length", "1"], "--length: '1'"),
     (["train", "--warmup", "2.5"], "--warmup: '2.5' is not"),
     (["train", "--resume", "--preview"], "--resume needs --out PATH or --checkpoints DIR"),
@@ -146,7 +152,8 @@ def test_errors_are_one_line_and_nothing_is_touched(args, message, run, tmp_path
     (["train", "--skip-bad", "--out", "x.safetensors"], "--skip-bad needs --data"),
     (["train", "--patience", "2", "--out", "x.safetensors"], "--patience.*need held-out data"),
     (["train", "--option", "r", "--out", "x.safetensors"], "--option 'r' is not KEY=VALUE"),
-    (["train", "--technique", "full", "--option", "r=2", "--out", "x.safetensors"], "full has no options"),
+    (["train", "--technique", "full", "--option", "r=2", "--out", "x.safetensors"],
+     "full has no options"),
     (["train"], "--out is missing"),
     (["eval", "--windows", "-1"], "--windows: '-1'"),
     (["generate", "--temperature", "-1", "hi"], "--temperature: '-1'"),
@@ -160,11 +167,14 @@ def test_errors_are_one_line_and_nothing_is_touched(args, message, run, tmp_path
     (["eval", "--text", "a.txt", "--skip-bad"], "--skip-bad is for records"),
     (["eval", "--data", "a.txt", "--examples", "0"], "--examples is for records"),
     (["eval", "--task", "summary", "--max-new-tokens", "5"], "--max-new-tokens is for records"),
-    (["train", "--data", "c.jsonl", "--task", "summary", "--out", "x"], "--task and --data: one of them"),
+    (["train", "--data", "c.jsonl", "--task", "summary", "--out", "x"],
+     "--task and --data: one of them"),
     (["compare", "--data", "c.jsonl", "--task", "summary"], "--task and --data: one of them"),
-    (["train", "--option", "r=2", "--option", "r=4", "--out", "x.safetensors"], "--option r=2 and --option r=4: one of them"),
+    (["train", "--option", "r=2", "--option", "r=4", "--out", "x.safetensors"],
+     "--option r=2 and --option r=4: one of them"),
     (["train", "--preview", "--log", "x.jsonl"], "--log needs --out PATH"),
-    (["train", "--seed", str(2**63), "--out", "x"], f"--seed: '{2**63}' is not a whole number from 0 to"),
+    (["train", "--seed", str(2**63), "--out", "x"],
+     f"--seed: '{2**63}' is not a whole number from 0 to"),
     (["compare", "--seed", str(2**64)], "--seed: '.*' is not a whole number from 0 to"),
     (["generate", "--seed", "3", "hi"], "--seed 3 has no effect at --temperature 0"),
     (["chat", "--seed", "0"], "--seed 0 has no effect at --temperature 0"),
@@ -246,7 +256,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(run, model, tmp_path, where):
     assert [record["step"] for record in logged(tmp_path / "log.jsonl")] == list(range(60))
     assert not (tmp_path / "lora.safetensors.interrupted").exists()
     run("train", *args[:8], "--out", "whole.safetensors")
-    assert (tmp_path / "whole.safetensors").read_bytes() == (tmp_path / "lora.safetensors").read_bytes()
+    whole, resumed = ((tmp_path / f"{name}.safetensors").read_bytes() for name in ("whole", "lora"))
+    assert whole == resumed
     assert cli.main(["train", "--model", model, *args[:-2], "--rate", "1e9", "--out", "no.safetensors"]) == 1
     assert not list(tmp_path.glob("no.safetensors*")), "a training that fails leaves nothing"
 

@@ -32,7 +32,8 @@ def said(error):
     text = " ".join(str(error).split()) or type(error).__name__
     for argument, option in (("force=True (--force)", "--force"), ("force=True", "--force"),
                              ("resume=True", "--resume"), ("skip_bad=True", "--skip-bad"),
-                             ("any_base=True", "--any-base"), ("anyway=True", "--option anyway=true")):
+                             ("any_base=True", "--any-base"),
+                             ("anyway=True", "--option anyway=true")):
         text = text.replace(argument, option)
     text = re.sub(r"\bmax_new_tokens=(?=\d)", "--max-new-tokens ", text)
     return text.encode("utf-8", "backslashreplace").decode()

@@ -118,7 +118,8 @@ def device(sub):
 
 
 def task(sub):
-    sub.add_argument("--task", choices=data.TASKS, help="what to learn from Python's own documentation (default language)")
+    sub.add_argument("--task", choices=data.TASKS,
+                     help="what to learn from Python's own documentation (default language)")
 
 
 def records(sub, text):
@@ -172,7 +173,9 @@ def train_arguments(sub):
     where = sub.add_argument_group("where to write")
     where.add_argument("--out", metavar="PATH", help="a .safetensors file; a directory or a .gguf file with --technique full")
     where.add_argument("--force", action="store_true", help="replace a file that minillm did not write")
-    where.add_argument("--checkpoints", metavar="DIR", help="save the whole state there as it goes; without it, Ctrl-C alone saves, beside --out")
+    where.add_argument("--checkpoints", metavar="DIR",
+                       help="save the whole state there as it goes; without it, Ctrl-C alone saves, "
+                            "beside --out")
     where.add_argument("--save-every", type=whole(1), metavar="STEPS")
     where.add_argument("--keep", type=whole(1), help="how many of the last checkpoints stay (2)")
     where.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
@@ -187,7 +190,8 @@ def eval_arguments(sub):
     sub.add_argument("--text", metavar="FILE", help="perplexity of this text")
     sub.add_argument("--length", type=whole(2), default=256, help="tokens of a window or an example (default 256)")
     sub.add_argument("--windows", type=whole(1), help="at most so many windows")
-    sub.add_argument("--max-new-tokens", type=whole(1), help="tokens of a generated answer (default 64)")
+    sub.add_argument("--max-new-tokens", type=whole(1),
+                     help="tokens of a generated answer (default 64)")
     sub.add_argument("--examples", type=whole(0), help="answers that are shown (default 5)")
 
 
@@ -197,7 +201,8 @@ def sampling(sub):
     sub.add_argument("--top-k", type=whole(1), help="of the k likeliest tokens")
     sub.add_argument("--top-p", type=up_to_1, help="of the fewest that hold this share of the probability")
     sub.add_argument("--min-p", type=up_to_1, help="of those at least this share as likely as the likeliest")
-    sub.add_argument("--seed", type=seed, help="of what is drawn at a temperature above 0 (default 0)")
+    sub.add_argument("--seed", type=seed,
+                     help="of what is drawn at a temperature above 0 (default 0)")
 
 
 def generate_arguments(sub):

@@ -14,9 +14,10 @@ def run(args):
     for path in written:
         check_paths(args, {"--out": path})
     rows = compare.compare(
-        args.model, args.task or "language", args.techniques, data=args.data, out=args.out, force=args.force, length=args.length or 128,
-        seed=args.seed, device=str(place(args.device)), dtype=args.dtype, steps=args.steps, seeds=args.seeds,
-        batch_size=args.batch_size, windows=args.windows)
+        args.model, args.task or "language", args.techniques, data=args.data, out=args.out,
+        force=args.force, length=args.length or 128, seed=args.seed, device=str(place(args.device)),
+        dtype=args.dtype, steps=args.steps, seeds=args.seeds, batch_size=args.batch_size,
+        windows=args.windows)
     print(compare.text(rows))
     print(f"wrote table.json, table.md and table.png to {args.out}")
     return 1 if compare.failed(rows) else 0

@@ -12,7 +12,7 @@ import re
 from minillm import huggingface
 
 NAMED = ("tiny", "smollm2")  # models that have a name and no path
-OF_CHECKPOINTS = re.compile(r"\.?step-\d+\.safetensors.*|\.lock")  # names that a training uses there
+OF_CHECKPOINTS = re.compile(r"\.?step-\d+\.safetensors.*|\.lock")  # names that train uses
 
 
 def check_paths(args, written):
@@ -25,7 +25,8 @@ def check_paths(args, written):
         if real(path) == real(inner):
             args.parser.error(f"{one} {path} and {other} {inner} are one path: each needs its own")
         if real(path) in real(inner).parents and not has_room(one, path, inner):
-            args.parser.error(f"{other} {inner} lies inside of {one} {path}: choose a place outside")
+            args.parser.error(f"{other} {inner} lies inside of {one} {path}: choose a place "
+                              "outside")
     for (option, path), (other, out) in itertools.product(inputs(args), written.items()):
         if real(path) == real(out):
             args.parser.error(f"{option} {path} would be replaced by {other} {out}: "
@@ -44,7 +45,8 @@ def has_room(option, path, inner):
 
 def inputs(args):
     """[(option, path)] of all that the command reads; of a model's directory also its files."""
-    found = [("--data", getattr(args, "data", None)), ("--eval-data", getattr(args, "eval_data", None))]
+    found = [("--data", getattr(args, "data", None)),
+             ("--eval-data", getattr(args, "eval_data", None))]
     found += [("--adapter", path) for path in getattr(args, "adapter", ())]
     if args.model not in NAMED:
         found.append(("--model", args.model))

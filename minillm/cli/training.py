@@ -5,7 +5,9 @@ import sys
 
 import torch
 
-from minillm import compare, data, distributed, fingerprint, hub, learning, options, registry, store, train
+from minillm import (
+    compare, data, distributed, fingerprint, hub, learning, options, registry, store, train,
+)
 from minillm.cli.paths import check_paths
 from minillm.cli.using import given, load, needs_tokenizer, refuse_second
 
@@ -79,8 +81,8 @@ def check_files(args):
     if args.out and args.technique != "full":
         store.check_writable(args.out, args.force)
         if pathlib.Path(args.out).suffix != ".safetensors":
-            args.parser.error(f"--out {args.out}: what a technique learns is a .safetensors file; export makes a .gguf file or a "
-                              "directory of it")
+            args.parser.error(f"--out {args.out}: what a technique learns is a .safetensors file; "
+                              "export makes a .gguf file or a directory of it")
     if args.picture:
         train.check_picture(args.picture, args.force)
     if args.log:
@@ -134,20 +136,22 @@ def wrap(model, technique, keywords, args):
 @torch.no_grad()
 def try_out(model):
     """Let one token through: the error of an option that does not fit comes now, not in step 0."""
-    model(registry.prepare(model, torch.zeros(1, 1, dtype=torch.long, device=model.norm.weight.device))[0])
+    ids = torch.zeros(1, 1, dtype=torch.long, device=model.norm.weight.device)
+    model(registry.prepare(model, ids)[0])
 
 
 def check_saved(model, name):
-    """ValueError where something learns that the file of the technique does not hold (see `store.save`)."""
+    """ValueError where something learns that the technique's file (see `store.save`) lacks."""
     left = learning.left_to_learn(model)
     own = left if name == "freeze" else {} if left else fingerprint.own(model)
     held = {id(p) for _, patch in registry.patches_of(name, model) for p in patch.parameters()}
     held |= {id(p) for p in own.values()}
     lost = [key for key, p in model.named_parameters() if p.requires_grad and id(p) not in held]
     if lost:
-        raise ValueError(f"--technique {name}: {len(lost)} parameters would learn that its file does not hold, first "
-                         f"{lost[0].replace('.base.', '.')!r}. Train them with --technique freeze, or export the model with "
-                         "its --adapter first")
+        first = lost[0].replace(".base.", ".")
+        raise ValueError(f"--technique {name}: {len(lost)} parameters would learn that its file "
+                         f"does not hold, first {first!r}. Train them with --technique freeze, or "
+                         "export the model with its --adapter first")
 
 
 def read(args, tokenizer):
@@ -158,7 +162,11 @@ def read(args, tokenizer):
             print(f"{path}: {reading.summary()}", file=sys.stderr)
         return reading
 
-    examples = file(args.data) if args.data else data.task(args.task or "language", tokenizer, "train", length=args.length).examples
+    if args.data:
+        examples = file(args.data)
+    else:
+        task = args.task or "language"
+        examples = data.task(task, tokenizer, "train", length=args.length).examples
     held_out = file(args.eval_data) if args.eval_data else None
     if args.eval_share:
         examples, held_out = split(examples, args)

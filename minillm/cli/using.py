@@ -74,8 +74,10 @@ def check_eval(args):
     records = bool(args.data) and not args.data.lower().endswith(".txt")
     windows = not records and args.task in (None, "language")
     for option, fits, what in (
-            ("--windows", windows, "running text: --text FILE or --task language"), ("--skip-bad", records, "records: --data FILE"),
-            ("--examples", records, "records: --data FILE"), ("--max-new-tokens", records, "records: --data FILE")):
+            ("--windows", windows, "running text: --text FILE or --task language"),
+            ("--skip-bad", records, "records: --data FILE"),
+            ("--examples", records, "records: --data FILE"),
+            ("--max-new-tokens", records, "records: --data FILE")):
         value = given(args, option)
         if not fits and value is not None and value is not False:  # 0 is a value
             args.parser.error(f"{option} is for {what}")
@@ -100,7 +102,8 @@ def answers(model, tokenizer, args):
     """The loss of the user's answers, the metrics of generated ones, and some of both side by side."""
     new = args.max_new_tokens or 64
     reading = data.read(args.data, tokenizer, length=args.length, skip_bad=args.skip_bad)
-    asked = data.questions(args.data, tokenizer, skip_bad=args.skip_bad, most=evaluate.room(model, new))
+    most = evaluate.room(model, new)
+    asked = data.questions(args.data, tokenizer, skip_bad=args.skip_bad, most=most)
     train.check_room(model, reading)
     print(reading.summary())
     found = evaluate.completions(model, reading, pad=tokenizer.pad or 0)
@@ -110,7 +113,8 @@ def answers(model, tokenizer, args):
     if unasked:
         print("\n".join(["of these, not answered:", *data.skips(unasked)]))
     if asked.prompts:
-        got = evaluate.answers(model, tokenizer, asked.prompts, asked.references, ids=asked.ids, max_new_tokens=new)
+        got = evaluate.answers(model, tokenizer, asked.prompts, asked.references, ids=asked.ids,
+                               max_new_tokens=new)
         print(got.summary())
         if args.examples != 0:
             print(report.table(got.rows(5 if args.examples is None else args.examples)))
@@ -166,7 +170,8 @@ def generator(args):
 
 def check_seed(args):
     if args.seed is not None and args.temperature == 0:
-        args.parser.error(f"--seed {args.seed} has no effect at --temperature 0, which is greedy: give a temperature above 0")
+        args.parser.error(f"--seed {args.seed} has no effect at --temperature 0, which is greedy: "
+                          "give a temperature above 0")
 
 
 def opening(args):
@@ -192,11 +197,15 @@ def run_chat(args):
         try:
             messages += turn(model, tokenizer, messages, line, args, numbers)
         except (ValueError, IndexError) as error:
-            print(f"minillm chat: {' '.join(str(error).split())}. This message is left out", file=sys.stderr)
+            said = " ".join(str(error).split())
+            print(f"minillm chat: {said}. This message is left out", file=sys.stderr)
 
 
 def turn(model, tokenizer, messages, line, args, numbers):
-    """[the user's message, the assistant's], which is printed as it comes; ValueError where there can be none."""
+    """[the user's message, the assistant's]; the latter is printed as it comes.
+
+    ValueError for what is not UTF-8, or leaves no room for an answer.
+    """
     data.utf8(line)
     asked = dict(role="user", content=line)
     ids = tokenizer.chat_spans([*messages, asked], generate=True)[1]

@@ -25,5 +25,6 @@ __all__ = [
     "Batches", "Docstring", "Example", "NOT_LEARNT", "Questions", "Reading", "SPLITS", "TASKS",
     "Task", "batches", "check", "check_file", "collate", "completion", "conversation", "docstrings",
     "fingerprint", "held_out", "learnt", "most_documented", "pack", "parse", "pieces", "preview",
-    "questions", "read", "reader_of", "skips", "split", "summary", "task", "text", "texts", "topics", "utf8",
+    "questions", "read", "reader_of", "skips", "split", "summary", "task", "text", "texts",
+    "topics", "utf8",
 ]

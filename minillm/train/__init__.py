@@ -29,6 +29,8 @@ from minillm.train.losses import held_out_loss, loss_sum
 from minillm.train.rates import SCHEDULES, groups, rate
 from minillm.train.room import check_room
 
-__all__ = ["SCHEDULES", "Interrupted", "Summary", "check_log", "check_picture", "check_room", "clear",
-           "groups", "held_out_loss", "loss_sum", "newest", "picture", "rate", "restore", "saved",
-           "summary", "train"]
+__all__ = [
+    "SCHEDULES", "Interrupted", "Summary", "check_log", "check_picture", "check_room", "clear",
+    "groups", "held_out_loss", "loss_sum", "newest", "picture", "rate", "restore", "saved",
+    "summary", "train",
+]

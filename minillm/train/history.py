@@ -154,8 +154,9 @@ def picture(history, path, force=False):
 
 
 def check_picture(path, force=False):
-    """The kind of picture that `path` names; ValueError for another, ImportError without matplotlib.
+    """The kind of picture that `path` names: "png", "svg" or "pdf".
 
+    ValueError for another, ImportError without matplotlib.
     FileExistsError for a file that `picture` did not write, unless `force`.
     """
     kind = pathlib.Path(path).suffix.lower().removeprefix(".")
@@ -163,7 +164,8 @@ def check_picture(path, force=False):
         raise ValueError(f"{str(path)!r}: a picture ends in .png, .svg or .pdf")
     files.need("matplotlib", "plot")
     files.check_writable(path, force=True)
-    if not force and pathlib.Path(path).is_file() and SIGN.encode() not in pathlib.Path(path).read_bytes():
+    old = pathlib.Path(path)
+    if not force and old.is_file() and SIGN.encode() not in old.read_bytes():
         raise FileExistsError(f"picture={str(path)!r} is a file that minillm did not draw: choose "
                               "another name, or replace it with force=True (--force)")
     return kind
