@@ -136,8 +136,7 @@ def wrap(model, technique, keywords, args):
 @torch.no_grad()
 def try_out(model):
     """Let one token through: the error of an option that does not fit comes now, not in step 0."""
-    ids = torch.zeros(1, 1, dtype=torch.long, device=model.norm.weight.device)
-    model(registry.prepare(model, ids)[0])
+    model(torch.zeros(1, 1, dtype=torch.long, device=model.norm.weight.device))
 
 
 def check_saved(model, name):
