@@ -8,6 +8,7 @@ import sys
 import pytest
 from small_model import model, run  # noqa: F401
 
+import minillm
 from minillm import evaluate
 
 
@@ -64,6 +65,13 @@ def test_a_message_that_does_not_fit_does_not_end_the_chat(bad, message, run, mo
     assert with_it == without and nothing == ""
     assert said.startswith("minillm chat: ") and said.count("\n") == 1
     assert message in said and "is left out" in said
+
+
+def test_a_model_without_a_chat_template_ends_the_chat(run):
+    bare, tokenizer = minillm.load(run.model)
+    tokenizer.chat_template = None
+    minillm.save(bare, "bare", tokenizer=tokenizer)
+    assert "has no chat template" in run("chat", "--model", "bare", code=1)
 
 
 def test_another_technique_is_named_before_its_rate(run):

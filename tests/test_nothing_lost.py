@@ -204,6 +204,9 @@ def test_examples_that_do_not_fit_stop_the_training_before_it_starts(name, tmp_p
         quiet(minillm.prompts.wrap(build("llama"), length=3), [row(30)], log=log)
     with pytest.raises(ValueError, match="not one token of an example fits"):
         quiet(minillm.prompts.wrap(build("gpt2"), length=40), log=log)
+    with pytest.raises(ValueError, match="give prompts the examples unpacked"):
+        packed = data.pack([row(5)] * 4, 20)
+        quiet(minillm.prompts.wrap(build("gpt2"), length=4), packed, log=log)
     assert not log.exists()
     assert len(quiet(build(name), [row(32)], steps=1)) == 1
     if name == "llama":

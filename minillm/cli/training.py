@@ -41,10 +41,10 @@ def run(args):
         done = True
     finally:
         tidy(args, done)
-    if args.picture and distributed.place()[0] == 0:
-        train.picture(history, args.picture, args.force)
     if distributed.place()[0] == 0:
         print(f"{train.summary(history)}\nsaved {args.out}")
+        if args.picture:
+            train.picture(history, args.picture, args.force)
 
 
 def check(args):

@@ -185,6 +185,7 @@ def run_chat(args):
     model, tokenizer = load(args)
     needs_tokenizer(tokenizer, args)
     messages, numbers = opening(args), generator(args)
+    tokenizer.chat([*messages, dict(role="user", content="hello")], generate=True)  # or an error
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="surrogateescape")  # what is not UTF-8 is found by `turn`
     while True:

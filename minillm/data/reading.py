@@ -125,7 +125,7 @@ def questions(path, tokenizer, skip_bad=False, most=None):
 def check_prompt(ids, most):
     """ValueError for a prompt that a model cannot answer."""
     if most is not None and not 0 < len(ids) <= most:
-        raise ValueError(f"the prompt has {len(ids)} tokens: one that is answered has 1 to {most}")
+        raise ValueError(f"the prompt has {len(ids)} tokens: 1 to {most} leave room for an answer")
 
 
 def check_file(path, skip_bad=False):

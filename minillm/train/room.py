@@ -16,12 +16,17 @@ LEARNED = ("wpe", "embed_positions", "position_embeddings")  # transformers' tab
 def check_room(model, examples, what="example"):
     """ValueError for the first of the examples that is too long, or has an id that is unknown.
 
+    Also where the examples are packed, and a technique (a soft prompt) takes none of these.
+
     what: what an error calls an example. A model that says nothing about its positions or its
     vocabulary is taken to have room for every example.
     """
     config = getattr(model, "config", None)
     most, vocabulary = positions(model), getattr(config, "vocab_size", None)
     before = prepare(model, torch.zeros(1, 1, dtype=torch.long))[0].shape[1] - 1  # soft prompts
+    packed = next((e.documents for e in examples if e.documents and max(e.documents) > 1), None)
+    if packed:  # an error where a technique takes no such rows
+        prepare(model, torch.zeros(1, len(packed), dtype=torch.long), None, torch.tensor([packed]))
     for i, example in enumerate(examples):
         size = longest(example) + before
         if most is not None and size > most:
