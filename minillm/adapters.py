@@ -62,6 +62,9 @@ class Bottleneck(Patch):
 
     def adapt(self, h):
         """(..., d) -> (..., d)"""
+        if h.shape[-1] != self.width:
+            raise ValueError(f"width={self.width}: the output that this adapter changes has the "
+                             f"width {h.shape[-1]}")
         down, b_down, up, b_up = (p.to(h.dtype) for p in (self.down, self.b_down, self.up, self.b_up))
         return h + F.linear(F.gelu(F.linear(h, down, b_down)), up, b_up)
 

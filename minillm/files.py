@@ -176,6 +176,22 @@ def settle(new, old):
         shutil.copymode(old, new)
 
 
+def leftovers(directory, names):
+    """The temporary directories that an `atomic` write has left when it was killed.
+
+    names: a regular expression of the names that were to be written. A directory counts where it
+    has such a name, and holds no more than such a write puts there.
+    """
+    found = []
+    for path in pathlib.Path(directory).glob(".*"):
+        name, _, random = path.name[1:].rpartition(".")
+        if re.fullmatch(names, name) and re.fullmatch("[a-z0-9_]{8}", random) and path.is_dir():
+            inside = list(path.iterdir()) if not path.is_symlink() else [path]
+            if all(p.is_file() and p.name in (name, "probe") for p in inside):
+                found.append(path)
+    return found
+
+
 # --- what files say --------------------------------------------------------------------------
 
 
@@ -196,6 +212,21 @@ def read_json(path):
     if not isinstance(told, dict):
         raise ValueError(f"{path} holds {type(told).__name__}, not an object of fields")
     return told
+
+
+def sort_metadata(path):
+    """Put the metadata of a safetensors file in the order of its keys, in place.
+
+    The safetensors library writes it in an order of chance, so that no two files would be equal.
+    """
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")  # of the header, which ends in spaces
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # else the library has written it more shortly: as it is
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def checksum(path):
@@ -251,3 +282,10 @@ def lock(directory):
             raise RuntimeError(f"another run is writing to {path}: "
                                "give this one a directory of its own") from error
         yield
+
+
+def unlock(directory):
+    """Remove the file of a `lock`. A file of that name with something in it is the user's."""
+    path = pathlib.Path(directory) / ".lock"
+    if path.is_file() and path.stat().st_size == 0:
+        path.unlink()

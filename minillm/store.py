@@ -77,6 +77,7 @@ def write(path, technique, model, tensors, own, kept, force=False, **metadata):
     if distributed.place()[0] == 0:
         with files.atomic(path) as new:
             safetensors.torch.save_file(every, new, dict(told, format="pt", technique=technique))
+            files.sort_metadata(new)
     distributed.wait()
 
 

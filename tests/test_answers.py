@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from models import build
 from test_evaluate import Letters
 from torch import nn
 
+import minillm
 from minillm import evaluate
 
 
@@ -148,3 +150,15 @@ def test_lists_that_do_not_pair_are_errors(metric):
             ValueError, match=f"{len(predictions)} predictions and {len(references)} references"
         ):
             metric(predictions, references)
+
+
+def test_there_is_room_for_a_prompt_or_an_error():
+    assert evaluate.room(build("llama"), 12) == 20
+    assert evaluate.room(minillm.prompts.wrap(build("llama"), length=3), 12) == 17
+    for model, new, message in (
+        (build("llama"), 32, "=32 leaves no room for a prompt: the model has 32 positions"),
+        (minillm.prompts.wrap(build("gpt2"), length=20), 12, "of which a soft prompt takes 20"),
+        (build("llama"), 0, "max_new_tokens=0: the least is 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate.room(model, new)

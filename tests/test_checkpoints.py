@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -160,11 +161,17 @@ def test_saving_is_by_default_each_tenth_of_the_steps(tmp_path):
 
 
 def test_only_the_last_are_kept_and_only_checkpoints_are_removed(tmp_path):
-    mine = ("step-best.safetensors", "step-1.safetensors", ".step-notes", "notes")
+    mine = ["step-best.safetensors", "step-1.safetensors", ".step-notes", "notes",
+            ".step-00000009.safetensors.abcdefgh", ".step-00000009.safetensors.mine/paper.txt",
+            ".step-9.safetensors.abcdefgh/paper.txt", ".step-00000009.safetensors.abcd_efg/paper"]
     for name in mine:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("mine")
-    half = tmp_path / ".step-00000002.safetensors.abc"
-    half.mkdir()
+    path = tmp_path / "step-00000002.safetensors"
+    with pytest.raises(ZeroDivisionError), files.atomic(path) as new:
+        shutil.copytree(new.parent, half := tmp_path / (new.parent.name[:-8] + "01234567"))
+        (half / new.name).write_text("half")  # what a killed process leaves
+        raise ZeroDivisionError
     quiet(build("llama"), checkpoints=tmp_path, save_every=1, keep=3)
     assert names(tmp_path) == [f"step-0000000{i}.safetensors" for i in (4, 5, 6)]
     assert not half.exists() and all((tmp_path / name).read_text() == "mine" for name in mine)

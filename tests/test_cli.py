@@ -1,4 +1,5 @@
 """The command line, end to end on a model small enough to train in a second."""
+# flake8: noqa: F811  (fixtures)
 
 import json
 import os
@@ -11,52 +12,11 @@ import time
 
 import pytest
 import torch
+from small_model import logged, model, run  # noqa: F401
 
 import minillm
 from minillm import cli, data
 from minillm.tokenizer import SentencePiece
-
-CHATML = ("{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}\n{% endfor %}"
-          "{% if add_generation_prompt %}<assistant> {% endif %}")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "small"
-    tokenizer = SentencePiece.train([data.topics()[:40000]], 500)
-    tokenizer.chat_template = CHATML
-    torch.manual_seed(0)
-    config = minillm.Config(500, 32, 3, 4, kv_heads=2, ffn=64, positions=512)
-    minillm.save(minillm.Transformer(config), path, tokenizer=tokenizer)
-    return str(path)
-
-
-@pytest.fixture
-def run(model, capsys, tmp_path, monkeypatch):
-    """Run a command on the small model, in an empty directory; returns what it prints."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.txt").write_text(data.topics()[:8000])
-    chats = [dict(messages=[dict(role="user", content=f"What is {i}?"), dict(role="assistant", content=f"It is {i % 5}.")])
-             for i in range(20)]
-    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
-
-    def call(*args, code=0):
-        args = [str(arg) for arg in args]
-        if args[0] not in ("fetch", "compare") and "--model" not in args:
-            args[1:1] = ["--model", model]
-        got = cli.main(args)
-        captured = capsys.readouterr()
-        assert got == code, captured.err
-        if code:
-            assert captured.err.strip().count("\n") == 0 and captured.err.strip().startswith(f"minillm {args[0]}: "), captured.err
-        return captured.err if code else captured.out
-
-    return call
-
-
-def logged(path):
-    return [json.loads(line) for line in pathlib.Path(path).read_text().splitlines()]
-
 
 TRAIN = ("train", "--data", "a.txt", "--length", 64, "--option", "r=4", "--rate", 0.01)
 
@@ -137,31 +97,39 @@ def test_the_preview_trains_nothing_without_out(run, tmp_path):
 @pytest.mark.parametrize("args, message", [
     (["show", "--model", "nowhere"], "nowhere: no such file"),
     (["eval", "--adapter", "a.txt"], "a.txt is not a whole safetensors file"),
-    (["train", "--option", "targets=['q_porj']", "--out", "x"], "'q_porj' matches no leaf.*'q_proj'"),
-    (["train", "--option", "rank_stabilized=maybe", "--out", "x"], "rank_stabilized='maybe' is neither true nor false"),
-    (["train", "--option", "targets=5", "--out", "x"], "targets=5 is neither a regular expression"),
+    (["train", "--option", "targets=['q_porj']", "--out", "x.safetensors"],
+     "'q_porj' matches no leaf.*'q_proj'"),
+    (["train", "--option", "rank_stabilized=maybe", "--out", "x.safetensors"],
+     "rank_stabilized='maybe' is neither true nor false"),
+    (["train", "--option", "targets=5", "--out", "x.safetensors"],
+     "targets=5 is neither a regular expression"),
     (["train", "--out", "a.txt/x.safetensors"], "a.txt is not a directory"),
-    (["eval", "--data", "chats.jsonl", "--windows", "2"], "--windows is for running text"),
-    (["eval", "--text", "a.txt", "--skip-bad"], "--skip-bad is for records"),
-    (["train", "--option", "foo=1", "--out", "x"], "lora has no option 'foo'.*alpha=16.0"),
-    (["train", "--option", "r=abc", "--out", "x"], "r='abc' is not a whole number"),
-    (["train", "--option", "r=2.5", "--out", "x"], "r='2.5' is not a whole number"),
-    (["train", "--data", "nowhere.jsonl", "--out", "x"], "nowhere.jsonl"),
-    (["train", "--data", "a.md", "--out", "x"], "'.md'"),
+    (["train", "--option", "foo=1", "--out", "x.safetensors"],
+     "lora has no option 'foo'.*alpha=16.0"),
+    (["train", "--option", "r=abc", "--out", "x.safetensors"], "r='abc' is not a whole number"),
+    (["train", "--option", "r=2.5", "--out", "x.safetensors"], "r='2.5' is not a whole number"),
+    (["train", "--data", "nowhere.jsonl", "--out", "x.safetensors"], "nowhere.jsonl"),
+    (["train", "--data", "a.md", "--out", "x.safetensors"], "'.md'"),
     (["train", "--out", "a.txt"], "a.txt exists, and no technique of minillm wrote it; --force"),
     (["train", "--out", "."], "is a directory"),
     (["train", "--technique", "full", "--out", "a.txt"], "a.txt"),
-    (["train", "--picture", "x.doc", "--out", "x"], "'x.doc': a picture ends in"),
-    (["train", "--log", "a.txt", "--out", "x"], "'a.txt' is a file, and no log"),
-    (["train", "--device", "cuda:99", "--out", "x"], "--device cuda:99"),
-    (["train", "--device", "toaster", "--out", "x"], "--device toaster"),
+    (["train", "--picture", "x.doc", "--out", "x.safetensors"], "'x.doc': a picture ends in"),
+    (["train", "--log", "a.txt", "--out", "x.safetensors"], "'a.txt' is a file, and no log"),
+    (["train", "--device", "cuda:99", "--out", "x.safetensors"], "--device cuda:99"),
+    (["train", "--device", "toaster", "--out", "x.safetensors"], "--device toaster"),
     (["compare", "--techniques", "lroa", "--out", "r"], "'lroa' is not one.*did you mean 'lora'"),
     (["generate", "--top-p", "0.9", "hi"], "top_p"),
     (["generate", "--system", "x", "hi"], "--system.*--chat"),
     (["export", "--out", "."], "current directory"),
     (["export", "--out", "a.txt"], "a.txt"),
+    (["show", "--device", "meta"], "--device meta: this device holds no values"),
+    (["train", "--technique", "adapters", "--option", "width=4", "--out", "x.safetensors"],
+     "width=4: the output that this adapter changes has the width 32"),
+    (["train", "--technique", "sparse", "--out", "x.safetensors"], "--option anyway=true"),
+    (["train", "--data", "a.txt", "--eval-share", "0.0001", "--length", "512",
+      "--out", "x.safetensors"],
+     "^minillm train: --eval-share 0.0001 of .* examples holds out 0"),
     (["export", "--type", "q8_0", "--out", "d"], "q8_0"),
-    (["eval", "--data", "chats.jsonl", "--text", "a.txt"], "--text and --data: one of them"),
 ])
 def test_errors_are_one_line_and_nothing_is_touched(args, message, run, tmp_path):
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
@@ -175,21 +143,42 @@ def test_errors_are_one_line_and_nothing_is_touched(args, message, run, tmp_path
     (["train", "--rate", "0"], "--rate: '0' is not a number above 0"),
     (["train", "--rate", "-1"], "--rate: '-1' is not a number above 0"),
     (["train", "--steps", "0"], "--steps: '0' is not a whole number of at least 1"),
-    (["train", "--steps", "1", "--epochs", "1", "--out", "x"], "--steps and --epochs: one of them"),
+    (["train", "--steps", "1", "--epochs", "1", "--out", "x.safetensors"],
+     "--steps and --epochs: one of them"),
     (["train", "--length", "1"], "--length: '1'"),
     (["train", "--warmup", "2.5"], "--warmup: '2.5' is not"),
     (["train", "--resume", "--preview"], "--resume needs --out PATH or --checkpoints DIR"),
-    (["train", "--keep", "3", "--out", "x"], "--keep need --checkpoints"),
-    (["train", "--skip-bad", "--out", "x"], "--skip-bad needs --data"),
-    (["train", "--patience", "2", "--out", "x"], "--patience.*need held-out data"),
-    (["train", "--option", "r", "--out", "x"], "--option 'r' is not KEY=VALUE"),
-    (["train", "--technique", "full", "--option", "r=2", "--out", "x"], "full has no options"),
+    (["train", "--keep", "3", "--out", "x.safetensors"], "--keep need --checkpoints"),
+    (["train", "--skip-bad", "--out", "x.safetensors"], "--skip-bad needs --data"),
+    (["train", "--patience", "2", "--out", "x.safetensors"], "--patience.*need held-out data"),
+    (["train", "--option", "r", "--out", "x.safetensors"], "--option 'r' is not KEY=VALUE"),
+    (["train", "--technique", "full", "--option", "r=2", "--out", "x.safetensors"],
+     "full has no options"),
     (["train"], "--out is missing"),
     (["eval", "--windows", "-1"], "--windows: '-1'"),
     (["generate", "--temperature", "-1", "hi"], "--temperature: '-1'"),
     (["generate", "--top-p", "0", "hi"], "--top-p: '0'"),
     (["generate", "--top-k", "-1", "hi"], "--top-k: '-1'"),
     (["generate", "--min-p", "2", "hi"], "--min-p: '2'"),
+    (["eval", "--data", "c.jsonl", "--text", "a.txt"], "--text and --data: one of them"),
+    (["eval", "--text", "a.txt", "--task", "language"], "--text and --task: one of them"),
+    (["eval", "--data", "c.jsonl", "--windows", "2"], "--windows is for running text"),
+    (["eval", "--task", "package", "--windows", "2"], "--windows is for running text"),
+    (["eval", "--text", "a.txt", "--skip-bad"], "--skip-bad is for records"),
+    (["eval", "--data", "a.txt", "--examples", "0"], "--examples is for records"),
+    (["eval", "--task", "summary", "--max-new-tokens", "5"], "--max-new-tokens is for records"),
+    (["train", "--data", "c.jsonl", "--task", "summary", "--out", "x"],
+     "--task and --data: one of them"),
+    (["compare", "--data", "c.jsonl", "--task", "summary"], "--task and --data: one of them"),
+    (["train", "--option", "r=2", "--option", "r=4", "--out", "x.safetensors"],
+     "--option r=2 and --option r=4: one of them"),
+    (["train", "--preview", "--log", "x.jsonl"], "--log needs --out PATH"),
+    (["train", "--seed", str(2**63), "--out", "x"],
+     f"--seed: '{2**63}' is not a whole number from 0 to"),
+    (["compare", "--seed", str(2**64)], "--seed: '.*' is not a whole number from 0 to"),
+    (["generate", "--seed", "3", "hi"], "--seed 3 has no effect at --temperature 0"),
+    (["chat", "--seed", "0"], "--seed 0 has no effect at --temperature 0"),
+    (["show", "--any-base"], "--any-base is for --adapter"),
     (["export", "--type", "q4", "--out", "x"], "'q4'"),
 ])
 def test_wrong_arguments_are_one_line_before_any_work(args, message, capsys, monkeypatch):
@@ -266,6 +255,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(run, model, tmp_path, where):
     run("train", *args, "--resume")
     assert [record["step"] for record in logged(tmp_path / "log.jsonl")] == list(range(60))
     assert not (tmp_path / "lora.safetensors.interrupted").exists()
+    run("train", *args[:8], "--out", "whole.safetensors")
+    whole, resumed = ((tmp_path / f"{name}.safetensors").read_bytes() for name in ("whole", "lora"))
+    assert whole == resumed
     assert cli.main(["train", "--model", model, *args[:-2], "--rate", "1e9", "--out", "no.safetensors"]) == 1
     assert not list(tmp_path.glob("no.safetensors*")), "a training that fails leaves nothing"
 

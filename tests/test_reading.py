@@ -230,3 +230,28 @@ def test_a_preview_keeps_the_spaces_that_a_tokenizer_drops():
     example = data.Example([2, 0, 1, 1, 3], [-100, -100, 1, -100, 3])
     text = data.preview([example], Llama(), color=False)
     assert text.endswith("<s>hi[[ there]] there[[ ]]")
+
+
+def test_an_error_in_json_names_the_line_once(write, bare):
+    path = write("a.jsonl", '{"text": "one"}\n{"text": \n')
+    with pytest.raises(ValueError, match=r"line 2: not JSON \(Expecting value: column 9\)$"):
+        data.read(path, bare)
+
+
+def test_errors_that_need_no_tokenizer_come_first(write):
+    data.check_file(write("a.jsonl", ALPACA))
+    path = write("b.jsonl", [dict(text="one"), dict(prompt="q"), dict(messages=[])])
+    with pytest.raises(ValueError, match="b.jsonl, line 2: the fields are 'prompt'"):
+        data.check_file(path)
+    data.check_file(path, skip_bad=True)
+    with pytest.raises(ValueError, match="c.txt is empty"):
+        data.check_file(write("c.txt", " "))
+
+
+def test_a_prompt_without_room_is_a_bad_record(write, bare):
+    path = write("a.jsonl", [dict(prompt=p, completion="a") for p in ("", "hi", "hi " * 50)])
+    with pytest.raises(ValueError, match="line 1: the prompt has 0 tokens: 1 to 20 leave room"):
+        data.questions(path, bare, most=20)
+    found = data.questions(path, bare, most=20, skip_bad=True)
+    assert found.prompts == ["hi"] and "line 3: the prompt has" in found.skipped[1]
+    assert len(data.questions(path, bare).prompts) == 3

@@ -412,7 +412,7 @@ def test_every_module_has_its_own_mode_again():
     (dict(evaluate=3), "evaluate=3 is not a function of the model"),
     (dict(save_every=2), "save_every=2 needs a directory: give checkpoints="),
     (dict(resume=True), "resume=True needs a directory to go on from: give checkpoints="),
-    (dict(checkpoints="here", save_every=0), "save_every=0 is not a whole number from 1"),
+    (dict(checkpoints="here", save_every=-1), "save_every=-1 is not a whole number from 0"),
     (dict(checkpoints="here", keep=0), "keep=0 is not a whole number from 1"),
     (dict(checkpoints="log"), "checkpoints='log' is a file, not a directory"),
 ])
@@ -440,14 +440,16 @@ def test_epochs_are_steps_and_a_warm_up_can_be_a_share():
 
 def test_a_log_replaces_a_log_and_nothing_else(tmp_path):
     path = tmp_path / "log.jsonl"
-    for text in ("", '{"st', '{"step": 0, "loss": 1.0}\n'):
+    for text in ("", '{"st', json.dumps(record(0)) + "\n"):
         path.write_text(text)
         quiet(build("llama"), steps=2, log=path)
         assert len(path.read_text().splitlines()) == 2
-    path.write_text("my notes")
-    with pytest.raises(FileExistsError, match="log.jsonl' is a file, and no log of a training"):
-        quiet(build("llama"), steps=2, log=path)
-    assert path.read_text() == "my notes"
+    for mine in ("my notes", '{"step": 1, "what": "open the door"}\n',
+                 '{"step": 0, "loss": 1.0}\n', "[1]\n"):
+        path.write_text(mine)
+        with pytest.raises(FileExistsError, match="log.jsonl' is a file, and no log of a training"):
+            quiet(build("llama"), steps=2, log=path)
+        assert path.read_text() == mine
 
 
 def record(step, **more):

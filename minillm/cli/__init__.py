@@ -1,5 +1,6 @@
 """The command line: `minillm compare | train | eval | generate | chat | show | export | fetch`."""
 
+import re
 import sys
 
 from minillm.cli.arguments import parser
@@ -31,6 +32,8 @@ def said(error):
     text = " ".join(str(error).split()) or type(error).__name__
     for argument, option in (("force=True (--force)", "--force"), ("force=True", "--force"),
                              ("resume=True", "--resume"), ("skip_bad=True", "--skip-bad"),
-                             ("any_base=True", "--any-base")):
+                             ("any_base=True", "--any-base"),
+                             ("anyway=True", "--option anyway=true")):
         text = text.replace(argument, option)
+    text = re.sub(r"\bmax_new_tokens=(?=\d)", "--max-new-tokens ", text)
     return text.encode("utf-8", "backslashreplace").decode()

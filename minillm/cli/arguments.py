@@ -40,10 +40,14 @@ def whole(least, most=None):
         except ValueError:
             value = None
         if value is None or value < least or most is not None and value > most:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+            possible = f"of at least {least}" if most is None else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {possible}")
         return value
 
     return read
+
+
+seed = whole(0, 2**63 - 1)  # torch keeps it in 64 bits
 
 
 def real(fits, possible):
@@ -114,7 +118,8 @@ def device(sub):
 
 
 def task(sub):
-    sub.add_argument("--task", choices=data.TASKS, default="language", help="what to learn from Python's own documentation")
+    sub.add_argument("--task", choices=data.TASKS,
+                     help="what to learn from Python's own documentation (default language)")
 
 
 def records(sub, text):
@@ -134,7 +139,7 @@ def compare_arguments(sub):
                        ("windows", "windows of held-out text"), ("length", "tokens of an example")):
         sub.add_argument(f"--{name}", type=whole(2 if name == "length" else 1), help=text)
     sub.add_argument("--seeds", type=whole(1), help="trainings of each technique, each with its own seed")
-    sub.add_argument("--seed", type=whole(0), default=0, help="the first seed")
+    sub.add_argument("--seed", type=seed, default=0, help="the first seed")
 
 
 def train_arguments(sub):
@@ -162,13 +167,15 @@ def train_arguments(sub):
     how.add_argument("--clip", type=above_0, default=1.0, help="the largest norm of the gradient")
     how.add_argument("--every", type=whole(1), metavar="STEPS", help="measure the held-out loss so often")
     how.add_argument("--patience", type=whole(1), help="stop after so many measures without a better one")
-    how.add_argument("--seed", type=whole(0), default=0)
+    how.add_argument("--seed", type=seed, default=0)
     how.add_argument("--recompute", action="store_true", help="keep no activations: less memory, a third more time")
     how.add_argument("--shard", action="store_true", help="under torchrun: spread the weights over the processes (FSDP2)")
     where = sub.add_argument_group("where to write")
     where.add_argument("--out", metavar="PATH", help="a .safetensors file; a directory or a .gguf file with --technique full")
     where.add_argument("--force", action="store_true", help="replace a file that minillm did not write")
-    where.add_argument("--checkpoints", metavar="DIR", help="save the whole state there as it goes; without it, Ctrl-C alone saves, beside --out")
+    where.add_argument("--checkpoints", metavar="DIR",
+                       help="save the whole state there as it goes; without it, Ctrl-C alone saves, "
+                            "beside --out")
     where.add_argument("--save-every", type=whole(1), metavar="STEPS")
     where.add_argument("--keep", type=whole(1), help="how many of the last checkpoints stay (2)")
     where.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
@@ -183,8 +190,9 @@ def eval_arguments(sub):
     sub.add_argument("--text", metavar="FILE", help="perplexity of this text")
     sub.add_argument("--length", type=whole(2), default=256, help="tokens of a window or an example (default 256)")
     sub.add_argument("--windows", type=whole(1), help="at most so many windows")
-    sub.add_argument("--max-new-tokens", type=whole(1), default=64, help="tokens of a generated answer (default 64)")
-    sub.add_argument("--examples", type=whole(0), default=5, help="answers that are shown (default 5)")
+    sub.add_argument("--max-new-tokens", type=whole(1),
+                     help="tokens of a generated answer (default 64)")
+    sub.add_argument("--examples", type=whole(0), help="answers that are shown (default 5)")
 
 
 def sampling(sub):
@@ -193,7 +201,8 @@ def sampling(sub):
     sub.add_argument("--top-k", type=whole(1), help="of the k likeliest tokens")
     sub.add_argument("--top-p", type=up_to_1, help="of the fewest that hold this share of the probability")
     sub.add_argument("--min-p", type=up_to_1, help="of those at least this share as likely as the likeliest")
-    sub.add_argument("--seed", type=whole(0), default=0)
+    sub.add_argument("--seed", type=seed,
+                     help="of what is drawn at a temperature above 0 (default 0)")
 
 
 def generate_arguments(sub):

@@ -1,15 +1,23 @@
 """`minillm compare`: the table of all techniques, row by row."""
 
+import os
+
 from minillm import compare
-from minillm.cli.using import place
+from minillm.cli.paths import check_paths
+from minillm.cli.using import place, refuse_second
 
 
 def run(args):
     """Print and write the table; the exit code is 1 where a technique failed."""
+    refuse_second(args, "--task", "--data")
+    written = [os.path.join(args.out, name) for name in ("table.json", "table.md", "table.png")]
+    for path in written:
+        check_paths(args, {"--out": path})
     rows = compare.compare(
-        args.model, args.task, args.techniques, data=args.data, out=args.out, force=args.force, length=args.length or 128,
-        seed=args.seed, device=str(place(args.device)), dtype=args.dtype, steps=args.steps, seeds=args.seeds,
-        batch_size=args.batch_size, windows=args.windows)
+        args.model, args.task or "language", args.techniques, data=args.data, out=args.out,
+        force=args.force, length=args.length or 128, seed=args.seed, device=str(place(args.device)),
+        dtype=args.dtype, steps=args.steps, seeds=args.seeds, batch_size=args.batch_size,
+        windows=args.windows)
     print(compare.text(rows))
     print(f"wrote table.json, table.md and table.png to {args.out}")
     return 1 if compare.failed(rows) else 0

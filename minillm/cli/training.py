@@ -1,9 +1,15 @@
 """`minillm train`: every output and option is checked first, then the data is shown, then the model learns."""
 
+import pathlib
 import sys
 
-from minillm import compare, data, distributed, hub, options, registry, store, train
-from minillm.cli.using import load, needs_tokenizer
+import torch
+
+from minillm import (
+    compare, data, distributed, fingerprint, hub, learning, options, registry, store, train,
+)
+from minillm.cli.paths import check_paths
+from minillm.cli.using import given, load, needs_tokenizer, refuse_second
 
 
 def run(args):
@@ -35,36 +41,54 @@ def run(args):
         done = True
     finally:
         tidy(args, done)
-    if args.picture and distributed.place()[0] == 0:
-        train.picture(history, args.picture)
     if distributed.place()[0] == 0:
         print(f"{train.summary(history)}\nsaved {args.out}")
+        if args.picture:
+            train.picture(history, args.picture, args.force)
 
 
 def check(args):
     """Every reason to refuse that needs no model."""
-    if args.steps and args.epochs:
-        args.parser.error("--steps and --epochs: one of them")
-    if args.eval_data and args.eval_share:
-        args.parser.error("--eval-data and --eval-share: one of them")
+    check_options(args)
+    check_files(args)
+
+
+def check_options(args):
+    """Exit with one line on options that contradict each other, or would be ignored."""
+    for pair in (("--steps", "--epochs"), ("--eval-data", "--eval-share"), ("--task", "--data")):
+        refuse_second(args, *pair)
     if (args.patience or args.every) and not (args.eval_data or args.eval_share):
         args.parser.error("--patience and --every need held-out data: --eval-data FILE or --eval-share 0.1")
     if args.resume and not (args.checkpoints or args.out):
         args.parser.error("--resume needs --out PATH or --checkpoints DIR: what to go on with")
     if (args.save_every or args.keep) and not args.checkpoints:
         args.parser.error("--save-every and --keep need --checkpoints DIR: where to save")
+    for option in ("--log", "--picture", "--checkpoints"):
+        if args.preview and not args.out and given(args, option):
+            args.parser.error(f"{option} needs --out PATH: without it, --preview trains nothing")
     if args.skip_bad and not args.data:
         args.parser.error("--skip-bad needs --data FILE: the records to leave out")
     if args.technique == "full" and args.adapter:
         args.parser.error("--technique full trains the model itself: export it with its --adapter first")
+
+
+def check_files(args):
+    """An error on a file that cannot be read, or that a write would take away."""
+    others = {"--log": args.log, "--picture": args.picture}
+    check_paths(args, {"--out": args.out, "--checkpoints": args.checkpoints, **others})
+    if args.out and not args.checkpoints:
+        check_paths(args, {"the directory of an interruption": of_interruption(args), **others})
     if args.out and args.technique != "full":
         store.check_writable(args.out, args.force)
+        if pathlib.Path(args.out).suffix != ".safetensors":
+            args.parser.error(f"--out {args.out}: what a technique learns is a .safetensors file; "
+                              "export makes a .gguf file or a directory of it")
     if args.picture:
-        train.check_picture(args.picture)
+        train.check_picture(args.picture, args.force)
     if args.log:
         train.check_log(args.log)
     for path in filter(None, (args.data, args.eval_data)):
-        data.reader_of(path)
+        data.check_file(path, args.skip_bad)
 
 
 def wrap_options(technique, args):
@@ -74,6 +98,8 @@ def wrap_options(technique, args):
         key, equals, text = option.partition("=")
         if not equals:
             args.parser.error(f"--option {option!r} is not KEY=VALUE, such as r=16")
+        if key in texts:
+            args.parser.error(f"--option {key}={texts[key]} and --option {option}: one of them")
         texts[key] = text
     if technique is None:
         if texts:
@@ -83,14 +109,48 @@ def wrap_options(technique, args):
 
 
 def wrap(model, technique, keywords, args):
-    """Attach the technique, unless --adapter has brought it: then it learns on."""
+    """Attach the technique, unless --adapter has brought it: then it learns on.
+
+    What files of other techniques have brought stays as it is, for --out holds one technique alone.
+    """
     here = technique and (registry.patches_of(args.technique, model) or registry.formats_of(args.technique, model))
     if args.technique == "freeze":
         here = any(store.holds(path) == "freeze" for path in args.adapter)
     if here and keywords:
         raise ValueError(f"--option {args.option[0]}: the adapter that goes on learning has its own settings")
-    if technique and not here:
+    if technique is None:
+        return
+    others = [(name, patch) for layer in registry.layers(model).values()
+              for name, patch in layer.patches.items() if name != args.technique]
+    for _, patch in others:
+        patch.requires_grad_(False)
+    torch.manual_seed(args.seed)  # for what the technique draws at its start
+    if not here:
         technique.wrap(model, **keywords)
+    for name in {name for name, _ in others}:
+        learning.thaw(model, name)  # a technique that does not learn stops nobody
+    check_saved(model, args.technique)
+    try_out(model)
+
+
+@torch.no_grad()
+def try_out(model):
+    """Let one token through: the error of an option that does not fit comes now, not in step 0."""
+    model(torch.zeros(1, 1, dtype=torch.long, device=model.norm.weight.device))
+
+
+def check_saved(model, name):
+    """ValueError where something learns that the technique's file (see `store.save`) lacks."""
+    left = learning.left_to_learn(model)
+    own = left if name == "freeze" else {} if left else fingerprint.own(model)
+    held = {id(p) for _, patch in registry.patches_of(name, model) for p in patch.parameters()}
+    held |= {id(p) for p in own.values()}
+    lost = [key for key, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    if lost:
+        first = lost[0].replace(".base.", ".")
+        raise ValueError(f"--technique {name}: {len(lost)} parameters would learn that its file "
+                         f"does not hold, first {first!r}. Train them with --technique freeze, or "
+                         "export the model with its --adapter first")
 
 
 def read(args, tokenizer):
@@ -101,11 +161,23 @@ def read(args, tokenizer):
             print(f"{path}: {reading.summary()}", file=sys.stderr)
         return reading
 
-    examples = file(args.data) if args.data else data.task(args.task, tokenizer, "train", length=args.length).examples
+    if args.data:
+        examples = file(args.data)
+    else:
+        task = args.task or "language"
+        examples = data.task(task, tokenizer, "train", length=args.length).examples
     held_out = file(args.eval_data) if args.eval_data else None
     if args.eval_share:
-        examples, held_out = data.held_out(examples, args.eval_share, args.seed)
+        examples, held_out = split(examples, args)
     return (data.pack(examples, args.length) if args.pack else examples), held_out
+
+
+def split(examples, args):
+    """(examples to learn, held-out examples) by --eval-share."""
+    try:
+        return data.held_out(examples, args.eval_share, args.seed)
+    except ValueError as error:
+        raise ValueError(str(error).replace("share=", "--eval-share ", 1)) from error
 
 
 def of_interruption(args):

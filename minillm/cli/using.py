@@ -5,7 +5,8 @@ import sys
 
 import torch
 
-from minillm import compare, data, evaluate, hub, registry, report
+from minillm import compare, data, evaluate, hub, registry, report, train
+from minillm.cli.paths import check_paths
 from minillm.generate import check_options
 from minillm.show import show
 from minillm.store import holds
@@ -14,6 +15,8 @@ from minillm.store import holds
 def load(args):
     """(model, tokenizer) of --model with every --adapter, on --device."""
     names = {}
+    if args.any_base and not args.adapter:
+        args.parser.error("--any-base is for --adapter FILE, and there is none")
     for path in args.adapter:
         name = holds(path)
         if name not in registry.techniques():
@@ -33,6 +36,8 @@ def place(written):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(written)
+        if device.type == "meta":
+            raise RuntimeError("this device holds no values, so nothing can be computed on it")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]
@@ -50,13 +55,7 @@ def needs_tokenizer(tokenizer, args):
 
 
 def run_eval(args):
-    if args.text and args.data:
-        raise ValueError("--text and --data: one of them")
-    records = args.data and not args.data.endswith(".txt")
-    if args.windows and records:
-        raise ValueError("--windows is for running text, and --data holds records")
-    if args.skip_bad and not records:
-        raise ValueError("--skip-bad is for records: --data FILE")
+    records = check_eval(args)
     model, tokenizer = load(args)
     needs_tokenizer(tokenizer, args)
     if records:
@@ -65,23 +64,65 @@ def run_eval(args):
         text = data.text(args.text or args.data)
         print(repr(evaluate.perplexity(model, tokenizer, text, length=args.length, windows=args.windows)))
         return
-    part = data.task(args.task, tokenizer, "test", limit=64, length=args.length)
+    part = data.task(args.task or "language", tokenizer, "test", limit=64, length=args.length)
     print(repr(compare.score(model, tokenizer, part, args.length // 2, args.windows)))
+
+
+def check_eval(args):
+    """Whether --data holds records; exits with one line on an option that would be ignored."""
+    refuse_second(args, "--text", "--data", "--task")
+    records = bool(args.data) and not args.data.lower().endswith(".txt")
+    windows = not records and args.task in (None, "language")
+    for option, fits, what in (
+            ("--windows", windows, "running text: --text FILE or --task language"),
+            ("--skip-bad", records, "records: --data FILE"),
+            ("--examples", records, "records: --data FILE"),
+            ("--max-new-tokens", records, "records: --data FILE")):
+        value = given(args, option)
+        if not fits and value is not None and value is not False:  # 0 is a value
+            args.parser.error(f"{option} is for {what}")
+    for path in filter(None, (args.text, args.data)):
+        data.text(path) if not records else data.check_file(path, args.skip_bad)
+    return records
+
+
+def given(args, option):
+    """The value of an option, such as --max-new-tokens."""
+    return getattr(args, option.removeprefix("--").replace("-", "_"))
+
+
+def refuse_second(args, *options):
+    """Exit with one line where two of the options are given, of which one would be ignored."""
+    found = [option for option in options if given(args, option) is not None]
+    if len(found) > 1:
+        args.parser.error(f"{found[0]} and {found[1]}: one of them")
 
 
 def answers(model, tokenizer, args):
     """The loss of the user's answers, the metrics of generated ones, and some of both side by side."""
+    new = args.max_new_tokens or 64
     reading = data.read(args.data, tokenizer, length=args.length, skip_bad=args.skip_bad)
+    most = evaluate.room(model, new)
+    asked = data.questions(args.data, tokenizer, skip_bad=args.skip_bad, most=most)
+    train.check_room(model, reading)
     print(reading.summary())
     found = evaluate.completions(model, reading, pad=tokenizer.pad or 0)
     print(f"loss {math.log(found):.4f} for each learnt token; {found!r}")
-    asked = data.questions(args.data, tokenizer, skip_bad=args.skip_bad)
+    counted = {line_of(reason) for reason in reading.skipped}
+    unasked = [reason for reason in asked.skipped if line_of(reason) not in counted]
+    if unasked:
+        print("\n".join(["of these, not answered:", *data.skips(unasked)]))
     if asked.prompts:
         got = evaluate.answers(model, tokenizer, asked.prompts, asked.references, ids=asked.ids,
-                               max_new_tokens=args.max_new_tokens)
+                               max_new_tokens=new)
         print(got.summary())
-        if args.examples:
-            print(report.table(got.rows(args.examples)))
+        if args.examples != 0:
+            print(report.table(got.rows(5 if args.examples is None else args.examples)))
+
+
+def line_of(reason):
+    """The file and the line of a reason why a record was skipped."""
+    return reason.split(": ", 1)[0]
 
 
 # --- generate and chat -----------------------------------------------------------------------------------
@@ -112,6 +153,7 @@ def speak(model, tokenizer, ids, args, generator):
 def run_generate(args):
     if args.system and not args.chat:
         raise ValueError("--system is a part of a conversation: add --chat")
+    check_seed(args)
     check_options(args.max_new_tokens, **options(args))
     model, tokenizer = load(args)
     needs_tokenizer(tokenizer, args)
@@ -123,7 +165,13 @@ def run_generate(args):
 
 
 def generator(args):
-    return torch.Generator(place(args.device)).manual_seed(args.seed)
+    return torch.Generator(place(args.device)).manual_seed(args.seed or 0)
+
+
+def check_seed(args):
+    if args.seed is not None and args.temperature == 0:
+        args.parser.error(f"--seed {args.seed} has no effect at --temperature 0, which is greedy: "
+                          "give a temperature above 0")
 
 
 def opening(args):
@@ -132,10 +180,14 @@ def opening(args):
 
 def run_chat(args):
     """Several turns: each sees all before it. An empty line or the end of the input ends the conversation."""
+    check_seed(args)
     check_options(args.max_new_tokens, **options(args))
     model, tokenizer = load(args)
     needs_tokenizer(tokenizer, args)
     messages, numbers = opening(args), generator(args)
+    tokenizer.chat([*messages, dict(role="user", content="hello")], generate=True)  # or an error
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is not UTF-8 is found by `turn`
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
@@ -143,9 +195,22 @@ def run_chat(args):
             break
         if not line:
             break
-        messages.append(dict(role="user", content=line))
-        ids = tokenizer.chat_spans(messages, generate=True)[1]
-        messages.append(dict(role="assistant", content=speak(model, tokenizer, ids, args, numbers)))
+        try:
+            messages += turn(model, tokenizer, messages, line, args, numbers)
+        except (ValueError, IndexError) as error:
+            said = " ".join(str(error).split())
+            print(f"minillm chat: {said}. This message is left out", file=sys.stderr)
+
+
+def turn(model, tokenizer, messages, line, args, numbers):
+    """[the user's message, the assistant's]; the latter is printed as it comes.
+
+    ValueError for what is not UTF-8, or leaves no room for an answer.
+    """
+    data.utf8(line)
+    asked = dict(role="user", content=line)
+    ids = tokenizer.chat_spans([*messages, asked], generate=True)[1]
+    return [asked, dict(role="assistant", content=speak(model, tokenizer, ids, args, numbers))]
 
 
 # --- show, export, fetch ------------------------------------------------------------------------------------
@@ -160,6 +225,7 @@ def run_show(args):
 
 def run_export(args):
     """Formats give their dense weights back, patches are merged, and what freeze trained is the model already."""
+    check_paths(args, {"--out": args.out})
     classes = registry.TECHNIQUES
     for path in args.adapter:
         name = holds(path)

@@ -104,7 +104,7 @@ class Table:
             return
         with files.lock(self.directory):
             yield
-            (self.directory / ".lock").unlink(missing_ok=True)
+            files.unlock(self.directory)
 
     def finish(self):
         """table.md and table.png."""

@@ -12,16 +12,19 @@
 from minillm.data.batching import Batches, batches, collate, fingerprint, held_out
 from minillm.data.example import NOT_LEARNT, Example, completion, learnt, pieces
 from minillm.data.packing import pack
-from minillm.data.reading import Questions, Reading, questions, read, reader_of, text
+from minillm.data.reading import (
+    Questions, Reading, check_file, questions, read, reader_of, text, utf8,
+)
 from minillm.data.records import conversation, parse
-from minillm.data.showing import preview, summary
+from minillm.data.showing import preview, skips, summary
 from minillm.data.tasks import (
     SPLITS, TASKS, Docstring, Task, check, docstrings, most_documented, split, task, texts, topics,
 )
 
 __all__ = [
     "Batches", "Docstring", "Example", "NOT_LEARNT", "Questions", "Reading", "SPLITS", "TASKS",
-    "Task", "batches", "check", "collate", "completion", "conversation", "docstrings",
+    "Task", "batches", "check", "check_file", "collate", "completion", "conversation", "docstrings",
     "fingerprint", "held_out", "learnt", "most_documented", "pack", "parse", "pieces", "preview",
-    "questions", "read", "reader_of", "split", "summary", "task", "text", "texts", "topics",
+    "questions", "read", "reader_of", "skips", "split", "summary", "task", "text", "texts",
+    "topics", "utf8",
 ]

@@ -20,7 +20,7 @@ import pathlib
 import re
 
 from minillm.data.example import check_length, learnt
-from minillm.data.records import examples_of, fitting, question
+from minillm.data.records import examples_of, fitting, plain, question
 from minillm.data.showing import summary
 
 
@@ -97,8 +97,11 @@ def read(path, tokenizer, length=256, skip_bad=False):
     return found
 
 
-def questions(path, tokenizer, skip_bad=False):
+def questions(path, tokenizer, skip_bad=False, most=None):
     """The Questions of a file that `read` reads, in its order.
+
+    most: how many tokens a prompt may have (None: any number). A prompt without a token, or with
+    more of them, is a bad record.
 
     The prompt of a conversation holds all before the assistant's last turn, by the chat template,
     and the reference is that turn. The prompt of an Alpaca record is what `read` puts before the
@@ -111,11 +114,23 @@ def questions(path, tokenizer, skip_bad=False):
         if asked is None:
             found.texts += 1
         else:
+            check_prompt(asked[1], most)
             for row, value in zip((found.prompts, found.ids, found.references), asked):
                 row.append(value)
 
     each(path, reader, use, skip_bad, found.skipped)
     return found
+
+
+def check_prompt(ids, most):
+    """ValueError for a prompt that a model cannot answer."""
+    if most is not None and not 0 < len(ids) <= most:
+        raise ValueError(f"the prompt has {len(ids)} tokens: 1 to {most} leave room for an answer")
+
+
+def check_file(path, skip_bad=False):
+    """The errors of `read` that need no tokenizer: to be found before a model is loaded."""
+    each(path, reader_of(path), lambda record: plain(record, None), skip_bad, [])
 
 
 def each(path, reader, use, skip_bad, skipped):
@@ -201,7 +216,9 @@ def json_object(row):
     except ValueError as error:
         return error
     try:
-        return an_object(json.loads(row))
+        return an_object(json.loads(row.rstrip()))
+    except json.JSONDecodeError as error:  # its own text counts lines within the row
+        return ValueError(f"not JSON ({error.msg}: column {error.colno})")
     except (ValueError, RecursionError) as error:
         return ValueError(f"not JSON ({error})")
 

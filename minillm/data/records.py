@@ -45,7 +45,8 @@ def fitting(record):
 def plain(record, tokenizer):
     """Any record -> what to learn, in one of three forms, each a tuple:
 
-    (text,), (prompt, completion), or ([message, ...],) with {"role":, "content":}.
+    (text,), (prompt, completion), or ([message, ...],) with {"role":, "content":}. Without a
+    tokenizer (None) an instruction has the form that it has without a chat template.
     """
     kind = fitting(record)[0]
     if kind in (("messages",), ("conversations",)):
@@ -81,7 +82,7 @@ def alpaca(record, tokenizer):
     if not instruction.strip():
         raise ValueError("'instruction' is empty")
     context, system = optional.get("input"), optional.get("system")
-    if tokenizer.chat_template is not None:
+    if tokenizer is not None and tokenizer.chat_template is not None:
         user = f"{instruction}\n\n{context}" if context else instruction
         turns = (("system", system), ("user", user), ("assistant", output))
         return ([{"role": role, "content": said} for role, said in turns if said],)

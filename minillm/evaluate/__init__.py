@@ -14,7 +14,7 @@ them. Not included: overlapping windows (a stride), which give lower perplexitie
 cost as many times more.
 """
 
-from minillm.evaluate.answers import Answers, answers, generate_text, measures
+from minillm.evaluate.answers import Answers, answers, generate_text, measures, room
 from minillm.evaluate.intervals import Score, difference, digits
 from minillm.evaluate.likelihood import choose, completions, logits, nll, perplexity
 from minillm.evaluate.scores import accuracy, bleu, change, f1, metric, rouge, token_f1, words
@@ -37,6 +37,7 @@ __all__ = [
     "metric",
     "nll",
     "perplexity",
+    "room",
     "rouge",
     "token_f1",
     "words",

@@ -3,9 +3,12 @@
 import dataclasses
 import itertools
 
+import torch
+
 from minillm.evaluate.intervals import digits
 from minillm.evaluate.likelihood import at_least, evaluating
 from minillm.evaluate.scores import accuracy, bleu, f1, paired, rouge, token_f1
+from minillm.registry import prepare
 
 
 def generate_text(model, tokenizer, prompts, max_new_tokens=32, batch=8, first_line=False):
@@ -16,9 +19,9 @@ def generate_text(model, tokenizer, prompts, max_new_tokens=32, batch=8, first_l
     ends the text at the first newline after its first word. ValueError for an empty prompt,
     and for one that leaves no room for max_new_tokens in the model's positions. The model is minillm's Transformer.
     """
-    at_least(1, batch=batch, max_new_tokens=max_new_tokens)
+    at_least(1, batch=batch)
+    most = room(model, max_new_tokens)
     rows = [tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
-    most = model.config.positions - max_new_tokens
     for number, row in enumerate(rows, 1):
         if not 0 < len(row) <= most:
             raise ValueError(
@@ -35,6 +38,22 @@ def generate_text(model, tokenizer, prompts, max_new_tokens=32, batch=8, first_l
         ended = [list(itertools.takewhile(lambda i: i not in tokenizer.stops, row)) for row in new]
         texts += [tokenizer.decode(row).strip() for row in ended]
     return [text.split("\n")[0] for text in texts] if first_line else texts
+
+
+def room(model, max_new_tokens):
+    """How many tokens a prompt may have, so that as many new ones as max_new_tokens fit after it.
+
+    Soft prompts take their positions first. ValueError where not one token fits.
+    """
+    at_least(1, max_new_tokens=max_new_tokens)
+    positions = model.config.positions
+    before = prepare(model, torch.zeros(1, 1, dtype=torch.long))[0].shape[1] - 1  # soft prompts
+    most = positions - before - max_new_tokens
+    if most < 1:
+        taken = f", of which a soft prompt takes {before}" if before else ""
+        raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room for a prompt: the model "
+                         f"has {positions} positions{taken}")
+    return most
 
 
 @dataclasses.dataclass

@@ -2,6 +2,7 @@
 
     loop          `train`, and one optimizer step from top to bottom: read `update` first
     settings      its arguments, checked
+    room          whether the model has the positions and the ids of the examples
     rates         the learning rate over the steps, and for each group of parameters
     losses        the loss of a batch, and of held-out examples
     history       the log, its summary and its picture
@@ -26,6 +27,10 @@ from minillm.train.interrupt import Interrupted
 from minillm.train.loop import train
 from minillm.train.losses import held_out_loss, loss_sum
 from minillm.train.rates import SCHEDULES, groups, rate
+from minillm.train.room import check_room
 
-__all__ = ["SCHEDULES", "Interrupted", "Summary", "check_log", "check_picture", "clear", "groups", "held_out_loss", "loss_sum", "newest",
-           "picture", "rate", "restore", "saved", "summary", "train"]
+__all__ = [
+    "SCHEDULES", "Interrupted", "Summary", "check_log", "check_picture", "check_room", "clear",
+    "groups", "held_out_loss", "loss_sum", "newest", "picture", "rate", "restore", "saved",
+    "summary", "train",
+]

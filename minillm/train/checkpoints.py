@@ -51,8 +51,9 @@ def newest(directory):
 def clear(directory):
     """Remove the checkpoints in a directory, and the directory if nothing else is in it."""
     directory = pathlib.Path(directory)
-    for path in (*saved(directory), directory / ".lock"):
-        path.unlink(missing_ok=True)
+    for path in saved(directory):
+        path.unlink()
+    files.unlock(directory)
     if directory.is_dir() and not any(directory.iterdir()):
         directory.rmdir()
 
@@ -68,7 +69,7 @@ def ready(directory, resume):
                               f"({len(saved(directory))}, the newest {path.name}): resume=True "
                               "goes on with it; for a new one choose another directory")
     if distributed.place()[0] == 0:
-        for half in pathlib.Path(directory).glob(".step-*.safetensors.*"):
+        for half in files.leftovers(directory, r"step-\d{8,}\.safetensors"):
             shutil.rmtree(half)  # what a run was writing when it was killed
     return path
 
@@ -191,11 +192,11 @@ def facts_of(run, path, metadata):
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError, IndexError) as error:
         raise ValueError(f"{path} is not a checkpoint of minillm.train "
                          f"({type(error).__name__}: {error})") from error
+    if other:  # first: another technique has another usual rate, too
+        raise ValueError(f"{path} belongs to another training: {other}")
     if odd:
         listed = ", ".join(f"{key}={old!r} then, {new!r} now" for key, (old, new) in odd.items())
         raise ValueError(f"{path} was written with other settings: {listed}")
-    if other:
-        raise ValueError(f"{path} belongs to another training: {other}")
     if not whole:
         raise ValueError(f"{path}: its log is not whole, or not of this step")
     return place, history

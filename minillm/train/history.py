@@ -12,12 +12,17 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
+import logging
 import pathlib
 
 from minillm import files
 
 MEASURES = ("held_out", "evaluation")
+KEYS = {"step", "loss", "rate", "norm", "learnt", "tokens", "seconds"}  # of every line of a log
+SIGN = "minillm: the log of a training, as a picture"  # in the picture's own metadata
+logger = logging.getLogger("minillm")
 
 
 def measured(record):
@@ -38,20 +43,41 @@ def journal(path, history):
     check_log(path)
     with files.atomic(path) as new:
         new.write_text("".join(json.dumps(record) + "\n" for record in history))
-    with open(path, "a", buffering=1) as lines:
-        yield lambda record: lines.write(json.dumps(record) + "\n")
+    with open(path, "ab", buffering=0) as lines:
+        yield functools.partial(add, lines)
+
+
+def add(lines, record):
+    """Write a line to the log, an open file without a buffer.
+
+    A full disk ends the log with a warning. The training goes on: its result is worth more.
+    """
+    rest = f"{json.dumps(record)}\n".encode()
+    try:
+        while rest and not lines.closed:
+            rest = rest[lines.write(rest) :]
+    except OSError as error:
+        logger.warning("%s: %s. The log ends before step %d, and the training goes on without it",
+                       lines.name, error.strerror, record["step"])
+        lines.close()
 
 
 def check_log(path):
     """FileExistsError for a file that is no log of a training, OSError where none can be written."""
-    start = b'{"step": '  # of every log, also of one whose first line is cut
     files.check_writable(path, force=True)
-    if pathlib.Path(path).is_file():
-        with open(path, "rb") as file:
-            old = file.read(len(start))
-        if not start.startswith(old):
-            raise FileExistsError(f"log={str(path)!r} is a file, and no log of a training: "
-                                  "choose another name, or remove it")
+    if pathlib.Path(path).is_file() and not is_log(path):
+        raise FileExistsError(f"log={str(path)!r} is a file, and no log of a training: "
+                              "choose another name, or remove it")
+
+
+def is_log(path):
+    """Whether the first line of a file has all that `train` writes, or is cut at its start."""
+    with open(path, "rb") as file:
+        first = file.readline(1 << 16)
+    try:
+        return b'{"step": 0, "loss": '.startswith(first) or KEYS <= json.loads(first).keys()
+    except (ValueError, AttributeError, RecursionError):
+        return False
 
 
 @dataclasses.dataclass
@@ -97,12 +123,13 @@ def mean(records):
     return sum(r["loss"] * r["learnt"] for r in records) / sum(r["learnt"] for r in records)
 
 
-def picture(history, path):
+def picture(history, path, force=False):
     """Draw the loss (raw, smoothed, held out) and the learning rate over the steps.
 
-    path: a .png, .svg or .pdf file. Smoothed: the mean over a window of a twentieth of the steps.
+    path: a .png, .svg or .pdf file; `check_picture` says which are not replaced. Smoothed: the
+    mean over a window of a twentieth of the steps.
     """
-    kind = check_picture(path)
+    kind = check_picture(path, force)
     if not history:
         raise ValueError("the log is empty: there is nothing to draw")
     from matplotlib.figure import Figure
@@ -123,16 +150,24 @@ def picture(history, path):
     below.plot(steps, [r["rate"] for r in history], color="C2")
     below.set(xlabel="step", ylabel="learning rate")
     with files.atomic(path) as new:
-        figure.savefig(new, format=kind, dpi=120)
+        figure.savefig(new, format=kind, dpi=120, metadata={"Creator": SIGN})
 
 
-def check_picture(path):
-    """The kind of picture that `path` names; ValueError for another, ImportError without matplotlib."""
+def check_picture(path, force=False):
+    """The kind of picture that `path` names: "png", "svg" or "pdf".
+
+    ValueError for another, ImportError without matplotlib.
+    FileExistsError for a file that `picture` did not write, unless `force`.
+    """
     kind = pathlib.Path(path).suffix.lower().removeprefix(".")
     if kind not in ("png", "svg", "pdf"):
         raise ValueError(f"{str(path)!r}: a picture ends in .png, .svg or .pdf")
     files.need("matplotlib", "plot")
     files.check_writable(path, force=True)
+    old = pathlib.Path(path)
+    if not force and old.is_file() and SIGN.encode() not in old.read_bytes():
+        raise FileExistsError(f"picture={str(path)!r} is a file that minillm did not draw: choose "
+                              "another name, or replace it with force=True (--force)")
     return kind
 
 

@@ -24,6 +24,7 @@ from minillm.train.history import journal, measured
 from minillm.train.interrupt import Interrupted, deferred
 from minillm.train.losses import held_out_loss, learnt, loss_sum
 from minillm.train.rates import groups, rate
+from minillm.train.room import check_room
 from minillm.train.settings import COMPARED, resolve
 
 logger = logging.getLogger("minillm")
@@ -54,7 +55,8 @@ def train(model, examples, *, steps=None, epochs=None, lr, batch_size=8, accumul
                      goes on from the newest, or begins where there is none
     log              a file of JSON lines, the returned log; progress, name: of the bar
 
-    ValueError for a setting that makes no sense, where nothing learns, where a checkpoint is of
+    ValueError for a setting that makes no sense, for an example beyond the model's positions or
+    vocabulary, where nothing learns, where a checkpoint is of
     another training, and where the loss is no longer a number; FileExistsError where `checkpoints`
     holds another training's; Interrupted, a KeyboardInterrupt, after a Ctrl-C that was saved.
     """
@@ -143,6 +145,8 @@ class Run:
         self.given, self.options = model, options
         self.model = getattr(model, "_orig_mod", model)  # torch.compile would change the names
         o = options
+        check_room(self.model, examples)
+        check_room(self.model, options.held_out or (), "held-out example")
         self.optimizer = torch.optim.AdamW(groups(self.model, o.lr, o.weight_decay, o.rates),
                                            betas=o.betas)
         self.optimizer.zero_grad(set_to_none=True)  # gradients from before are not of this training

@@ -21,6 +21,8 @@ def resolve(examples, given):
     for name, least in WHOLE.items():
         if getattr(o, name) is not None or name not in OPTIONAL:
             setattr(o, name, whole(name, getattr(o, name), least))
+    if not -(2**63) <= o.seed < 2**63:
+        raise ValueError(f"seed={o.seed} has more than the 64 bits that torch keeps")
     o.lr = number("lr", o.lr, lambda x: x > 0, "a number above 0")
     o.weight_decay = number("weight_decay", o.weight_decay, lambda x: x >= 0, "a number from 0")
     if o.clip is not None:

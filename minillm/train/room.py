@@ -1,0 +1,62 @@
+"""Whether the model can read the examples: found before the training, not in the middle of it.
+
+An example is too long where it has more tokens than the model has positions; a soft prompt takes
+positions too. An id is unknown where the embedding has no row for it.
+"""
+
+import torch
+from torch import nn
+
+from minillm.data import NOT_LEARNT
+from minillm.registry import prepare, walk
+
+LEARNED = ("wpe", "embed_positions", "position_embeddings")  # transformers' tables of positions
+
+
+def check_room(model, examples, what="example"):
+    """ValueError for the first of the examples that is too long, or has an id that is unknown.
+
+    Also where the examples are packed, and a technique (a soft prompt) takes none of these.
+
+    what: what an error calls an example. A model that says nothing about its positions or its
+    vocabulary is taken to have room for every example.
+    """
+    config = getattr(model, "config", None)
+    most, vocabulary = positions(model), getattr(config, "vocab_size", None)
+    before = prepare(model, torch.zeros(1, 1, dtype=torch.long))[0].shape[1] - 1  # soft prompts
+    packed = next((e.documents for e in examples if e.documents and max(e.documents) > 1), None)
+    if packed:  # an error where a technique takes no such rows
+        prepare(model, torch.zeros(1, len(packed), dtype=torch.long), None, torch.tensor([packed]))
+    for i, example in enumerate(examples):
+        size = longest(example) + before
+        if most is not None and size > most:
+            prompt = f" and a prompt of {before}" if before else ""
+            possible = (f"at most {most - before} tokens of an example fit" if before < most else
+                        "not one token of an example fits")
+            raise ValueError(f"{what} {i} has {size - before} tokens{prompt}, and the model has "
+                             f"{most} positions: {possible}")
+        odd = vocabulary and unknown(example, vocabulary)
+        if odd:
+            raise ValueError(f"{what} {i} has the id {odd[0]}, and the model's vocabulary has the "
+                             f"ids 0 to {vocabulary - 1}: was another tokenizer used?")
+
+
+def positions(model):
+    """How many positions the model has; None where nothing limits them, or nobody knows."""
+    config = getattr(model, "config", None)
+    own = getattr(config, "positions", None)  # of minillm's Transformer
+    table = any(site.name.rsplit(".", 1)[-1] in LEARNED and isinstance(site.module, nn.Embedding)
+                for site in walk(model))  # rotary positions of transformers have no end
+    return own or (getattr(config, "max_position_embeddings", None) if table else None)
+
+
+def longest(example):
+    """The tokens of an example, or of the longest document of a packed one."""
+    marks = example.documents
+    return max(map(marks.count, set(marks))) if marks else len(example.ids)
+
+
+def unknown(example, vocabulary):
+    """The ids and learnt labels that are outside of the vocabulary."""
+    every = set(example.ids) | set(example.labels) - {NOT_LEARNT}
+    return [i for i in every if not 0 <= i < vocabulary]

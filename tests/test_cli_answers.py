@@ -1,0 +1,90 @@
+"""What `eval` says of records that do not fit, and what `chat` does with messages that do not."""
+# flake8: noqa: F811  (fixtures)
+
+import io
+import json
+import sys
+
+import pytest
+from small_model import model, run  # noqa: F401
+
+import minillm
+from minillm import evaluate
+
+
+def no_loss(*_, **__):
+    pytest.fail("a loss was measured")
+
+
+@pytest.fixture
+def records(run, tmp_path):
+    """Three records, whose second has a prompt that is longer than the model."""
+    prompts = ("What?", "so " * 600, "Why?")
+    rows = (json.dumps(dict(prompt=prompt, completion=" yes")) + "\n" for prompt in prompts)
+    (tmp_path / "qa.jsonl").write_text("".join(rows))
+    return "qa.jsonl"
+
+
+def test_a_prompt_beyond_the_model_is_skipped_or_one_error(run, records, monkeypatch):
+    skip = ("eval", "--data", records, "--skip-bad", "--length", 32, "--max-new-tokens", 4)
+    said = run(*skip)
+    assert "skipped: 1 bad record" in said and "line 2" in said and "n=2" in said
+    assert "not answered" not in said
+    said = run(*skip[:-4], "--length", 4096, "--max-new-tokens", 4, code=1)
+    assert "512 positions" in said
+    monkeypatch.setattr(evaluate, "completions", no_loss)
+    assert "qa.jsonl, line 2" in run("eval", "--data", records, "--length", 32, code=1)
+
+
+def test_a_prompt_whose_loss_fits_and_whose_answer_does_not(run, tmp_path):
+    rows = [dict(prompt=prompt, completion=" yes") for prompt in ("What?", "so " * 200, "Why?")]
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ("eval", "--data", "qa.jsonl", "--length", 512, "--max-new-tokens", 300)
+    said = run(*command, code=1)
+    assert "qa.jsonl, line 2: the prompt has" in said and "1 to 212" in said
+    said = run(*command, "--skip-bad")
+    assert "not answered:\nskipped: 1 bad record\n  qa.jsonl, line 2" in said
+    assert "3 examples" in said and "n=2" in said
+
+
+def test_more_new_tokens_than_positions_are_refused_before_the_loss(run, monkeypatch):
+    monkeypatch.setattr(evaluate, "completions", no_loss)
+    said = run("eval", "--data", "chats.jsonl", "--max-new-tokens", 600, code=1)
+    assert "--max-new-tokens 600 leaves no room for a prompt: the model has 512 positions" in said
+
+
+@pytest.mark.parametrize("bad, message", [
+    (b"caf\xe9", "not UTF-8 (the byte 0xe9)"), (b"long " * 400, "512 positions")])
+def test_a_message_that_does_not_fit_does_not_end_the_chat(bad, message, run, monkeypatch, capsys):
+    def talk(*lines):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n".join(lines) + b"\n")))
+        out = run("chat", "--max-new-tokens", 4)
+        return out, run.error
+
+    (with_it, said), (without, nothing) = talk(b"hello", bad, b"and?"), talk(b"hello", b"and?")
+    assert with_it == without and nothing == ""
+    assert said.startswith("minillm chat: ") and said.count("\n") == 1
+    assert message in said and "is left out" in said
+
+
+def test_a_model_without_a_chat_template_ends_the_chat(run):
+    bare, tokenizer = minillm.load(run.model)
+    tokenizer.chat_template = None
+    minillm.save(bare, "bare", tokenizer=tokenizer)
+    assert "has no chat template" in run("chat", "--model", "bare", code=1)
+
+
+def test_another_technique_is_named_before_its_rate(run):
+    more = ("train", "--data", "a.txt", "--length", 64, "--steps", 2, "--checkpoints", "c")
+    run(*more, "--out", "a.safetensors")
+    said = run(*more, "--technique", "prompts", "--resume", "--out", "b.safetensors", code=1)
+    assert "the techniques were lora at" in said and "they are prompts at" in said
+    assert "lr=" not in said
+
+
+def test_bad_records_are_found_before_a_model_is_loaded(run, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"prompt": 1}\n')
+    for command in (("train", "--data", "bad.jsonl", "--out", "a.safetensors"),
+                    ("train", "--eval-data", "bad.jsonl", "--out", "a.safetensors"),
+                    ("eval", "--data", "bad.jsonl")):
+        assert "bad.jsonl, line 2" in run(*command, "--model", "nowhere", code=1)
