@@ -9,9 +9,10 @@ than all that LoRA keeps. The functions below keep what W is made from, and make
 again. The price is that small computation a second time.
 
 `remade` does so for any W, by checkpointing, which has some overhead. The other two are its
-quick forms for a W that does not learn, and for the product of a parameter and a mask. Each is differentiable twice, since its backward is made
-of ordinary operations. In code that torch.compile makes they checkpoint too: left alone, the
-compiler keeps a W that goes into a matrix product."""
+quick forms for a W that does not learn, and for the product of a parameter and a mask. Each
+is differentiable twice, since its backward is made of ordinary operations. In code that
+torch.compile makes they checkpoint too: left alone, the compiler keeps a W that goes into a
+matrix product."""
 
 import contextlib
 

@@ -35,15 +35,16 @@ def test_a_day_with_chats(day):
     (day.work / "held.jsonl").write_text("".join(lines[48:]))
     before = day.listing()
     train = ("train --model smollm2 --technique lora --option r=8 --data chats.jsonl "
-             "--eval-data held.jsonl --epochs 3 --batch-size 4 --length 256 --rate 0.001 "
-             "--checkpoints checkpoints --log log.jsonl --out adapter.safetensors")
+             "--eval-data held.jsonl --epochs 3 --batch-size 4 --length 256 --rate 0.001 ")
+    out = "--checkpoints checkpoints --log log.jsonl --out adapter.safetensors"
     tuned = "--model smollm2 --adapter adapter.safetensors"
 
-    preview = day.run(f"{train} --preview")
+    preview = day.run(train + "--preview")
     assert "A new chain costs 24 euros." in preview  # guess: it shows the first chat in the file
     assert "token" in preview.lower()
     assert sorted(os.listdir(day.work)) == ["chats.jsonl", "held.jsonl"], "it writes nothing"
 
+    train += out
     said = day.interrupt(train, log="log.jsonl")
     assert "--resume" in said or "checkpoint" in said  # guess: what it saved, or how to go on
     assert list((day.work / "checkpoints").glob("step-*.safetensors"))
@@ -113,7 +114,7 @@ def test_a_day_with_a_text(day):
              "--epochs 20 --batch-size 4 --length 64 --rate 0.01")
     tuned = "--model tiny --adapter adapter.safetensors"
 
-    assert "token" in day.run(f"{train} --preview --out never.safetensors").lower()
+    assert "token" in day.run(f"{train} --preview").lower()
     day.run(f"{train} --log whole.jsonl --out whole.safetensors")
     again = f"{train} --log log.jsonl --checkpoints checkpoints --out adapter.safetensors"
     day.interrupt(again, log="log.jsonl")

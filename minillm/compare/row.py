@@ -16,7 +16,7 @@ from minillm.registry import CannotMerge, techniques
 # SmolLM2, and on the tiny model, whose weights take larger steps. "full" trains everything,
 # "none" nothing.
 RATES = dict(none=None, full=1e-4, freeze=3e-4, prompts=1e-2, lora=2e-3, adapters=2e-3)
-OF_TINY = dict(none=None, full=1e-3, freeze=3e-3, prompts=3e-2, lora=6e-3, adapters=1.2e-2)
+OF_TINY = dict(none=None, full=4e-4, freeze=1.5e-3, prompts=3e-2, lora=6e-3, adapters=5e-3)
 STEP = 10**0.5  # between neighbouring rates of a sweep
 MOST = 6  # rates that a sweep tries
 
