@@ -60,6 +60,7 @@ def work(tree, environment, arguments, quiet):
     os.environ.update(environment)
     sys.path[:] = [tree, f"{tree}/tests", *(path for path in sys.path if path != sys.path[0])]
     sys.modules.pop("mutate_changes", None)  # pytest imports the copy's
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored
     sys.dont_write_bytecode, tempfile.tempdir = True, None
     tqdm.tqdm.set_lock(threading.RLock())  # its lock between processes would leak at `os._exit`
     if quiet:
