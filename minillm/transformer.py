@@ -265,7 +265,7 @@ class Transformer(nn.Module):
         """
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction={reduction!r} is unknown; known: 'mean', 'sum'")
-        same_shape(ids, labels=labels, mask=mask)
+        same_shape(ids, labels=labels)  # `hidden` looks at the mask
         keep, y = learnt(labels, self.config.vocab_size)  # (b, t - 1), (n,)
         h = self.hidden(ids, mask)[:, :-1][keep]  # (n, width)
         total = cross_entropy_sum(h, y, self.lm_head)

@@ -214,3 +214,9 @@ def test_the_picture_shows_intervals_of_the_change(tmp_path):
     rows[1]["after"] |= dict(low=None, high=None)
     compare.picture(rows, tmp_path / "a.png", "a title")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_model_has_all_sizes():
+    for model in ("tiny", "smollm2", "a directory"):
+        settings = compare.check(["none"], model, "language", None, {"length": 128}, {})
+        assert set(compare.SIZES["smollm2"]) <= set(settings)

@@ -259,3 +259,11 @@ def test_a_held_out_share_is_about_as_large_as_asked_and_follows_the_seed():
                                 ([examples[0]] * 9, 0.5, "neither may be 0")):
         with pytest.raises(ValueError, match=message):
             data.held_out(few, share)
+
+
+def test_a_token_that_reaches_into_a_turn_is_learnt_and_an_empty_one_at_its_start():
+    from minillm.data.example import NOT_LEARNT, only
+
+    spans = {(0, 2): False, (1, 3): True, (2, 2): True, (2, 4): True, (3, 6): True, (5, 7): False}
+    labels = only(list(range(6)), list(spans), [(2, 5)])
+    assert [label != NOT_LEARNT for label in labels] == list(spans.values())

@@ -149,3 +149,10 @@ def test_the_cache_holds_what_norms_and_scaling_made(options):
     cache = Cache(model.config, 1, 100)
     parts = torch.cat([model(ids[:, :90], cache=cache), *(model(ids[:, i : i + 1], cache=cache) for i in range(90, 100))], 1)
     torch.testing.assert_close(parts, model(ids), rtol=1e-5, atol=1e-5)
+
+
+def test_untie_gives_the_head_a_matrix_of_its_own_and_says_so():
+    model = minillm.Transformer(minillm.Config(24, 16, 1, 2))
+    minillm.untie(model)
+    assert model.lm_head.weight is not model.embed_tokens.weight and model.config.tied is False
+    assert not hasattr(model.config, "tie_word_embeddings")
