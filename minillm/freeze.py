@@ -22,9 +22,9 @@ Not included: unfreezing layer by layer while training (ULMFiT's gradual unfreez
 from torch import nn
 
 from minillm.learned import check_learned, put_back
-from minillm.learning import buffers, freeze, left_to_learn, slots, stopped_by, thaw
+from minillm.learning import buffers, freeze, slots, stopped_by, thaw
 from minillm.registry import CannotMerge, parameters, register, select, walk
-from minillm.store import check_base, field, opened, sorted_out, write
+from minillm.store import check_base, field, learned_of, opened, sorted_out, write
 
 
 class Freeze:
@@ -96,7 +96,7 @@ def save(model, path, force=False):
     """
     frozen = sorted(check_frozen(model))
     write(
-        path, "freeze", model, {}, left_to_learn(model), dict(buffers(model)), force, frozen=frozen
+        path, "freeze", model, {}, learned_of("freeze", model), dict(buffers(model)), force, frozen=frozen
     )
 
 

@@ -44,12 +44,22 @@ def save(cls, model, path, learned=True, force=False):
     modules |= {site.name: site.module for site in formats_of(name, model)}
     if not modules:
         raise ValueError(f"there is no {name} in this model to save; attached: {attached(model)}")
-    own = {} if left_to_learn(model) else fingerprint.own(model)
-    own = {key: p for key, p in own.items() if learned and p.requires_grad}
+    own = learned_of(name, model) if learned else {}
     tensors = {f"{where}.{key}": t for where, module in modules.items() for key, t in added(module).items()}
     kept = dict(buffers(model)) if learned else {}
     write(path, name, model, tensors, own, kept, force,
           sites={where: module.config() for where, module in modules.items()})
+
+
+def learned_of(technique, model):
+    """{name: parameter} of the model's own that learn, and that the technique's file holds.
+
+    What `freeze` left to learn is in freeze's own file, whatever else is attached.
+    """
+    left = left_to_learn(model)
+    if technique == "freeze":
+        return left
+    return {} if left else {key: p for key, p in fingerprint.own(model).items() if p.requires_grad}
 
 
 def added(module):

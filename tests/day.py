@@ -113,7 +113,7 @@ class Day:
 
 def measure(printed, name):
     """The number after a name, as in `loss 2.31 [2.1, 2.5]` or `| BLEU | 34.2 |`."""
-    found = re.search(rf"(?i)\b{name}\b[^\d\n-]*(-?\d+\.?\d*)", printed)  # guess: on one line
+    found = re.search(rf"(?i)\b{name}\b[^\d\n-]*(-?\d+\.?\d*)", printed)
     assert found, f"no {name} in\n{printed}"
     return float(found[1])
 

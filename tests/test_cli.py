@@ -264,7 +264,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(run, model, tmp_path, where):
 
 def test_compare_writes_the_table(run, model, tmp_path):
     pytest.importorskip("matplotlib")
-    sizes = ["--data", "chats.jsonl", "--steps", 2, "--seeds", 1, "--batch-size", 2, "--windows", 2]
+    sizes = ["--data", "chats.jsonl", "--steps", 2, "--seeds", 1, "--batch-size", 2]
     said = run("compare", "--model", model, "--techniques", "none", "lora", "--out", "r", *sizes)
     told = json.loads((tmp_path / "r" / "table.json").read_text())
     assert [row["technique"] for row in told["rows"]] == ["none", "lora"] and "lora: learning rate" in said

@@ -183,6 +183,8 @@ def test_outputs_are_checked_before_the_work(model, tmp_path, monkeypatch):
         (dict(names=["lroa"]), "'lroa' is not one.*'lora'"),
         (dict(steps=0), "steps=0"),
         (dict(windows=-1), "windows=-1"),
+        (dict(windows=2, task="package"), "windows=2 would be ignored"),
+        (dict(limit=2), "limit=2 would be ignored"),
         (dict(task="sumary"), "sumary"),
         (dict(stepz=3), "stepz: unknown; known: steps"),
     ):

@@ -40,13 +40,13 @@ def test_a_day_with_chats(day):
     tuned = "--model smollm2 --adapter adapter.safetensors"
 
     preview = day.run(train + "--preview")
-    assert "A new chain costs 24 euros." in preview  # guess: it shows the first chat in the file
+    assert "A new chain costs 24 euros." in preview
     assert "token" in preview.lower()
     assert sorted(os.listdir(day.work)) == ["chats.jsonl", "held.jsonl"], "it writes nothing"
 
     train += out
     said = day.interrupt(train, log="log.jsonl")
-    assert "--resume" in said or "checkpoint" in said  # guess: what it saved, or how to go on
+    assert "--resume goes on from there" in said
     assert list((day.work / "checkpoints").glob("step-*.safetensors"))
     assert 3 <= len(day.steps("log.jsonl")) < 36
     day.run(f"{train} --resume")

@@ -99,6 +99,14 @@ def test_a_lock_of_the_users_stays(tmp_path):
         assert (tmp_path / ".lock").exists() == stays
 
 
+def test_a_second_run_leaves_the_directory_of_the_first_alone(run, tmp_path):
+    with files.lock(tmp_path / "a.safetensors.interrupted"):
+        assert "another run is writing" in learn(run, "lora", "--out", "a.safetensors", code=1)
+        assert (tmp_path / "a.safetensors.interrupted" / ".lock").exists()
+    learn(run, "lora", "--out", "a.safetensors")
+    assert not (tmp_path / "a.safetensors.interrupted").exists()
+
+
 CLASHES = [
     ("--technique full --out lg --log lg/log.jsonl",
      "--log lg/log.jsonl lies inside of --out lg"),

@@ -11,7 +11,7 @@ from minillm import ops
 from minillm.report import saved_bytes
 
 STACKS = [("quant",), ("sparse",), ("prune",), ("quant", "lora"), ("sparse", "lora"), ("quant", "prune"), ("sparse", "prune"),
-          ("lora", "prune"), ("prune", "lora"), ("quant", "adapters")]
+          ("lora", "prune"), ("prune", "lora"), ("quant", "adapters"), ("quant", "lora", "prune")]
 OPTIONS = {"lora": dict(r=2), "sparse": dict(anyway=True), "adapters": dict(size=2)}
 ids = "-".join
 
@@ -57,6 +57,8 @@ def test_the_second_derivative_is_right():
     mask = torch.rand(5, 6) < 0.5
     torch.autograd.gradgradcheck(lambda x, W: ops.masked_linear(x, W, mask).tanh(), (x, W))
     torch.autograd.gradgradcheck(lambda x: ops.remade_linear(x, W.detach).tanh(), x)
+    torch.autograd.gradgradcheck(
+        lambda x, W: ops.remade(lambda x: ops.linear(x, W * mask), x).tanh(), (x, W))
 
 
 def test_only_what_is_needed_is_computed():

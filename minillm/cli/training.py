@@ -1,12 +1,14 @@
 """`minillm train`: every output and option is checked first, then the data is shown, then the model learns."""
 
+import contextlib
+import os
 import pathlib
 import sys
 
 import torch
 
 from minillm import (
-    compare, data, distributed, fingerprint, hub, learning, options, registry, store, train,
+    compare, data, distributed, files, hub, learning, options, registry, store, train,
 )
 from minillm.cli.paths import check_paths
 from minillm.cli.using import given, load, needs_tokenizer, refuse_second
@@ -141,10 +143,8 @@ def try_out(model):
 
 def check_saved(model, name):
     """ValueError where something learns that the technique's file (see `store.save`) lacks."""
-    left = learning.left_to_learn(model)
-    own = left if name == "freeze" else {} if left else fingerprint.own(model)
     held = {id(p) for _, patch in registry.patches_of(name, model) for p in patch.parameters()}
-    held |= {id(p) for p in own.values()}
+    held |= {id(p) for p in store.learned_of(name, model).values()}
     lost = [key for key, p in model.named_parameters() if p.requires_grad and id(p) not in held]
     if lost:
         first = lost[0].replace(".base.", ".")
@@ -186,10 +186,16 @@ def of_interruption(args):
 
 
 def tidy(args, done):
-    """Remove the directory of an interruption, unless it holds what --resume needs."""
-    if not args.checkpoints and distributed.place()[0] == 0:
-        if done or not train.saved(of_interruption(args)):
-            train.clear(of_interruption(args))
+    """Remove the directory of an interruption, unless it holds what --resume needs.
+
+    Where another run is using it, this one leaves it alone.
+    """
+    where = of_interruption(args)
+    if args.checkpoints or distributed.place()[0] > 0 or not os.path.isdir(where):
+        return
+    with contextlib.suppress(RuntimeError), files.lock(where):
+        if done or not train.saved(where):
+            train.clear(where)
 
 
 def fit(model, examples, held_out, tokenizer, args):

@@ -137,6 +137,13 @@ def check(names, model, task, data, settings, sizes):
         raise ValueError(
             f"{', '.join(sorted(unknown))}: unknown; known: {', '.join([*usual, 'sweep_steps'])}"
         )
+    language = not data and task == "language"
+    for key, used, by in (
+        ("windows", language, "the text of the task 'language' alone is cut into windows"),
+        ("limit", not data and not language, "the tasks 'summary' and 'package' alone have one"),
+    ):
+        if sizes.get(key) is not None and not used:
+            raise ValueError(f"{key}={sizes[key]} would be ignored: {by}")
     settings |= usual | {key: value for key, value in sizes.items() if value is not None}
     settings.setdefault("sweep_steps", settings["steps"])
     for key, least in (*dict.fromkeys([*usual, "sweep_steps"], 1).items(), ("length", 2)):

@@ -12,8 +12,8 @@ import torch
 from minillm import data, evaluate, hub, report, train
 from minillm.registry import CannotMerge, techniques
 
-# The usual learning rate of each, where its sweep begins: the best that `compare` has found on
-# SmolLM2, and on the tiny model, whose weights take larger steps. "full" trains everything,
+# The usual learning rate of each, where its sweep begins: near the best that `compare` has found
+# on SmolLM2, and on the tiny model, whose weights take larger steps. "full" trains everything,
 # "none" nothing.
 RATES = dict(none=None, full=1e-4, freeze=3e-4, prompts=1e-2, lora=2e-3, adapters=2e-3)
 OF_TINY = dict(none=None, full=4e-4, freeze=1.5e-3, prompts=3e-2, lora=6e-3, adapters=5e-3)
