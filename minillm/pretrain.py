@@ -47,6 +47,7 @@ def tiny(progress=True):
     key = hashlib.sha256(json.dumps([RECIPE, sys.version]).encode()).hexdigest()[:12]
     path = files.cache() / f"tiny-{key}"
     if not (path / "config.json").exists():
+        files.check_writable(path, directory=True)
         model, tokenizer = pretrain(reading(), progress=progress, **RECIPE)
         hub.save(model, path, tokenizer=tokenizer)
     return path

