@@ -166,7 +166,7 @@ def conversation(messages, tokenizer, length):
     text = tokenizer.chat(messages)
     turns = [find(text, messages, i, tokenizer) for i, message in enumerate(messages)
              if message["role"] == "assistant"]
-    ids, offsets = tokenizer.spans(whole(text), special=False)  # the template itself writes what ends a turn
+    ids, offsets = tokenizer.spans(text, special=False)  # the template itself writes what ends a turn
     return clip(ids, only(ids, offsets, turns), length)
 
 
@@ -196,7 +196,7 @@ def question(record, tokenizer):
         case [list(messages)]:
             last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
             asked = tokenizer.chat(messages[:last], generate=True)
-            ids, answer = tokenizer.spans(whole(asked), special=False)[0], messages[last]["content"]
+            ids, answer = tokenizer.spans(asked, special=False)[0], messages[last]["content"]
         case [str()]:
             return None
         case asked, answer:
