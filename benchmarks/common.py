@@ -19,7 +19,8 @@ import warnings
 import torch
 from tqdm.auto import tqdm
 
-from minillm import files, hub, report
+from minillm import checkpoints, files, zoo
+from minillm.measure import report
 
 HERE = pathlib.Path(__file__).parent
 
@@ -99,8 +100,8 @@ def checkpoint():
     """A directory with SmolLM2 in float32, in the Hugging Face layout, that all sides load."""
     path = files.cache() / "smollm2-float32"
     if not (path / "config.json").exists():
-        model, tokenizer = hub.load("smollm2", dtype="float32")
-        hub.save(model, path, tokenizer=tokenizer)
+        model, tokenizer = zoo.load("smollm2", dtype="float32")
+        checkpoints.save(model, path, tokenizer=tokenizer)
     return str(path)
 
 

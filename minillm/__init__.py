@@ -13,21 +13,35 @@ Making it small:
     prune       the smallest weights become zero            Han et al. 2015, arXiv 1506.02626
     sparse      store only what is not zero (CSR)           Saad 2003
 
-What they stand on: `registry` (Layer, Patch, Format, targets), `transformer`, `hub` (checkpoints), `tokenizer`, `data`,
-`train`, `distributed` (several processes), `evaluate`, `report`, and `compare`, which runs them all side by side.
+Beneath them:
+
+    registry       Layer, Patch and Format: where they meet
+    model          the transformer and its tokenizers
+    data           tasks, files of records, batches
+    distributed    several processes
+
+Around them:
+
+    train          the training loop and its checkpoints
+    measure        perplexity, accuracy, F1, BLEU, ROUGE; what memory costs
+    checkpoints    Hugging Face directories and GGUF files, both ways
+    zoo            the models that have a name
+    compare        all techniques side by side
 """
 
 # isort: skip_file  (the order is the order of the table)
 from minillm.registry import CannotMerge, Format, Layer, Patch, layers, prepare, techniques, untie
-from minillm.transformer import Cache, Config, Transformer, compile
+from minillm.model.transformer import Cache, Config, Transformer, compile
 from minillm import freeze, prompts, lora, adapters
 from minillm import quant, prune, sparse
-from minillm import compare, data, distributed, evaluate, hub, report, train
-from minillm.hub import load, save
-from minillm.show import show
+from minillm import data, distributed, train, measure, checkpoints, zoo, compare
+from minillm.measure import report
+from minillm.measure.show import show
+from minillm.checkpoints import save
+from minillm.zoo import load
 
 __all__ = [
     "Cache", "CannotMerge", "Config", "Format", "Layer", "Patch", "Transformer", "adapters", "compare", "compile", "data",
-    "distributed", "evaluate", "freeze", "hub", "layers", "load", "lora", "prepare", "prompts", "prune", "quant", "report", "save", "show",
-    "sparse", "techniques", "train", "untie",
+    "checkpoints", "distributed", "freeze", "layers", "load", "lora", "measure", "prepare", "prompts", "prune", "quant", "report",
+    "save", "show", "sparse", "techniques", "train", "untie", "zoo",
 ]

@@ -32,7 +32,8 @@ from torch import nn
 
 from minillm import options
 from minillm.registry import Patch
-from minillm.verbs import attach, verbs
+from minillm.registry.attach import attach
+from minillm.registry.verbs import verbs
 
 SUBLAYERS = ("self_attn", "attn", "attention", "mlp", "feed_forward")
 

@@ -4,7 +4,7 @@ import inspect
 
 import torch
 
-from minillm.transformer import Transformer
+from minillm.model.transformer import Transformer
 
 
 def native(model):

@@ -21,10 +21,10 @@ Not included: unfreezing layer by layer while training (ULMFiT's gradual unfreez
 
 from torch import nn
 
-from minillm.learned import check_learned, put_back
-from minillm.learning import buffers, freeze, slots, stopped_by, thaw
+from minillm.registry.learned import check_learned, put_back
+from minillm.registry.learning import buffers, freeze, slots, stopped_by, thaw
 from minillm.registry import CannotMerge, parameters, register, select, walk
-from minillm.store import check_base, field, learned_of, opened, sorted_out, write
+from minillm.registry.store import check_base, field, learned_of, opened, sorted_out, write
 
 
 class Freeze:

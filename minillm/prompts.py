@@ -37,7 +37,8 @@ import torch.nn.functional as F
 
 from minillm import options
 from minillm.registry import Patch, walk
-from minillm.verbs import attach, verbs
+from minillm.registry.attach import attach
+from minillm.registry.verbs import verbs
 
 
 class SoftPrompt(Patch):

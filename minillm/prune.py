@@ -32,7 +32,8 @@ import torch
 
 from minillm import ops, options
 from minillm.registry import Patch, hidden_linears, select
-from minillm.verbs import attach, verbs
+from minillm.registry.attach import attach
+from minillm.registry.verbs import verbs
 
 GROUPS = ("row", "matrix", "model")
 

@@ -37,7 +37,8 @@ import torch.nn.functional as F
 
 from minillm import ops
 from minillm.registry import Format
-from minillm.verbs import attach, verbs
+from minillm.registry.attach import attach
+from minillm.registry.verbs import verbs
 
 
 class Int8(Format):

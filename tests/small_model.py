@@ -8,7 +8,7 @@ import torch
 
 import minillm
 from minillm import cli, data
-from minillm.tokenizer import SentencePiece
+from minillm.model.tokenizer import SentencePiece
 
 CHATML = ("{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}\n{% endfor %}"
           "{% if add_generation_prompt %}<assistant> {% endif %}")

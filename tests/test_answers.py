@@ -7,15 +7,15 @@ from test_evaluate import Letters
 from torch import nn
 
 import minillm
-from minillm import evaluate
+from minillm import measure
 
 
 def test_rouge_knows_other_scripts_and_is_the_library_s_on_english():
     from rouge_score.tokenizers import DefaultTokenizer
 
     english = "It's the 1st value_error, e.g. in sys.path (see RFC-2822); state-of-the-art!\n\tOK"
-    assert evaluate.words(english) == DefaultTokenizer().tokenize(english)
-    assert evaluate.words("Привет, мир! Ça va? 東京へ行く v2 हिन्दी") == [
+    assert measure.words(english) == DefaultTokenizer().tokenize(english)
+    assert measure.words("Привет, мир! Ça va? 東京へ行く v2 हिन्दी") == [
         "привет",
         "мир",
         "ça",
@@ -25,16 +25,16 @@ def test_rouge_knows_other_scripts_and_is_the_library_s_on_english():
         "हिन्दी",
     ]
     for text in ("кошка сидит на окне", "東京へ行く", "η γάτα"):
-        assert evaluate.rouge([text], [text]) == 1
-    assert evaluate.rouge(["кошка спит"], ["кошка сидит"], "rouge1") == 0.5
+        assert measure.rouge([text], [text]) == 1
+    assert measure.rouge(["кошка спит"], ["кошка сидит"], "rouge1") == 0.5
 
 
 def test_token_f1_is_that_of_squad_by_hand():
-    assert evaluate.token_f1(["The cat, a black one"], ["cat black"]) == pytest.approx(
+    assert measure.token_f1(["The cat, a black one"], ["cat black"]) == pytest.approx(
         2 * 2 / (3 + 2)
     )
-    assert evaluate.token_f1(["", "x", "the"], ["", "y", "a"]) == pytest.approx(2 / 3)
-    assert evaluate.token_f1(["東京都"], ["東京"]) == pytest.approx(2 * 2 / 5)
+    assert measure.token_f1(["", "x", "the"], ["", "y", "a"]) == pytest.approx(2 / 3)
+    assert measure.token_f1(["東京都"], ["東京"]) == pytest.approx(2 * 2 / 5)
 
 
 class Speaker(nn.Module):
@@ -63,7 +63,7 @@ class Lines(Letters):
 
 def test_answers_are_generated_and_scored_beside_their_references():
     model = Speaker(["abczde", "x", "abc"])
-    found = evaluate.answers(
+    found = measure.answers(
         model, Lines(), ["q", "qq", "r"], ["abc", "y", "abc"], batch=2, max_new_tokens=8
     )
     assert model.sizes == [2, 1] and found.texts == ["abc\nde", "x", "abc"]
@@ -76,7 +76,7 @@ def test_answers_are_generated_and_scored_beside_their_references():
         dict(prompt="qq", reference="y", answer="x"),
     ]
     assert "exact match    0.3333  no interval" in found.summary()
-    line = evaluate.generate_text(
+    line = measure.generate_text(
         Speaker(["abczde"]), Lines(), ["q"], max_new_tokens=8, first_line=True
     )
     assert line == ["abc"]
@@ -85,21 +85,21 @@ def test_answers_are_generated_and_scored_beside_their_references():
         (["a", "b" * 30], "prompt 2 of 2 has 30 tokens: it takes 1 to 28"),
     ):
         with pytest.raises(ValueError, match=message):
-            evaluate.generate_text(Speaker([]), Lines(), prompts, max_new_tokens=4)
+            measure.generate_text(Speaker([]), Lines(), prompts, max_new_tokens=4)
 
 
 def test_answers_that_repeat_are_classes_too():
-    found = evaluate.measures(["a", "b", "b", "a "], ["a", "b", "a", "a"])
+    found = measure.measures(["a", "b", "b", "a "], ["a", "b", "a", "a"])
     assert found["exact match"] == 0.75 and found["F1 (macro)"] == pytest.approx((0.8 + 2 / 3) / 2)
 
 
 def test_accuracy_and_f1_by_hand():
     references, predictions = list("aaabbc"), list("aabbca")
     # a: TP 2, predicted 3, true 3; b: TP 1, predicted 2, true 2; c: TP 0, predicted 1, true 1
-    assert evaluate.accuracy(predictions, references) == 3 / 6
-    assert evaluate.f1(predictions, references, "macro") == pytest.approx((4 / 6 + 2 / 4 + 0) / 3)
-    assert evaluate.f1(predictions, references, "micro") == pytest.approx(2 * 3 / (6 + 6))
-    assert evaluate.f1(["d", "a"], ["a", "a"]) == pytest.approx((2 / 3 + 0) / 2)
+    assert measure.accuracy(predictions, references) == 3 / 6
+    assert measure.f1(predictions, references, "macro") == pytest.approx((4 / 6 + 2 / 4 + 0) / 3)
+    assert measure.f1(predictions, references, "micro") == pytest.approx(2 * 3 / (6 + 6))
+    assert measure.f1(["d", "a"], ["a", "a"]) == pytest.approx((2 / 3 + 0) / 2)
 
 
 def test_bleu_and_rouge_are_those_of_their_libraries():
@@ -118,16 +118,16 @@ def test_bleu_and_rouge_are_those_of_their_libraries():
         "hello there world",
         "it returns the number of items of a list",
     ]
-    score = evaluate.bleu(hypotheses, references)
+    score = measure.bleu(hypotheses, references)
     assert score == pytest.approx(sacrebleu.corpus_bleu(hypotheses, [references]).score)
     assert score.n == 4 and score.low is None, "too few for an interval"
-    more = evaluate.bleu(hypotheses * 2, references * 2)
+    more = measure.bleu(hypotheses * 2, references * 2)
     assert more.low < more < more.high
     for kind in ("rouge1", "rougeL"):
         each = [
             RougeScorer([kind]).score(r, h)[kind].fmeasure for h, r in zip(hypotheses, references)
         ]
-        assert evaluate.rouge(hypotheses, references, kind) == pytest.approx(sum(each) / 4)
+        assert measure.rouge(hypotheses, references, kind) == pytest.approx(sum(each) / 4)
 
 
 def test_bleu_of_sentences_shorter_than_four_words_counts_their_n_grams_right():
@@ -138,12 +138,12 @@ def test_bleu_of_sentences_shorter_than_four_words_counts_their_n_grams_right():
         "to be or not",
         "yes it was",
     ]
-    assert evaluate.bleu(hypotheses, references) == pytest.approx(
+    assert measure.bleu(hypotheses, references) == pytest.approx(
         sacrebleu.corpus_bleu(hypotheses, [references]).score
     )
 
 
-@pytest.mark.parametrize("metric", [evaluate.accuracy, evaluate.f1, evaluate.bleu, evaluate.rouge])
+@pytest.mark.parametrize("metric", [measure.accuracy, measure.f1, measure.bleu, measure.rouge])
 def test_lists_that_do_not_pair_are_errors(metric):
     for predictions, references in (([], []), (["a"], ["a", "b"])):
         with pytest.raises(
@@ -153,12 +153,12 @@ def test_lists_that_do_not_pair_are_errors(metric):
 
 
 def test_there_is_room_for_a_prompt_or_an_error():
-    assert evaluate.room(build("llama"), 12) == 20
-    assert evaluate.room(minillm.prompts.wrap(build("llama"), length=3), 12) == 17
+    assert measure.room(build("llama"), 12) == 20
+    assert measure.room(minillm.prompts.wrap(build("llama"), length=3), 12) == 17
     for model, new, message in (
         (build("llama"), 32, "=32 leaves no room for a prompt: the model has 32 positions"),
         (minillm.prompts.wrap(build("gpt2"), length=20), 12, "of which a soft prompt takes 20"),
         (build("llama"), 0, "max_new_tokens=0: the least is 1"),
     ):
         with pytest.raises(ValueError, match=message):
-            evaluate.room(model, new)
+            measure.room(model, new)

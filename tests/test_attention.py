@@ -6,9 +6,9 @@ from models import build
 
 import minillm
 from minillm import data
-from minillm.attention import attend, count, fused, visible
-from minillm.cache import Cache
-from minillm.generate import left_pad
+from minillm.model.attention import attend, count, fused, visible
+from minillm.model.cache import Cache
+from minillm.model.generate import left_pad
 from minillm.train import loss_sum
 
 families = pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -168,7 +168,7 @@ def test_only_masks_for_what_the_fused_kernel_cannot_say_itself(kind, monkeypatc
     """Whole rows get none: the causal kernel is fast. A window as long as they hides nothing."""
     model, ids, given = windowed(kind, 6), torch.randint(24, (2, 6)), []
     monkeypatch.setattr(
-        "minillm.transformer.fused",
+        "minillm.model.transformer.fused",
         lambda q, k, v, mask: given.append(mask is None) or fused(q, k, v, mask),
     )
 

@@ -17,8 +17,8 @@ from test_tokenizer import tables
 from test_train import examples
 
 import minillm
-from minillm import data, hub
-from minillm.tokenizer import BytePair, SentencePiece
+from minillm import data, zoo
+from minillm.model.tokenizer import BytePair, SentencePiece
 
 checks = {"files": 0, "refused": 0}
 
@@ -95,7 +95,7 @@ def test_broken_tensors(checkpoint, edits):
     path = checkpoint.with_name("tensors")
     shutil.copytree(checkpoint, path, dirs_exist_ok=True)
     (path / "model.safetensors").write_bytes(damaged((checkpoint / "model.safetensors").read_bytes(), edits))
-    failed, loaded = refused(lambda: hub.load(path), path)
+    failed, loaded = refused(lambda: zoo.load(path), path)
     if not failed:
         is_what_its_files_say(loaded[0], path)
 
@@ -118,7 +118,7 @@ def test_broken_configurations(checkpoint, draw):
     else:
         raw = damaged(raw, draw.draw(edits))
     (path / name).write_bytes(raw)
-    failed, loaded = refused(lambda: hub.load(path), path)
+    failed, loaded = refused(lambda: zoo.load(path), path)
     if not failed:
         is_what_its_files_say(loaded[0], path)
 
@@ -140,7 +140,7 @@ def test_broken_ggufs(gguf_file, edits):
 
     path = gguf_file.with_name("broken.gguf")
     path.write_bytes(damaged(gguf_file.read_bytes(), edits))
-    failed, loaded = refused(lambda: hub.load(path), path)
+    failed, loaded = refused(lambda: zoo.load(path), path)
     if not failed:
         held = {t.name: torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy()) for t in gguf.GGUFReader(path).tensors}
         model = loaded[0]
@@ -176,7 +176,7 @@ def test_a_gguf_whose_counts_or_offsets_lie(gguf_file, lie):
     struct.pack_into(form, raw, at, *numbers)
     path.write_bytes(raw)
     with pytest.raises(ValueError, match="overlap" if "another" in lie else "lies.gguf is not a whole GGUF file"):
-        hub.load(path)
+        zoo.load(path)
 
 
 def test_whole_numbers_are_no_weights(checkpoint):
@@ -185,7 +185,7 @@ def test_whole_numbers_are_no_weights(checkpoint):
     raw = (path / "model.safetensors").read_bytes()
     (path / "model.safetensors").write_bytes(raw.replace(b'"F32"', b'"I32"', 1))
     with pytest.raises(ValueError, match="is .* of torch.int32, should be"):
-        hub.load(path)
+        zoo.load(path)
 
 
 @pytest.mark.parametrize("technique", ["lora", "prompts", "quant", "sparse"])

@@ -8,7 +8,7 @@ from models import IDS, build
 from torch import nn
 
 import minillm
-from minillm import evaluate
+from minillm import measure
 from minillm.calling import logits, native
 from minillm.train import loss_sum
 from minillm.train.loop import check_compiled
@@ -37,7 +37,7 @@ def test_a_batch_learns_what_its_rows_learn_alone(kind, left):
     together = loss_sum(model, *padded(left))
     torch.testing.assert_close(together, alone)
     assert together.requires_grad
-    torch.testing.assert_close(evaluate.nll(model, *padded(left))[0].sum(), alone.detach())
+    torch.testing.assert_close(measure.nll(model, *padded(left))[0].sum(), alone.detach())
 
 
 class Lookalike(nn.Module):
@@ -62,7 +62,7 @@ def test_a_model_that_names_its_parts_as_minillm_does_is_no_transformer():
         model(IDS)[:, :-1].flatten(0, 1), IDS[:, 1:].flatten(), reduction="sum"
     )
     torch.testing.assert_close(loss_sum(model, IDS, IDS), expected)
-    torch.testing.assert_close(evaluate.nll(model, IDS, IDS)[0].sum(), expected.detach())
+    torch.testing.assert_close(measure.nll(model, IDS, IDS)[0].sum(), expected.detach())
     assert minillm.report.report(model, length=4).activations > 0
     check_compiled(torch.compile(model, backend="eager"))  # its forward is what train calls
     with pytest.raises(TypeError, match="compiles the model's forward"):
@@ -87,8 +87,8 @@ class Sums(nn.Module):
 
 def test_a_model_that_swallows_any_keyword_sees_its_padded_rows_one_by_one():
     model = Sums()
-    alone = sum(evaluate.nll(model, torch.tensor([r]), torch.tensor([r]))[0].sum() for r in ROWS)
-    torch.testing.assert_close(evaluate.nll(model, *padded(left=True))[0].sum(), alone)
+    alone = sum(measure.nll(model, torch.tensor([r]), torch.tensor([r]))[0].sum() for r in ROWS)
+    torch.testing.assert_close(measure.nll(model, *padded(left=True))[0].sum(), alone)
 
 
 def test_a_packed_mask_is_for_minillm_alone():
@@ -111,6 +111,6 @@ def test_the_likelihood_of_half_precision_logits_is_summed_in_float32():
         own(IDS)[:, :-1].flatten(0, 1).double(), IDS[:, 1:].flatten(), reduction="sum"
     )
     for m, expected in ((model, exact), (own, whole)):
-        total, _ = evaluate.nll(m, IDS, IDS)
+        total, _ = measure.nll(m, IDS, IDS)
         assert total.dtype == torch.float32
         torch.testing.assert_close(total.sum().double(), expected.detach(), rtol=1e-5, atol=0)

@@ -8,8 +8,8 @@ from test_tokenizer import tables
 from test_tokenizer_model import directory
 
 from minillm import data
-from minillm import tokenizer as tokenizers
-from minillm.tokenizer import BytePair
+from minillm.model import tokenizer as tokenizers
+from minillm.model.tokenizer import BytePair
 
 TURNS = [{"role": "system", "content": " Be brief. "}, {"role": "user", "content": "Hi {{ x }}"},
          {"role": "assistant", "content": "<think>\nhm\n</think>\n\nHello."},

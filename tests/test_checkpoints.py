@@ -367,7 +367,7 @@ def test_a_process_killed_at_any_moment_goes_on_bit_for_bit(tmp_path):
         process.wait()
         halves += bool(list(killed.glob(".step-*")))
         for path in saved(killed):
-            minillm.verbs.read(path)
+            minillm.registry.store.read(path)
     assert halves, "no kill met a save"
     assert start(killed).wait() == 0 and not list(killed.glob(".step-*"))
     logs = [[json.loads(line)["loss"] for line in (d / "log.jsonl").read_text().splitlines()]

@@ -16,7 +16,7 @@ from small_model import logged, model, run  # noqa: F401
 
 import minillm
 from minillm import cli, data
-from minillm.tokenizer import SentencePiece
+from minillm.model.tokenizer import SentencePiece
 
 TRAIN = ("train", "--data", "a.txt", "--length", 64, "--option", "r=4", "--rate", 0.01)
 
@@ -51,11 +51,11 @@ def test_what_each_technique_learns_is_saved(technique, run, model):
 
 def test_an_adapter_goes_on_learning(run):
     run(*TRAIN, "--steps", 10, "--out", "one.safetensors")
-    first = minillm.store.read("one.safetensors")[0]
+    first = minillm.registry.store.read("one.safetensors")[0]
     more = ["train", "--data", "a.txt", "--length", 64, "--adapter", "one.safetensors", "--steps", 3, "--rate", 0.01]
     assert "has its own settings" in run(*more, "--option", "r=2", "--out", "two.safetensors", code=1)
     run(*more, "--out", "two.safetensors")
-    second, told = minillm.store.read("two.safetensors")
+    second, told = minillm.registry.store.read("two.safetensors")
     assert second.keys() == first.keys() and json.loads(told["sites"])["layers.0.self_attn.q_proj"]["r"] == 4
     moved = [(second[key] - t).abs().max().item() for key, t in first.items()]
     assert 0 < max(moved) < 0.2, "on from where it was, not anew"
@@ -182,7 +182,7 @@ def test_errors_are_one_line_and_nothing_is_touched(args, message, run, tmp_path
     (["export", "--type", "q4", "--out", "x"], "'q4'"),
 ])
 def test_wrong_arguments_are_one_line_before_any_work(args, message, capsys, monkeypatch):
-    monkeypatch.setattr(minillm.hub, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(minillm.checkpoints, "load", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(SystemExit) as stopped:
         cli.main(args)
     said = capsys.readouterr().err

@@ -9,7 +9,7 @@ import pytest
 from small_model import model, run  # noqa: F401
 
 import minillm
-from minillm import evaluate
+from minillm import measure
 
 
 def no_loss(*_, **__):

@@ -11,7 +11,7 @@ import torch
 import minillm
 from minillm import compare, data, files
 from minillm.compare import table
-from minillm.tokenizer import SentencePiece
+from minillm.model.tokenizer import SentencePiece
 
 pytest.importorskip("matplotlib")
 
@@ -35,7 +35,7 @@ def record(value, name="perplexity", half=1.0):
 
 
 def figures(name, settings):
-    """A row as `measure` makes it, at once."""
+    """A row as `make_row` makes it, at once."""
     change = record(-0.1, "change of perplexity", 0.05)
     after = record(100.0 if name == "none" else 90.0)
     return dict(
@@ -158,7 +158,7 @@ def test_the_table_keeps_settings_and_versions(model, tmp_path, monkeypatch):
 
 
 def test_outputs_are_checked_before_the_work(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(compare.hub, "load", lambda model: pytest.fail("work before the check"))
+    monkeypatch.setattr(compare.zoo, "load", lambda model: pytest.fail("work before the check"))
     (tmp_path / "file").write_text("mine")
     for name in ("json", "md", "png"):
         (tmp_path / name).mkdir()
@@ -198,7 +198,7 @@ def test_an_error_in_another_process_comes_back_as_text():
 
 
 def test_a_process_that_is_killed_is_a_row(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "measure", os.abort)
+    monkeypatch.setattr(compare, "make_row", os.abort)
     monkeypatch.setattr(
         compare, "apart", lambda function, *arguments, apart=compare.apart: apart(function)
     )

@@ -7,7 +7,7 @@ import torch
 from test_compare import figures, small
 
 import minillm
-from minillm import compare, data, evaluate
+from minillm import compare, data, measure
 from minillm.compare import row
 
 
@@ -92,7 +92,7 @@ def with_parts(function, name, given):
 
 def test_a_row_is_measured_over_seeds(model, records):
     none, lora = (
-        with_parts(row.measure, name, settings(model, data=str(records), task=None))
+        with_parts(row.make_row, name, settings(model, data=str(records), task=None))
         for name in ("none", "lora")
     )
     assert none["before"] == none["after"] == lora["before"] and none["after_change"]["value"] == 0
@@ -148,9 +148,9 @@ def test_a_file_of_the_user_is_split_by_hash(model, records, tmp_path):
         len(set.union(*kept.values())) == 60
         and sum(len(part.examples) for part in parts.values()) == 70
     )
-    none = with_parts(row.measure, "none", settings(model, data=str(records), task=None))
+    none = with_parts(row.make_row, "none", settings(model, data=str(records), task=None))
     assert none["metric"] == "perplexity" and none["before"]["n"] == len(parts["test"].examples)
-    assert none["before"]["value"] == evaluate.completions(m, parts["test"].examples)
+    assert none["before"]["value"] == measure.completions(m, parts["test"].examples)
     few = tmp_path / "few.jsonl"
     few.write_text("\n".join(records.read_text().splitlines()[:9]))
     with pytest.raises(ValueError, match="few.jsonl has 9 different examples"):

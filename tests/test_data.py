@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from minillm import data
 from minillm.data.packing import first_fit
-from minillm.tokenizer import SentencePiece
+from minillm.model.tokenizer import SentencePiece
 
 at_ease = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
 

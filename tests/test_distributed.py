@@ -16,7 +16,7 @@ from test_train import examples
 import minillm
 from minillm import distributed
 from minillm.train import Interrupted
-from minillm.verbs import read
+from minillm.registry.store import read
 
 HERE = pathlib.Path(__file__).parent
 RUN = """

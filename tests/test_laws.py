@@ -19,7 +19,7 @@ from conftest import close, law
 from models import IDS, MODELS, build, logits
 
 import minillm
-from minillm.registry import TECHNIQUES, CannotMerge, Format, Patch, leaf, parameters, walk
+from minillm.registry import CannotMerge, Format, Patch, TECHNIQUES, leaf, parameters, walk
 
 NAMES = list(minillm.techniques())
 FORMATS = [name for name, cls in TECHNIQUES.items() if issubclass(cls, Format)]

@@ -75,7 +75,7 @@ def test_a_container_is_no_sublayer(target):
 
 def test_integers_of_another_type_are_refused(tmp_path):
     minillm.quant.save(minillm.quant.wrap(two()), tmp_path / "a")
-    tensors, metadata = minillm.verbs.read(tmp_path / "a")
+    tensors, metadata = minillm.registry.store.read(tmp_path / "a")
     for dtype in (torch.int64, torch.uint8, torch.float32):
         wrong = {key: t.to(dtype) if key == "0.q" else t for key, t in tensors.items()}
         safetensors.torch.save_file(wrong, tmp_path / "b", metadata)

@@ -7,7 +7,7 @@ from models import build
 from torch import nn
 
 import minillm
-from minillm.loss import CrossEntropySum, cross_entropy_sum
+from minillm.model.loss import CrossEntropySum, cross_entropy_sum
 
 families = pytest.mark.parametrize("kind", ["gpt2", "llama"])
 
@@ -164,7 +164,7 @@ IDS = torch.zeros(1, 4, dtype=torch.long)
 def test_what_is_no_loss_is_refused_before_any_work(labels, options, message, monkeypatch):
     model = build("llama")
     monkeypatch.setattr(
-        minillm.transformer.Block, "forward", lambda *_: pytest.fail("it has started")
+        minillm.model.transformer.Block, "forward", lambda *_: pytest.fail("it has started")
     )
     with pytest.raises(ValueError, match=message):
         model.loss(IDS, labels, **options)

@@ -8,7 +8,7 @@ from torch import nn
 
 import minillm
 from minillm import ops
-from minillm.report import saved_bytes
+from minillm.measure.report import saved_bytes
 
 STACKS = [("quant",), ("sparse",), ("prune",), ("quant", "lora"), ("sparse", "lora"), ("quant", "prune"), ("sparse", "prune"),
           ("lora", "prune"), ("prune", "lora"), ("quant", "adapters"), ("quant", "lora", "prune")]

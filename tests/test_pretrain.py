@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import minillm
-from minillm import data, evaluate, pretrain
+from minillm import data, measure
+from minillm.zoo import pretrain
 
 
 def test_the_tiny_model_reads_no_docstring_and_no_module_that_tests():
@@ -31,7 +32,7 @@ def test_making_the_tiny_model_small_has_a_price():
         for name, p in changed.named_parameters():
             if p.dim() == 2 and name.startswith("layers."):
                 p.data = change(p.data)
-        return evaluate.perplexity(changed, tokenizer, text, length=256, windows=40)
+        return measure.perplexity(changed, tokenizer, text, length=256, windows=40)
 
     def int4(W):
         scale = W.abs().amax(1, keepdim=True) / 7
@@ -46,14 +47,14 @@ def test_making_the_tiny_model_small_has_a_price():
 
     before = perplexity(lambda W: W)
     for change in (int4, half_pruned, half_rank):
-        price = evaluate.change(before, perplexity(change))
+        price = measure.change(before, perplexity(change))
         assert price.low > 0, (change.__name__, price)
 
 
 def test_a_directory_in_the_way_is_found_before_the_training(tmp_path, monkeypatch):
     monkeypatch.setenv("MINILLM_CACHE", str(tmp_path))
     monkeypatch.setattr(pretrain, "pretrain", lambda *args, **kwargs: (None, None))
-    monkeypatch.setattr(minillm.hub, "save", lambda model, path, tokenizer: None)
+    monkeypatch.setattr(minillm.checkpoints, "save", lambda model, path, tokenizer: None)
     path = pretrain.tiny()
     path.mkdir()
     (path / "mine.txt").write_text("mine")

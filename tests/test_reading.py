@@ -7,7 +7,7 @@ import user_files
 from user_files import AGAIN, ALPACA, BOT, LONG, USER
 
 from minillm import data
-from minillm.tokenizer import SentencePiece
+from minillm.model.tokenizer import SentencePiece
 
 bare, tokenizer, write = user_files.bare, user_files.tokenizer, user_files.write
 

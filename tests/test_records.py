@@ -5,7 +5,7 @@ import user_files
 from user_files import AGAIN, ALPACA, BOT, CHAT, USER, learnt, said
 
 from minillm import data
-from minillm.tokenizer import SentencePiece
+from minillm.model.tokenizer import SentencePiece
 
 bare, tokenizer, write = user_files.bare, user_files.tokenizer, user_files.write
 # As Qwen3's: the last turn, and no other, begins with a thought.

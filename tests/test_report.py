@@ -10,7 +10,7 @@ from models import build
 from torch import nn
 
 import minillm
-from minillm import memory, report
+from minillm.measure import memory, report
 
 
 def test_the_report_counts_by_hand():

@@ -7,7 +7,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as some
 
-from minillm.generate import choices, sample
+from minillm.model.generate import choices, sample
 
 
 def slow(logits, temperature, top_k=None, top_p=None, min_p=None):

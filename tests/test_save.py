@@ -13,8 +13,9 @@ from models import IDS, build
 from test_files import full_disk, tree
 
 import minillm
-from minillm import data, hub, huggingface
-from minillm.tokenizer import BytePair, SentencePiece
+from minillm import checkpoints, data
+from minillm.checkpoints import huggingface
+from minillm.model.tokenizer import BytePair, SentencePiece
 
 
 def small(**options):
@@ -159,7 +160,7 @@ def test_each_attached_technique_is_named_with_its_remedy(tmp_path, technique):
     model = minillm.techniques()[technique].wrap(build("llama"), **options)
     with pytest.raises(ValueError, match=REMEDIES[technique]) as error:
         minillm.save(model, tmp_path / "m")
-    assert "\n" not in str(error.value) and list(hub.attached(model)) == [technique]
+    assert "\n" not in str(error.value) and list(checkpoints.attached(model)) == [technique]
     minillm.techniques()[technique].unwrap(model)
     minillm.save(model, tmp_path / "m")
 
@@ -173,7 +174,7 @@ def test_all_of_them_are_named_at_once(tmp_path):
 
 def test_a_frozen_model_is_a_plain_model(tmp_path):
     model = minillm.freeze.wrap(build("llama"), last=1)
-    assert hub.attached(model) == {}
+    assert checkpoints.attached(model) == {}
     minillm.save(model, tmp_path / "m")
     assert minillm.load(tmp_path / "m")[0](IDS).equal(model(IDS))
 
@@ -272,18 +273,18 @@ def test_a_tokenizer_larger_than_the_embedding(tmp_path, sentence):
 def test_everything_is_checked_for_a_model_that_is_yet_to_be_made(tmp_path, sentence):
     (tmp_path / "mine.txt").write_text("mine")
     config = minillm.Config(500, 16, 1, 2)
-    assert hub.check_save(config, tmp_path / "m", sentence) == set()
+    assert checkpoints.check_save(config, tmp_path / "m", sentence) == set()
     for path, options, message in [(tmp_path, {}, "mine.txt"), (tmp_path / "m", dict(type="q4"), "type='q4'"),
                                    (tmp_path / "m.gguf", {}, "this is none"),
                                    (tmp_path / "mine.txt" / "m", {}, "mine.txt is not a directory")]:
         with pytest.raises((ValueError, OSError), match=message):
-            hub.check_save(config, path, **options)
+            checkpoints.check_save(config, path, **options)
     with pytest.raises(ValueError, match="no architecture of transformers"):
-        hub.check_save(minillm.Config(24, 16, 1, 2, norm="layer"), tmp_path / "m")
+        checkpoints.check_save(minillm.Config(24, 16, 1, 2, norm="layer"), tmp_path / "m")
     with pytest.raises(ValueError, match="has biases or norms of q and k with window=3"):
-        hub.check_save(minillm.Config(24, 16, 1, 2, qk_norm=True, window=3), tmp_path / "m")
+        checkpoints.check_save(minillm.Config(24, 16, 1, 2, qk_norm=True, window=3), tmp_path / "m")
     with pytest.raises(ValueError, match="no architecture of transformers"):
-        hub.check_save(minillm.Config.gpt2(24, 16, 1, 2, window=3), tmp_path / "m")
+        checkpoints.check_save(minillm.Config.gpt2(24, 16, 1, 2, window=3), tmp_path / "m")
 
 
 # --- loading ------------------------------------------------------------------------------------

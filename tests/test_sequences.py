@@ -9,7 +9,7 @@ from torch import nn
 
 import minillm
 from minillm.registry import CannotMerge, Format, attached, walk
-from minillm.verbs import merged
+from minillm.registry.verbs import merged
 
 OPTIONS = {
     "freeze": dict(last=1),
@@ -49,7 +49,7 @@ def left(model):
         while record := merged(base):
             names.add(record[0])
             base = record[2]
-    return names | ({"freeze"} if minillm.learning.stopped_by(model, "freeze") else set())
+    return names | ({"freeze"} if minillm.registry.learning.stopped_by(model, "freeze") else set())
 
 
 def unwrap_all(model):

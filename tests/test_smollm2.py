@@ -12,8 +12,8 @@ from test_hub import SHAPES
 from test_tokenizer import ODD, tables
 
 import minillm
-from minillm import data, files, hub
-from minillm.tokenizer import BytePair
+from minillm import checkpoints, data, files, zoo
+from minillm.model.tokenizer import BytePair
 
 pytestmark = pytest.mark.slow
 
@@ -28,12 +28,12 @@ PROMPTS = [
 def smollm2():
     if not (files.cache() / "smollm2" / "SHA256").exists():
         pytest.skip("run: minillm fetch smollm2")
-    return hub.load("smollm2", dtype="float32")
+    return zoo.load("smollm2", dtype="float32")
 
 
 def test_it_is_the_model_that_transformers_loads(smollm2):
     model, tokenizer = smollm2
-    score = minillm.evaluate.perplexity(model, tokenizer, data.topics(), length=512, windows=8)
+    score = minillm.measure.perplexity(model, tokenizer, data.topics(), length=512, windows=8)
     if sys.version_info[:2] == (3, 11):  # the text is that version's
         assert abs(score - 14.693) < 0.01
     assert score.n == 8 and math.isfinite(score.high)
@@ -68,12 +68,12 @@ def test_its_ids_are_those_of_transformers(smollm2, tmp_path):
 def test_lora_on_it_trains_as_pefts(smollm2, tmp_path):
     """20 steps of AdamW from the same adapter tensors, on the same batches."""
     peft, (model, tokenizer) = pytest.importorskip("peft"), smollm2
-    hub.save(model, tmp_path / "m")
+    checkpoints.save(model, tmp_path / "m")
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     with warnings.catch_warnings(action="ignore"):
         theirs = hugging_face().AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
         theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")).train()
-    ours, _ = hub.load(tmp_path / "m")
+    ours, _ = zoo.load(tmp_path / "m")
     minillm.lora.wrap(ours, targets, r=8, alpha=16).train()
     sites, copied = minillm.layers(ours), 0
     for name, module in theirs.named_modules():
@@ -124,8 +124,8 @@ def continued_in_llama_cpp(model, ids, n):
 @pytest.mark.parametrize("type, tolerance", [("f32", 1e-5), ("f16", 5e-3), ("q8_0", 5e-2)])
 def test_llama_cpp_runs_what_we_write(smollm2, tmp_path, type, tolerance):
     model, tokenizer = smollm2
-    hub.save(model, tmp_path / "m.gguf", tokenizer=tokenizer, type=type)
-    again, _ = hub.load(tmp_path / "m.gguf", dtype="float32")  # with the weights as the type rounds them
+    checkpoints.save(model, tmp_path / "m.gguf", tokenizer=tokenizer, type=type)
+    again, _ = zoo.load(tmp_path / "m.gguf", dtype="float32")  # with the weights as the type rounds them
     theirs, same = in_llama_cpp(tmp_path / "m.gguf"), 0
     for prompt in PROMPTS:
         ids = tokenizer.encode(prompt)
@@ -140,7 +140,7 @@ def test_llama_cpp_runs_what_we_write(smollm2, tmp_path, type, tolerance):
 
 def test_llama_cpps_ids_and_chat_are_ours(smollm2, tmp_path):
     model, tokenizer = smollm2
-    hub.save(model, tmp_path / "m.gguf", tokenizer=tokenizer, type="q8_0")
+    checkpoints.save(model, tmp_path / "m.gguf", tokenizer=tokenizer, type="q8_0")
     theirs = in_llama_cpp(tmp_path / "m.gguf", vocab_only=True)
     for text in [*ODD, data.topics()]:
         assert theirs.tokenize(text.encode(), add_bos=False, special=True) == tokenizer.encode(text), text[:40]
@@ -157,7 +157,7 @@ def test_llama_cpp_computes_the_same_of_other_shapes(tmp_path, shape, head_size)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)
-    hub.save(model, tmp_path / "m.gguf", tokenizer=tokenizer)
+    checkpoints.save(model, tmp_path / "m.gguf", tokenizer=tokenizer)
     ids = tokenizer.encode("for x in range(10): print(x)")
     with torch.no_grad():
         expected = model(torch.tensor([ids]))[0]
@@ -172,11 +172,11 @@ def test_we_read_what_llama_cpp_quantizes(tmp_path, ftype, tolerance):
     llama_cpp = pytest.importorskip("llama_cpp", reason="run: pip install llama-cpp-python")
     tokenizer = BytePair.from_gguf(tables("smollm"))
     model = minillm.Transformer(minillm.Config(tokenizer.vocab_size, 256, 2, 4, kv_heads=2, ffn=512, positions=256)).eval()
-    hub.save(model, tmp_path / "m.gguf", tokenizer=tokenizer)
+    checkpoints.save(model, tmp_path / "m.gguf", tokenizer=tokenizer)
     told = llama_cpp.llama_model_quantize_default_params()
     told.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{ftype}")
     assert llama_cpp.llama_model_quantize(str(tmp_path / "m.gguf").encode(), str(tmp_path / "q.gguf").encode(), told) == 0
-    again, _ = hub.load(tmp_path / "q.gguf", dtype="float32")
+    again, _ = zoo.load(tmp_path / "q.gguf", dtype="float32")
     for name, p in model.named_parameters():
         q = again.get_parameter(name)
         assert (q - p).norm() <= tolerance * p.norm(), name

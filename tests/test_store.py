@@ -208,9 +208,9 @@ def test_a_buffer_that_does_not_fit_is_refused(tmp_path):
 
 def test_what_is_no_file_is_named_once(tmp_path):
     for read in (
-        minillm.verbs.read,
+        minillm.registry.store.read,
         lambda path: minillm.lora.load(build("llama"), path),
-        minillm.store.holds,
+        minillm.registry.store.holds,
     ):
         with pytest.raises(
             IsADirectoryError, match=f"^{tmp_path} is a directory; what a technique saved is a file"
@@ -231,7 +231,7 @@ def test_a_checkpoint_whose_weights_are_a_directory_is_named(tmp_path):
 
 
 def rewritten(path, **metadata):
-    tensors, before = minillm.verbs.read(path)
+    tensors, before = minillm.registry.store.read(path)
     safetensors.torch.save_file(tensors, path, {**before, **metadata})
     return path
 

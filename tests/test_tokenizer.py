@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 import minillm
 from minillm import data
-from minillm import tokenizer as tokenizers
-from minillm.tokenizer import BytePair, SentencePiece
+from minillm.model import tokenizer as tokenizers
+from minillm.model.tokenizer import BytePair, SentencePiece
 
 ODD = ["", " ", "  two  spaces ", "tab\tand\nnewline\r\n\n", "é漢字🙂👩‍👩‍👧 x", "\u202ertl",
        "0123456789 3.14", "don't WE'LL", "a" * 300, "\x00\x01", "<|im_start|>user\nhi<|im_end|>",

@@ -6,8 +6,8 @@ from test_tokenizer_model import added, directory, llama_style
 
 import minillm
 from minillm import data
-from minillm import tokenizer as tokenizers
-from minillm.tokenizer import SentencePiece
+from minillm.model import tokenizer as tokenizers
+from minillm.model.tokenizer import SentencePiece
 
 TEXTS = [*ODD, *MORE, "a <s> b</s>c", " <s> b", "<|im_start|>user\nhi<|im_end|>\n hello", "\n\na",
          data.topics()[100_000:110_000]]

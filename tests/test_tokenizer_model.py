@@ -10,8 +10,8 @@ from conftest import hugging_face
 from test_tokenizer import MORE, ODD
 
 from minillm import data
-from minillm import tokenizer as tokenizers
-from minillm.tokenizer import SentencePiece
+from minillm.model import tokenizer as tokenizers
+from minillm.model.tokenizer import SentencePiece
 
 TEXTS = [*ODD, *MORE, "a <s> b</s>c", "<|im_start|>user\nhi hello<|im_end|>  \n x hellos  hello",
          "<|im_start|>a<|im_start|>b", "a<|im_end|>", data.topics()[100_000:101_000]]

@@ -5,8 +5,8 @@ import torch
 from models import build
 
 import minillm
-from minillm import rope
-from minillm.transformer import Cache, rope_table, rotate
+from minillm.model import rope
+from minillm.model.transformer import Cache, rope_table, rotate
 
 families = pytest.mark.parametrize("kind", ["gpt2", "llama"])
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from minillm import data
-from minillm.tokenizer import SentencePiece
+from minillm.model.tokenizer import SentencePiece
 
 CHAT = ("{% for m in messages %}<{{ m['role'] }}>\n{{ m['content'] }}\n{% endfor %}"
         "{% if add_generation_prompt %}<assistant>\n{% endif %}")

@@ -9,7 +9,7 @@ import os
 import pathlib
 import re
 
-from minillm import huggingface
+from minillm.checkpoints import huggingface
 
 NAMED = ("tiny", "smollm2")  # models that have a name and no path
 OF_CHECKPOINTS = re.compile(r"\.?step-\d+\.safetensors.*|\.lock")  # names that train uses

@@ -7,9 +7,8 @@ import sys
 
 import torch
 
-from minillm import (
-    compare, data, distributed, files, hub, learning, options, registry, store, train,
-)
+from minillm import checkpoints, compare, data, distributed, files, options, registry, train
+from minillm.registry import learning, store
 from minillm.cli.paths import check_paths
 from minillm.cli.using import given, load, needs_tokenizer, refuse_second
 
@@ -25,7 +24,7 @@ def run(args):
     model, tokenizer = load(args)
     needs_tokenizer(tokenizer, args)
     if args.out and technique is None:
-        hub.check_save(model, args.out, tokenizer, force=args.force)
+        checkpoints.check_save(model, args.out, tokenizer, force=args.force)
     if args.out:
         wrap(model, technique, keywords, args)
     examples, held_out = read(args, tokenizer)
@@ -211,6 +210,6 @@ def fit(model, examples, held_out, tokenizer, args):
 
 def write(model, technique, tokenizer, args):
     if technique is None:
-        hub.save(model, args.out, tokenizer=tokenizer, force=args.force)
+        checkpoints.save(model, args.out, tokenizer=tokenizer, force=args.force)
     else:
         technique.save(model, args.out, force=args.force)

@@ -5,11 +5,12 @@ import sys
 
 import torch
 
-from minillm import compare, data, evaluate, hub, registry, report, train
+from minillm import checkpoints, compare, data, measure, registry, train, zoo
+from minillm.measure import report
 from minillm.cli.paths import check_paths
-from minillm.generate import check_options
-from minillm.show import show
-from minillm.store import holds
+from minillm.model.generate import check_options
+from minillm.measure.show import show
+from minillm.registry.store import holds
 
 
 def load(args):
@@ -24,7 +25,7 @@ def load(args):
         if name in names:
             raise ValueError(f"{names[name]} and {path} are both files of {name}, of which a model takes one")
         names[name] = path
-    model, tokenizer = hub.load(args.model, dtype=args.dtype, device=place(args.device))
+    model, tokenizer = zoo.load(args.model, dtype=args.dtype, device=place(args.device))
     for name, path in names.items():
         registry.techniques()[name].load(model, path, any_base=args.any_base)
     return model, tokenizer
@@ -62,7 +63,7 @@ def run_eval(args):
         return answers(model, tokenizer, args)
     if args.text or args.data:
         text = data.text(args.text or args.data)
-        print(repr(evaluate.perplexity(model, tokenizer, text, length=args.length, windows=args.windows)))
+        print(repr(measure.perplexity(model, tokenizer, text, length=args.length, windows=args.windows)))
         return
     part = data.task(args.task or "language", tokenizer, "test", limit=64, length=args.length)
     print(repr(compare.score(model, tokenizer, part, args.length // 2, args.windows)))
@@ -102,19 +103,19 @@ def answers(model, tokenizer, args):
     """The loss of the user's answers, the metrics of generated ones, and some of both side by side."""
     new = args.max_new_tokens or 64
     reading = data.read(args.data, tokenizer, length=args.length, skip_bad=args.skip_bad)
-    most = evaluate.room(model, new)
+    most = measure.room(model, new)
     asked = data.questions(args.data, tokenizer, skip_bad=args.skip_bad, most=most)
     train.check_room(model, reading)
     print(reading.summary())
-    found = evaluate.completions(model, reading, pad=tokenizer.pad or 0)
+    found = measure.completions(model, reading, pad=tokenizer.pad or 0)
     print(f"loss {math.log(found):.4f} for each learnt token; {found!r}")
     counted = {line_of(reason) for reason in reading.skipped}
     unasked = [reason for reason in asked.skipped if line_of(reason) not in counted]
     if unasked:
         print("\n".join(["of these, not answered:", *data.skips(unasked)]))
     if asked.prompts:
-        got = evaluate.answers(model, tokenizer, asked.prompts, asked.references, ids=asked.ids,
-                               max_new_tokens=new)
+        got = measure.answers(model, tokenizer, asked.prompts, asked.references, ids=asked.ids,
+                              max_new_tokens=new)
         print(got.summary())
         if args.examples != 0:
             print(report.table(got.rows(5 if args.examples is None else args.examples)))
@@ -233,15 +234,15 @@ def run_export(args):
             raise ValueError(f"{path} holds {name}, which is no change of a weight: it cannot be merged into the model, and the "
                              "formats of other programs have no place for it")
     model, tokenizer = load(args)
-    hub.check_save(model.config, args.out, tokenizer, args.type, args.force)
+    checkpoints.check_save(model.config, args.out, tokenizer, args.type, args.force)
     for name in (name for name in registry.techniques() if issubclass(classes[name], registry.Format)):
         if registry.formats_of(name, model):
             registry.techniques()[name].unwrap(model)
     for name in list(dict.fromkeys(name for layer in registry.layers(model).values() for name in layer.patches)):
         registry.techniques()[name].merge(model, keep=False)
-    hub.save(model, args.out, tokenizer=tokenizer, type=args.type, force=args.force)
+    checkpoints.save(model, args.out, tokenizer=tokenizer, type=args.type, force=args.force)
     print(f"wrote {args.out}")
 
 
 def run_fetch(args):
-    print(hub.fetch(args.name))
+    print(zoo.fetch(args.name))

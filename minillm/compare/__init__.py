@@ -14,7 +14,7 @@ For each technique, in a process of its own:
   LoRA, each so tuned, end within 2% of each other (arXiv 2602.04998).
 - What a technique gives is its change against the untuned model on the same held-out
   text, the mean over the seeds, with a 95% interval over text and seeds
-  (`evaluate.difference` says how). What int8 and pruning cost is the change against the
+  (`measure.difference` says how). What int8 and pruning cost is the change against the
   trained model.
 - Peak memory is that of training alone: weights, gradients, the optimizer's state,
   activations (`report.Peak` says how).
@@ -30,9 +30,9 @@ import traceback
 from tqdm.auto import tqdm
 
 from minillm import data as texts
-from minillm import hub
+from minillm import zoo
 from minillm.compare.picture import picture
-from minillm.compare.row import RATES, measure, parts, score, scores, sweep, usual
+from minillm.compare.row import RATES, make_row, parts, score, scores, sweep, usual
 from minillm.compare.table import Table, failed, shown, text, tried, write
 
 __all__ = [
@@ -41,7 +41,6 @@ __all__ = [
     "Table",
     "compare",
     "failed",
-    "measure",
     "picture",
     "score",
     "scores",
@@ -75,13 +74,13 @@ def compare(
 ):
     """The table: a list of rows, a dict for each technique in `names` (None: all).
 
-    model, task  as `hub.load` and `data.task` take them
+    model, task  as `zoo.load` and `data.task` take them
     data         a file of the user's own instead of a task (see `row.own`)
     out          a directory that gets table.json after each technique, and table.md and
                  table.png at the end. Rows that an earlier run of the same settings and
                  versions has left there are kept, and only the others are measured.
                  Anything else in their place is a FileExistsError, unless force=True
-    device, dtype    as `hub.load` takes them
+    device, dtype    as `zoo.load` takes them
     length       tokens of an example; windows of text have twice as many
     sizes        steps, sweep_steps (as many as steps), seeds, batch_size, windows, limit:
                  numbers in place of those in SIZES
@@ -97,7 +96,7 @@ def compare(
     )
     table = Table(out, force)  # says now, not after the work, what will not be written
     table.begin(settings)
-    loaded, tokenizer = hub.load(model)  # makes the tiny model, or says now what is missing
+    loaded, tokenizer = zoo.load(model)  # makes the tiny model, or says now what is missing
     positions = getattr(loaded.config, "positions", 2 * length)
     if not data and task == "language" and 2 * length > positions:
         raise ValueError(
@@ -155,7 +154,7 @@ def check(names, model, task, data, settings, sizes):
 def measured(name, settings, splits):
     """The row of one technique, measured in a process of its own; an error becomes a row too."""
     try:
-        return apart(measure, name, settings, splits)
+        return apart(make_row, name, settings, splits)
     except ChildProcessError as error:
         return dict(technique=name, error=str(error))
 

@@ -9,7 +9,8 @@ import time
 
 import torch
 
-from minillm import data, evaluate, hub, report, train
+from minillm import data, measure, train, zoo
+from minillm.measure import report
 from minillm.registry import CannotMerge, techniques
 
 # The usual learning rate of each, where its sweep begins: near the best that `compare` has found
@@ -22,11 +23,11 @@ MOST = 6  # rates that a sweep tries
 
 
 def usual(name, model):
-    """The usual learning rate of a technique on a model, named as `hub.load` takes it."""
+    """The usual learning rate of a technique on a model, named as `zoo.load` takes it."""
     return (OF_TINY if str(model) == "tiny" else RATES).get(name)
 
 
-def measure(name, settings, splits):
+def make_row(name, settings, splits):
     """One row of the table, a dict for JSON. Runs in a process of its own.
 
     splits: what `parts` returns, read once for all rows.
@@ -42,7 +43,7 @@ def measure(name, settings, splits):
         row |= sweep(
             usual(name, settings["model"]),
             lambda lr: bench.attempt(lr)[main],
-            evaluate.metric(main).better,
+            measure.metric(main).better,
         )
     after, less = [], {"int8": [], "pruned": []}
     for model in bench.trained(row):
@@ -69,7 +70,7 @@ class Bench:
 
     def __init__(self, name, settings, splits):
         self.name, self.settings, self.splits = name, settings, splits
-        self.model, self.tokenizer = hub.load(settings["model"], settings["dtype"], settings["device"])
+        self.model, self.tokenizer = zoo.load(settings["model"], settings["dtype"], settings["device"])
 
     def quality(self, model, split="test", windows=None):
         """{metric: Score} of a model."""
@@ -124,14 +125,14 @@ def changes(column, before, after):
 
     The ends of the figure are those of the paired change, put on the figure before.
     """
-    change = evaluate.change(before, after)
+    change = measure.change(before, after)
     value = statistics.fmean(after)
     record = dict(name=after[0].name, value=value, n=after[0].n, low=None, high=None)
     if after == [before]:
         record = before.record()
     elif change.low is not None:
         start = statistics.fmean(before) if isinstance(before, list) else float(before)
-        metric = evaluate.metric(record["name"])
+        metric = measure.metric(record["name"])
         record |= dict(low=metric.moved(start, change.low), high=metric.moved(start, change.high))
     return {
         column: record,
@@ -244,23 +245,23 @@ def scores(model, tokenizer, part, length, windows):
     """{name: Score} of all the task's metrics on one split; the first is the task's own."""
     if part.metric == "perplexity":
         one = (
-            evaluate.perplexity(model, tokenizer, part.text, length=2 * length, windows=windows)
+            measure.perplexity(model, tokenizer, part.text, length=2 * length, windows=windows)
             if part.text
-            else evaluate.completions(model, part.examples, tokenizer.pad or 0)
+            else measure.completions(model, part.examples, tokenizer.pad or 0)
         )
         return {one.name: one}
     if part.choices:
-        chosen = evaluate.choose(model, tokenizer, part.prompts, part.choices)
-        found = [evaluate.accuracy(chosen, part.references), evaluate.f1(chosen, part.references)]
+        chosen = measure.choose(model, tokenizer, part.prompts, part.choices)
+        found = [measure.accuracy(chosen, part.references), measure.f1(chosen, part.references)]
     else:
-        texts = evaluate.generate_text(model, tokenizer, part.prompts, first_line=True)
+        texts = measure.generate_text(model, tokenizer, part.prompts, first_line=True)
         found = [
-            evaluate.rouge(texts, part.references, kind) for kind in ("rougeL", "rouge1", "rouge2")
+            measure.rouge(texts, part.references, kind) for kind in ("rougeL", "rouge1", "rouge2")
         ]
-        found.append(evaluate.bleu(texts, part.references))
+        found.append(measure.bleu(texts, part.references))
     return {one.name: one for one in found}
 
 
 def score(model, tokenizer, part, length, windows):
-    """The task's own metric on one split, an evaluate.Score."""
+    """The task's own metric on one split, a measure.Score."""
     return next(iter(scores(model, tokenizer, part, length, windows).values()))

@@ -12,7 +12,8 @@ import tempfile
 
 import torch
 
-from minillm import evaluate, files, report
+from minillm import files, measure
+from minillm.measure import report
 from minillm.compare.picture import picture
 
 FORMAT = "minillm.compare 1"
@@ -200,7 +201,7 @@ def shown(rows):
                 "trainable": f"{r['trainable']:,}",
                 "peak MB": f"{r['peak_bytes'] / 1e6:,.0f}" if trains else "",
                 "seconds": f"{r['seconds']:.1f}" if trains else "",
-                r["metric"]: evaluate.digits(r["after"]["value"]),
+                r["metric"]: measure.digits(r["after"]["value"]),
                 "against untuned": interval(r["after_change"]) if trains else "",
                 "int8": interval(r["int8_change"]),
                 "half pruned": interval(r["pruned_change"]),
@@ -227,7 +228,7 @@ def text(rows):
     lines = [report.table(shown(rows))]
     if whole:
         before, seeds = whole[0]["before"], max(len(row["after_seeds"]) for row in whole)
-        untuned = evaluate.Score(**before)
+        untuned = measure.Score(**before)
         lines += [
             "",
             f"Untuned: {untuned!r}. "
@@ -246,7 +247,7 @@ def text(rows):
 def tried(row):
     """What the sweep of a row found, as a line."""
     values = ", ".join(
-        f"{rate}: {'nan' if value is None else evaluate.digits(value)}"
+        f"{rate}: {'nan' if value is None else measure.digits(value)}"
         for rate, value in row["sweep"].items()
     )
     edge = "; the best is at the edge of the sweep" if row["at_edge"] else ""
@@ -257,7 +258,7 @@ def tried(row):
 def others(row):
     """The task's other metrics, as lines."""
     found = [
-        f"{name} {evaluate.digits(one['after']['value'])} ({interval(one['after_change'])})"
+        f"{name} {measure.digits(one['after']['value'])} ({interval(one['after_change'])})"
         for name, one in row["scores"].items()
         if name != row["metric"]
     ]

@@ -10,7 +10,7 @@
 """
 
 from minillm.data.batching import Batches, batches, collate, fingerprint, held_out
-from minillm.data.example import NOT_LEARNT, Example, completion, learnt, pieces
+from minillm.data.example import Example, NOT_LEARNT, completion, learnt, pieces
 from minillm.data.packing import pack
 from minillm.data.reading import (
     Questions, Reading, check_file, questions, read, reader_of, text, utf8,
@@ -18,7 +18,7 @@ from minillm.data.reading import (
 from minillm.data.records import conversation, parse
 from minillm.data.showing import preview, skips, summary
 from minillm.data.tasks import (
-    SPLITS, TASKS, Docstring, Task, check, docstrings, most_documented, split, task, texts, topics,
+    Docstring, SPLITS, TASKS, Task, check, docstrings, most_documented, split, task, texts, topics,
 )
 
 __all__ = [

@@ -6,7 +6,7 @@ Looking through all rows for each example would take n^2 steps. A tree over the 
 nodes hold the most room below them, finds the same row in log n.
 """
 
-from minillm.data.example import NOT_LEARNT, Example, check_length
+from minillm.data.example import Example, NOT_LEARNT, check_length
 
 
 def pack(examples, length):

@@ -23,10 +23,10 @@ import safetensors.torch
 import torch
 
 from minillm import distributed, files
-from minillm.learning import buffers
+from minillm.registry.learning import buffers
 from minillm.train import identity
 from minillm.train.history import measured
-from minillm.verbs import read
+from minillm.registry.store import read
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, each of the parameter's shape
 logger = logging.getLogger("minillm")

@@ -11,7 +11,8 @@ import re
 
 import torch
 
-from minillm import data, distributed, fingerprint
+from minillm import data, distributed
+from minillm.registry import fingerprint
 from minillm.registry import Format, walk
 
 

@@ -4,7 +4,7 @@
 
 The first token of a text has nothing before it. A soft prompt would make it predictable, and
 the training with a prompt would then learn, and report, other tokens than the training
-without. So nobody learns it, here as in `evaluate.perplexity`: the losses of all methods are
+without. So nobody learns it, here as in `measure.perplexity`: the losses of all methods are
 means over the same tokens.
 """
 

@@ -1,0 +1,44 @@
+"""How good a model is: perplexity, accuracy, F1, BLEU, ROUGE, each with the number of
+examples and an interval.
+
+    perplexity   exp(-1/n sum log p(x_i | x_<i))       over windows that do not overlap
+    accuracy     correct / n
+    F1           2 TP / (2 TP + FP + FN)               mean over classes (macro), or of all counts
+    F1 (tokens)  the same for the tokens of two texts  Rajpurkar et al. 2016 (SQuAD)
+    BLEU         Papineni et al. 2002, by sacrebleu    0 to 100, of the whole corpus
+    ROUGE        Lin 2004, by rouge-score              0 to 1, the mean F-measure
+
+A Score is a float that also carries n and its 95% interval (see `intervals`, which says
+what it covers). Two models on the same examples are compared by `change`, which pairs
+them. Not included: overlapping windows (a stride), which give lower perplexities and
+cost as many times more.
+"""
+
+from minillm.measure.answers import Answers, answers, generate_text, measures, room
+from minillm.measure.intervals import Score, difference, digits
+from minillm.measure.likelihood import choose, completions, logits, nll, perplexity
+from minillm.measure.scores import accuracy, bleu, change, f1, metric, rouge, token_f1, words
+
+__all__ = [
+    "Answers",
+    "Score",
+    "accuracy",
+    "answers",
+    "bleu",
+    "change",
+    "choose",
+    "completions",
+    "difference",
+    "digits",
+    "f1",
+    "generate_text",
+    "logits",
+    "measures",
+    "metric",
+    "nll",
+    "perplexity",
+    "room",
+    "rouge",
+    "token_f1",
+    "words",
+]

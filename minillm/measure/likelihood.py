@@ -1,0 +1,155 @@
+"""What a model thinks of given text: the likelihood of tokens, perplexity, and the
+likeliest of several choices.
+"""
+
+import contextlib
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from minillm.calling import logits, native
+from minillm.data import collate
+from minillm.measure.intervals import score
+from minillm.measure.scores import metric
+from minillm.registry import prepare
+from minillm.model.generate import left_pad
+
+
+@contextlib.contextmanager
+def evaluating(model):
+    """Put the model in eval mode, and every module of it back in its own mode at the
+    end, also after an error.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@torch.inference_mode()
+def nll(model, ids, labels, mask=None):
+    """(-log p of the labels, summed for each row (b,); how many there are (b,)); labels
+    of -100 do not count.
+
+    ids, labels, mask (b, t) on any device; the model may be minillm's, Hugging Face's,
+    or any that maps ids to logits.
+    """
+    with evaluating(model):
+        device = next(model.parameters()).device
+        ids, labels, mask = (
+            None if t is None else t.to(device) for t in prepare(model, ids, labels, mask)
+        )
+        target, keep = labels[:, 1:], labels[:, 1:] != -100
+        if native(model):
+            h = model.hidden(ids, mask)[:, :-1][
+                keep
+            ]  # (kept, width): the head is applied to 512 rows at a time
+            pieces = [
+                F.cross_entropy(model.lm_head(x).float(), y, reduction="none")
+                for x, y in zip(h.split(512), target[keep].split(512))
+            ]
+            kept = torch.cat(pieces) if pieces else h.new_zeros(0)
+        else:
+            kept = F.cross_entropy(
+                logits(model, ids, mask)[:, :-1][keep].float(), target[keep], reduction="none"
+            )
+    if not kept.isfinite().all():
+        raise ValueError(
+            "the model's log-likelihood is nan or inf: its weights or activations are out of range"
+        )
+    losses = torch.zeros(keep.shape, device=device).masked_scatter(keep, kept)
+    return losses.sum(1).cpu(), keep.sum(1).cpu()
+
+
+def at_least(least, **arguments):
+    """ValueError for an argument (None is allowed) below the least that makes sense."""
+    for name, value in arguments.items():
+        if value is not None and value < least:
+            raise ValueError(f"{name}={value!r}: the least is {least}")
+
+
+def perplexity(model, tokenizer, text, length=512, windows=None, batch=4):
+    """The perplexity of text, a Score, over windows of `length` tokens that do not
+    overlap, at most `windows` of them.
+
+    The first token of a window is not predicted, no token is put before it, and a last
+    window that is not full is left out unless it is the only one. The interval is over
+    windows. ValueError for a length below 2, windows or batch below 1.
+    """
+    at_least(2, length=length)
+    at_least(1, windows=windows, batch=batch)
+    ids = tokenizer.encode(text)
+    if len(ids) < 2:
+        raise ValueError(f"a text of {len(ids)} tokens has nothing to predict")
+    rows = [ids[i : i + length] for i in range(0, len(ids), length)]
+    rows = [row for row in rows if len(row) == length][:windows] or [ids]
+    parts = []
+    for i in range(0, len(rows), batch):
+        x = torch.tensor(rows[i : i + batch])
+        labels = x.clone()
+        labels[:, 0] = (
+            -100
+        )  # a soft prompt would predict it, and be measured on more tokens than other methods
+        parts += zip(*(t.tolist() for t in nll(model, x, labels)))
+    return score("perplexity", parts, metric("perplexity"))
+
+
+def completions(model, examples, pad=0, batch=8):
+    """The perplexity of what the Examples have to learn (the completions of the user's
+    records), a Score over examples.
+
+    Its logarithm is the loss that training reports: the mean over all learnt tokens. An
+    example's first token is not predicted. ValueError where there is no example, or
+    none with a token to predict.
+    """
+    at_least(1, batch=batch)
+    parts = []
+    for i in range(0, len(examples), batch):
+        ids, labels, mask = collate(examples[i : i + batch], pad)
+        labels[:, 0] = -100
+        parts += zip(*(t.tolist() for t in nll(model, ids, labels, mask)))
+    parts = [part for part in parts if part[1]]
+    if not parts:
+        raise ValueError(f"{len(examples)} examples have no token to predict")
+    return score("perplexity", parts, metric("perplexity"))
+
+
+def choose(model, tokenizer, prompts, choices, batch=8):
+    """For each prompt the choice the model finds likeliest after it, by the mean
+    log-likelihood of the choice's tokens.
+
+    The mean and not the sum: choices have different numbers of tokens, and the sum
+    would prefer short ones. ValueError where there are no prompts or no choices, or one
+    of them is empty: nothing precedes the choice, or nothing is chosen.
+    """
+    at_least(1, batch=batch)
+    prompts, choices = list(prompts), list(choices)
+    for name, texts in (("prompts", prompts), ("choices", choices)):
+        if not texts or not all(texts):
+            raise ValueError(
+                f"{name}: "
+                + (
+                    f"number {texts.index('') + 1} of {len(texts)} is empty"
+                    if texts
+                    else "there are none"
+                )
+            )
+    rows = []
+    for prompt in prompts:
+        for choice in choices:
+            ids, offsets = tokenizer.spans(f"{prompt} {choice}")
+            rows.append(
+                (ids, [i if end > len(prompt) else -100 for i, (_, end) in zip(ids, offsets)])
+            )
+    means = []
+    for i in range(0, len(rows), batch):
+        ids, mask = left_pad([ids for ids, _ in rows[i : i + batch]])
+        labels, _ = left_pad([labels for _, labels in rows[i : i + batch]], -100)
+        total, count = nll(model, ids, labels, mask)
+        means += (total / count).tolist()
+    scores = np.array(means).reshape(len(prompts), len(choices))  # (n * c,) -> (n, c)
+    return [choices[i] for i in scores.argmin(1)]

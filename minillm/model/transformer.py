@@ -1,0 +1,293 @@
+"""A decoder-only transformer: the GPT-2 and the Llama family, one by configuration.
+
+    x = embed(ids) [+ position]                        Vaswani et al. 2017 (arXiv 1706.03762), the decoder alone
+    x = x + attention(norm(x))     for each block      pre-norm, as GPT-2 (Radford et al. 2019) has it
+    x = x + mlp(norm(x))
+    logits = head(norm(x))
+
+                     GPT-2                  Llama (Touvron et al. 2023, arXiv 2302.13971), Qwen2 and 3, SmolLM2
+    positions        learned, added to x    rotary (RoPE, Su et al. 2021, arXiv 2104.09864), applied to q and k
+    norm             LayerNorm              RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467)
+    mlp              W2 gelu(W1 x)          SwiGLU: W_down (silu(W_gate x) * W_up x) (Shazeer 2020, arXiv 2002.05202)
+    attention        as many k, v as q      grouped queries: `heads / kv_heads` queries share one k, v (arXiv 2305.13245)
+
+Letters in the shapes: b batch, t tokens of this call, s tokens attended to, h heads, g key/value heads, d head size.
+
+Who sees whom is one rule, over documents and positions: see `attention`. A text is continued in
+`generate`, the cross-entropy is in `loss`.
+
+The leaves carry the names of the Hugging Face Llama (`q_proj` ... `down_proj`), in both families, so the targets of any LoRA
+recipe can be written here as they stand. transformers keeps a file for each architecture and lets them repeat each
+other, so that each can be read alone; here one page serves both, and the price is the few `if`s in the constructors.
+Not included: dropout, biases of attention by distance (ALiBi), mixtures of experts.
+"""
+
+import contextlib
+import dataclasses
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from minillm.model.attention import check_mask, fused, look
+from minillm.model.cache import Cache, write  # noqa: F401
+from minillm.model.generate import generate, left_pad, sample  # noqa: F401
+from minillm.model.loss import cross_entropy_sum, learnt
+from minillm.model.rope import check_scaling, rope_table, rotate
+from minillm.ops import linear
+from minillm.registry import same_shape
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+NORMS = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
+
+
+@dataclasses.dataclass
+class Config:
+    """The shape of a Transformer. The defaults are the Llama family's; `Config.gpt2` has GPT-2's."""
+
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int | None = None  # None: as many as heads
+    head_size: int | None = None  # None: width / heads
+    ffn: int | None = None  # None: 4 * width
+    positions: int = 2048  # the longest sequence
+    norm: str = "rms"
+    eps: float = 1e-5
+    activation: str = "silu"
+    gated: bool = True  # SwiGLU's gate
+    rope_base: float | None = 10000.0  # None: learned positions
+    rope_scaling: dict | None = None  # for contexts beyond the trained ones; see rope.py
+    window: int | None = None  # a token sees so many, itself included (Mistral's sliding window); None: all before it
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False  # the norm of q and of k in each head, before they turn (Qwen3)
+    tied: bool = True  # the head is the embedding
+
+    def __post_init__(self):
+        for field in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_size", "ffn", "positions", "window"):
+            value = getattr(self, field)
+            if not (type(value) is int and 1 <= value < 1 << 31 or value is None and getattr(Config, field, 0) is None):
+                raise ValueError(f"{field}={value!r} is not a whole number from 1")
+        for field in ("eps", "rope_base"):
+            value = getattr(self, field)
+            if not (isinstance(value, (int, float)) and 0 < value < math.inf or value is None and field == "rope_base"):
+                raise ValueError(f"{field}={value!r} is not a number above 0")
+        for field in ("gated", "qkv_bias", "out_bias", "mlp_bias", "qk_norm", "tied"):
+            if not isinstance(getattr(self, field), bool):
+                raise ValueError(f"{field}={getattr(self, field)!r} is neither true nor false")
+        self.kv_heads = self.kv_heads or self.heads
+        self.head_size = self.head_size or self.width // self.heads
+        self.ffn = self.ffn or 4 * self.width
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
+        if self.rope_base and self.head_size % 2:
+            raise ValueError(f"RoPE turns pairs: head_size={self.head_size} is odd")
+        if self.rope_scaling and not self.rope_base:
+            raise ValueError(f"rope_scaling={self.rope_scaling!r} is for RoPE, and rope_base is None")
+        check_scaling(self.rope_scaling, self.head_size)
+        for field, known in (("activation", ACTIVATIONS), ("norm", NORMS)):
+            if getattr(self, field) not in known:
+                raise ValueError(f"{field}={getattr(self, field)!r} is unknown; known: {', '.join(known)}")
+
+    @classmethod
+    def gpt2(cls, vocab_size, width, layers, heads, **others):
+        """The GPT-2 family: learned positions, LayerNorm, GELU, biases everywhere."""
+        family = dict(norm="layer", activation="gelu_tanh", gated=False, rope_base=None, positions=1024)
+        biases = dict(qkv_bias=True, out_bias=True, mlp_bias=True)
+        return cls(vocab_size, width, layers, heads, **{**family, **biases, **others})
+
+
+class Linear(nn.Linear):
+    """nn.Linear by `registry.linear`, which reads W at the speed of memory where a single row is computed in compiled code."""
+
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
+class Attention(nn.Module):
+    """softmax(q kᵀ / sqrt(d) + mask) v, in heads."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.head_size = c.head_size
+        self.q_proj = Linear(c.width, c.heads * c.head_size, bias=c.qkv_bias)
+        self.k_proj = Linear(c.width, c.kv_heads * c.head_size, bias=c.qkv_bias)
+        self.v_proj = Linear(c.width, c.kv_heads * c.head_size, bias=c.qkv_bias)
+        self.o_proj = Linear(c.heads * c.head_size, c.width, bias=c.out_bias)
+        self.q_norm = NORMS[c.norm](c.head_size, eps=c.eps) if c.qk_norm else None
+        self.k_norm = NORMS[c.norm](c.head_size, eps=c.eps) if c.qk_norm else None
+
+    def forward(self, x, rope=None, mask=None, cache=None):
+        def in_heads(y):
+            return y.unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # (b, t, h*d) -> (b, h, t, d)
+
+        q, k, v = in_heads(self.q_proj(x)), in_heads(self.k_proj(x)), in_heads(self.v_proj(x))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)  # over d
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            k, v = write(*cache, k, v)  # (b, g, t, d) -> (b, g, s, d)
+        y = fused(q, k, v, mask)
+        return self.o_proj(y.transpose(1, 2).flatten(2))  # (b, h, t, d) -> (b, t, h*d)
+
+
+class MLP(nn.Module):
+    """down(act(up(x))), or with a gate down(act(gate(x)) * up(x))."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.activation = ACTIVATIONS[c.activation]
+        self.gate_proj = Linear(c.width, c.ffn, bias=c.mlp_bias) if c.gated else None
+        self.up_proj = Linear(c.width, c.ffn, bias=c.mlp_bias)
+        self.down_proj = Linear(c.ffn, c.width, bias=c.mlp_bias)
+
+    def forward(self, x):
+        if self.gate_proj is None:
+            return self.down_proj(self.activation(self.up_proj(x)))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.input_layernorm = NORMS[c.norm](c.width, eps=c.eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = NORMS[c.norm](c.width, eps=c.eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x, rope=None, mask=None, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """ids (b, t) -> logits (b, t, vocab).
+
+    With `recompute` the blocks keep no activations for the backward pass, but compute them again.
+    """
+
+    recompute = compiled = False
+    source = ""  # the name or the path that `load` was given
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.width)
+        self.embed_positions = None if c.rope_base else nn.Embedding(c.positions, c.width)
+        self.layers = nn.ModuleList(Block(c) for _ in range(c.layers))
+        self.norm = NORMS[c.norm](c.width, eps=c.eps)
+        self.lm_head = Linear(c.width, c.vocab_size, bias=False)
+        if c.tied:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        """GPT-2's initialisation: N(0, 0.02), divided by sqrt(2 layers) where a block adds to the residual stream."""
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                end = name.endswith(("o_proj.weight", "down_proj.weight"))
+                p.normal_(0, 0.02 / (2 * self.config.layers) ** 0.5 if end else 0.02)
+            elif name.endswith("bias"):
+                p.zero_()
+
+    def get_output_embeddings(self):
+        """The head, under the name that Hugging Face models give it."""
+        return self.lm_head
+
+    def hidden(self, ids, mask=None, cache=None):
+        """ids (b, t) of int64 -> hidden states before the head (b, t, width).
+
+        mask (b, t): the document of each token, 0 at padding; bool does for a single one (None: the
+        whole row is one). With a cache, ids are the tokens that follow those it holds. IndexError
+        for ids outside the vocabulary, ValueError for a text beyond the positions, and for a mask or
+        a cache that does not fit.
+        """
+        c = self.config
+        check_mask(ids, mask)
+        if cache is not None:
+            cache.check(ids, c, self.norm.weight.dtype)
+        # Compiled code for one token wants keys of one length: all columns, filled or not.
+        static = self.compiled and cache is not None and cache.filled > 0 and ids.shape[1] == 1
+        x = self.embed(ids)  # (b, t) -> (b, t, width)
+        positions, visible = look(ids, mask, cache, c.positions, c.window, static)
+        if self.embed_positions is not None:
+            x = x + self.embed_positions(positions)
+        rope = rope_table(positions, c.head_size, c.rope_base, c.rope_scaling) if c.rope_base else None
+        return self.norm(self.blocks(x, rope, visible, cache, static))
+
+    def embed(self, ids):
+        """ids (b, t) -> (b, t, width); IndexError, with their range, for ids that have no row."""
+        try:
+            return self.embed_tokens(ids)
+        except IndexError as error:
+            low, high, size = ids.min().item(), ids.max().item(), self.config.vocab_size
+            raise IndexError(f"the ids run from {low} to {high}, "
+                             f"but the vocabulary has {size} entries") from error
+
+    def blocks(self, x, rope, visible, cache, static):
+        """x (b, t, width) through every block."""
+        if cache is None:
+            for block in self.layers:
+                if self.recompute and torch.is_grad_enabled():
+                    x = checkpoint(block, x, rope, visible, use_reentrant=False)
+                else:
+                    x = block(x, rope, visible)
+            return x
+        once = self.compiled and not static  # a prompt: its length is new, so it runs uncompiled
+        with torch.compiler.set_stance("force_eager") if once else contextlib.nullcontext():
+            for block, store in zip(self.layers, cache.stores(x.shape[1], static)):
+                x = block(x, rope, visible, store)
+        cache.filled += x.shape[1]
+        return x
+
+    def forward(self, ids, mask=None, cache=None):
+        """ids (b, t) -> logits (b, t, vocab); the arguments are those of `hidden`."""
+        return self.lm_head(self.hidden(ids, mask, cache))
+
+    def loss(self, ids, labels, mask=None, reduction="mean"):
+        """Cross-entropy in nats of predicting labels (b, t) from the ids before them -> ().
+
+        A label of -100 is not learnt. A label is in the column of its own id: the shift by one
+        happens here. "mean" divides by the number of labels learnt, "sum" does not divide. The
+        logits never exist whole: see `loss`. ValueError where no label is left, and for labels
+        outside the vocabulary.
+        """
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction={reduction!r} is unknown; known: 'mean', 'sum'")
+        same_shape(ids, labels=labels)  # `hidden` looks at the mask
+        keep, y = learnt(labels, self.config.vocab_size)  # (b, t - 1), (n,)
+        h = self.hidden(ids, mask)[:, :-1][keep]  # (n, width)
+        total = cross_entropy_sum(h, y, self.lm_head)
+        return total / len(y) if reduction == "mean" else total
+
+    generate = generate
+
+    def __getstate__(self):
+        """A copy or a pickle is not compiled: torch leaves the code out, and this the flag."""
+        return {key: value for key, value in super().__getstate__().items() if key != "compiled"}
+
+
+def compile(model):
+    """Have torch.compile make one block, and use it for all of them, and the head; in place, returns the model.
+
+    A block is a function of its weights, so blocks of one structure share one piece of code: what compiles is 1/layers of the model.
+    Single tokens and training then run compiled; a prompt does not. Techniques may be attached before or after.
+    """
+    if not isinstance(model, Transformer):
+        raise TypeError(f"compile is for minillm's Transformer, not {type(model).__name__}: torch.compile(model) takes any module")
+    for module in (*model.layers, model.lm_head):
+        module.compile()
+    model.compiled = True
+    return model

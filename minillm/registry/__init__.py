@@ -1,0 +1,31 @@
+"""Where the techniques meet. Read `layer` first.
+
+    leaf         a module with one weight matrix
+    layer        Layer, Patch and Format: the one idea
+    sites        the places of a model's tree
+    targets      which of them a technique wraps
+    table        the techniques that there are
+    batch        what they add to a batch
+    learning     which of the model's own parameters learn
+    attach       how a patch or a format takes its place
+    verbs        unwrap, merge, unmerge
+    store        save, load; with `learned` and `fingerprint`
+"""
+
+from minillm.registry.batch import prepare, same_shape
+from minillm.registry.layer import (
+    Below, CannotMerge, Format, Layer, Patch, dense, leaf,
+)
+from minillm.registry.leaf import LEAVES, Leaf, kept
+from minillm.registry.sites import Site, layers, parameters, ties, untie, walk
+from minillm.registry.table import (
+    TECHNIQUES, attached, formats_of, patches_of, register, techniques,
+)
+from minillm.registry.targets import computed, hidden_linears, hint, select
+
+__all__ = [
+    "Below", "CannotMerge", "Format", "LEAVES", "Layer", "Leaf", "Patch", "Site", "TECHNIQUES",
+    "attached", "computed", "dense", "formats_of", "hidden_linears", "hint", "kept", "layers",
+    "leaf", "parameters", "patches_of", "prepare", "register", "same_shape", "select",
+    "techniques", "ties", "untie", "walk",
+]

@@ -1,0 +1,212 @@
+"""Which model a file belongs to: samples of the weights that the file itself does not hold.
+
+An adapter is a change of one base model. Loaded onto another model of the same shapes it computes
+nonsense, and no shape betrays it. So every file that a technique or the training loop writes carries
+the model's configuration, the names of its parameters, and four values of each weight that the file
+relies on. Reading the file compares them.
+
+    same dtype         the values must be equal, bit for bit
+    another dtype      they must agree within the coarser dtype's rounding (a cast keeps the model)
+    another format     they must agree within what the rounding of both formats may change (an
+                       adapter that was trained over int8 belongs to the dense model as well)
+    what learns        is not compared: the file holds it, or another technique's file does
+
+A hash of all weights would see a single changed value too. It would also refuse the same model in
+bfloat16, and take a second for each gigabyte.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+
+import torch
+
+from minillm import distributed
+from minillm.registry.learning import slots
+from minillm.registry.layer import Format
+from minillm.registry.sites import parameters, walk
+
+SAMPLES = 4  # values of each weight
+
+# Fields of a configuration that do not change what the model computes from its weights in eval:
+# names, dropout, how it is run. The parameters show `tied` and the number of learned positions.
+ASIDE = re.compile(
+    "_?name_or_path|.*version|architectures|(torch_)?dtype|device.*|use_cache|output_.*|"
+    "return_dict|.*attn_implementation|.*(drop|dropout)|.*_token_id|id2label|label2id|"
+    "problem_type|quantization_config|initializer_.*|tied|tie_.*|(n_)?positions|"
+    "max_position_embeddings|pretraining_tp|chunk_size.*"
+)
+
+
+# --- writing ----------------------------------------------------------------------------------
+
+
+def of(model, without=None):
+    """A dict for JSON: the model's name, its configuration, and samples of its weights.
+
+    The weights are its own parameters, and what a Format stores. Of those in `without` there is
+    the name alone. By default these are the ones that learn, for whoever asks saves them.
+    """
+    every = own(model)
+    without = {name for name, p in every.items() if p.requires_grad} if without is None else without
+    samples = {name: sample(p) for name, p in every.items() if name not in without}
+    stored = {name: form for name, form in formats(model) if name not in without}
+    return dict(model=name_of(model), config=settings(model), samples=samples,
+                stored={name: sample_stored(form) for name, form in stored.items()},
+                others=sorted({name for name, *_ in slots(model)} - samples.keys() - stored.keys()))
+
+
+def own(model):
+    """{name: parameter} of the model's own dense parameters; a tied one once, under its first name."""
+    first = {}
+    for name, _, _, p in parameters(model):
+        first.setdefault(id(p), (name, p))
+    return dict(first.values())
+
+
+def formats(model):
+    """[(name of the weight, Format)] of the leaves that a Format stores."""
+    return [
+        (f"{site.name}.weight", site.module)
+        for site in walk(model)
+        if isinstance(site.module, Format)
+    ]
+
+
+@torch.no_grad()
+def sample(p):
+    """[dtype, shape, values] of a parameter, from places spread evenly over it."""
+    p = distributed.whole(p.detach())
+    places = [p.numel() * (2 * i + 1) // (2 * SAMPLES) for i in range(min(SAMPLES, p.numel()))]
+    values = p.flatten()[torch.tensor(places, dtype=torch.long, device=p.device)]
+    return [str(p.dtype).removeprefix("torch."), list(p.shape), values.double().tolist()]
+
+
+@torch.no_grad()
+def sample_stored(form):
+    """[dtype, shape, values, format, distances] of what a Format stores.
+
+    A distance says how far a value may be from what was packed; None: nothing is known.
+    """
+    off = form.rounding().expand(form.shape)  # (out, in)
+    _, _, distances = sample(off.T if form.leaf.transposed else off)  # in the places of the values
+    return [
+        *sample(form.weight),
+        form.technique,
+        [d if math.isfinite(d) else None for d in distances],
+    ]
+
+
+def settings(model):
+    """{field: value} of the configuration, for JSON; {} where the model has none that is known.
+
+    Known are dataclasses, and what has a `to_dict`, as the configurations of transformers have.
+    """
+    config = getattr(model, "config", None)
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        fields = dataclasses.asdict(config)
+    elif callable(getattr(config, "to_dict", None)):
+        fields = config.to_dict()
+    else:
+        return {}
+    fields = json.loads(json.dumps(fields, default=str))
+    return {str(key): value for key, value in fields.items() if not ASIDE.fullmatch(str(key))}
+
+
+def name_of(model):
+    """What to call the model in an error: where it was loaded from, else its class."""
+    told = getattr(model, "source", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
+    return str(told or type(model).__name__)
+
+
+# --- reading ----------------------------------------------------------------------------------
+
+
+def differs(model, then):
+    """A sentence that names both models, if the fingerprint `then` is not this model's; else None.
+
+    ValueError where `then` is no fingerprint. What a file of an earlier minillm lacks is not
+    compared.
+    """
+    try:
+        theirs, called, config, names = parsed(then)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ValueError(f"the fingerprint of its model is not whole ({type(error).__name__}: {error})") from error
+    both = f"it was made for {called!r} {{}}this model is {name_of(model)!r}{{}}: "
+    mine = settings(model)
+    odd = [key for key in mine if key in config and not alike(mine[key], config[key])]
+    if odd:
+        its, here = (", ".join(f"{key}={known[key]!r}" for key in odd) for known in (config, mine))
+        return both.format(f"with {its}, ", f" with {here}").removesuffix(": ")
+    here = {name for name, *_ in slots(model)}
+    more, fewer = sorted(here - names) if names else [], sorted((names | theirs.keys()) - here)
+    if more or fewer:
+        number, what, first = (
+            (len(fewer), "lacks", fewer[0]) if fewer else (len(more), "has also", more[0])
+        )
+        return both.format("and ", "") + f"it {what} the parameter {first!r} ({number} such)"
+    ours = {
+        name: sample(p) + ["", [0.0] * SAMPLES] for name, p in own(model).items() if name in theirs
+    }
+    ours |= {name: sample_stored(form) for name, form in formats(model) if name in theirs}
+    odd = [name for name in ours if not agree(ours[name], theirs[name])]
+    if not odd:
+        return None
+    return (
+        both.format(f"(fingerprint {digest(theirs)}), ", f" (fingerprint {digest(ours)})")
+        + f"{len(odd)} of {len(theirs)} parameters differ, first {odd[0]!r}"
+    )
+
+
+def parsed(then):
+    """({weight: its sample, as `sample_stored` has it}, the model's name, its settings, names)."""
+    theirs = {name: [*entry, "", [0.0] * SAMPLES] for name, entry in then["samples"].items()}
+    theirs |= then.get("stored", {})
+    for name, (dtype, shape, values, form, off) in theirs.items():
+        torch.finfo(getattr(torch, dtype))
+        if len(off) < len(values):
+            raise ValueError(f"{name!r} has {len(values)} values and {len(off)} distances")
+        theirs[name] = [
+            dtype,
+            list(shape),
+            [float(v) for v in values],
+            str(form),
+            [d if d is None else float(d) for d in off],
+        ]
+    config = dict(then.get("config") or {})
+    names = {*then["others"], *theirs} if "others" in then else set()
+    return theirs, str(then["model"]), config, names
+
+
+def alike(a, b):
+    """Whether two settings are equal; single precision, as in a GGUF, does not change a number."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a)
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-6)
+    return a == b
+
+
+def agree(ours, theirs):
+    """Whether two samples can be of one weight, up to a cast and to the rounding of formats."""
+    (dtype, shape, values, form, off), (other_dtype, other_shape, others, other_form, other_off) = (
+        ours,
+        theirs,
+    )
+    if shape != other_shape or len(values) != len(others):
+        return False
+    if (dtype, form) == (other_dtype, other_form):
+        return all(a == b or a != a and b != b for a, b in zip(values, others))
+    rounding = [torch.finfo(getattr(torch, name)) for name in (dtype, other_dtype)]
+    relative, absolute = max(f.eps for f in rounding), max(f.smallest_normal for f in rounding)
+    return all(
+        c is None or d is None or abs(a - b) <= c + d + relative * max(abs(a), abs(b)) + absolute
+        for a, b, c, d in zip(values, others, off, other_off)
+    )
+
+
+def digest(samples):
+    """Eight hex digits for an error message; a cast changes them."""
+    return hashlib.sha256(json.dumps(samples, sort_keys=True).encode()).hexdigest()[:8]

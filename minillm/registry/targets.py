@@ -1,0 +1,88 @@
+"""Which sites a technique wraps: what `targets` names, or a default."""
+
+import difflib
+import re
+
+from minillm.registry.layer import leaf
+from minillm.registry.leaf import kept
+from minillm.registry.sites import ties, walk
+
+
+def hidden_linears(model):
+    """The default targets: every linear leaf but the output head and leaves that share their matrix with another."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    tied = ties(model)
+    return lambda site: not site.leaf.lookup and site.name not in tied and head not in (site.module, site.layer or site.module)
+
+
+def select(model, targets, accepts, default, what="leaf"):
+    """The sites that `targets` names, of those that `accepts` takes.
+
+    targets: None (those that `default` says yes to); a list of name endings, each of which must match; a regular expression for a
+    whole name or its end after a dot; or a function (name, module) -> bool. What matches nothing is an error.
+    """
+    if leaf(model) is not None:
+        raise ValueError(f"the model is itself a leaf ({type(model).__name__}), which cannot be replaced in place: "
+                         "put it into an nn.Sequential")
+    every = walk(model)
+    sites = [site for site in every if accepts(site)]
+    if targets is None:
+        chosen = [site for site in sites if default(site)]
+        if not chosen:
+            raise ValueError(f"no {what} to wrap by default in this {type(model).__name__}; {hint('', sites)}")
+        return chosen
+    if callable(targets):
+        chosen = [site for site in sites if targets(site.name, site.module)]
+        if not chosen:
+            raise ValueError(f"the function {getattr(targets, '__name__', targets)!r} picked no {what}; {hint('', sites)}")
+        return chosen
+
+    if not isinstance(targets, str | list | tuple | set | frozenset) or not all(isinstance(t, str) for t in targets):
+        raise ValueError(f"targets={targets!r} is neither a regular expression, nor a list of name endings, nor a function; "
+                         f"{hint('', sites)}")
+    patterns = {}
+    if isinstance(targets, str):  # alternatives outside brackets are checked one by one: one misspelt name is found
+        plain = not re.search(r"[()\[\]\\]", targets)
+        patterns = {part: part for part in (targets.split("|") if plain else [targets])}
+    else:
+        patterns = {ending: re.escape(ending) for ending in targets}
+    if not patterns:
+        raise ValueError(f"targets={targets!r} is empty; {hint('', sites)}")
+    chosen = set()
+    for written, pattern in patterns.items():
+        try:
+            found = re.compile(rf"(?:.*\.)?(?:{pattern})")
+        except re.error as error:
+            raise ValueError(f"targets={written!r} is not a regular expression: {error}") from error
+        matching = [site.name for site in sites if found.fullmatch(site.name)]
+        if not matching:
+            others = [site for site in every if found.fullmatch(site.name)]
+            why = (
+                f"{others[0].name!r} is a {type(others[0].module).__name__}, no {what} that can "
+                f"be wrapped{computed(others[0])}"
+                if others
+                else f"no module's name ends so ({len(every)} were looked at)"
+            )
+            raise ValueError(f"target {written!r} matches no {what}: {why}; {hint(written, sites)}")
+        chosen.update(matching)
+    return [site for site in sites if site.name in chosen]
+
+
+def computed(site):
+    """What to say of a site whose weight is no parameter of its own; else nothing."""
+    if kept(site.module) and not leaf(site.module):
+        return (
+            ": its weight is computed from other parameters (by weight_norm or nn.utils.prune, "
+            "for example); make it a parameter again first, with torch's remove_parametrizations, "
+            "remove_weight_norm or prune.remove"
+        )
+    return ""
+
+
+def hint(written, sites):
+    """What would have matched: the endings closest to what was written, or some that there are."""
+    endings = list(dict.fromkeys(re.sub(r"^.*\.(?=[^.]*[^.\d][^.]*$)", "", site.name) for site in sites))
+    names = difflib.get_close_matches(written.rsplit(".", 1)[-1], endings, n=4, cutoff=0.5) or endings[:8]
+    if not names:
+        return "this model has nothing that could be wrapped"
+    return "what would have matched: " + ", ".join(repr(name) for name in names)

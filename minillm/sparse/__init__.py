@@ -1,0 +1,116 @@
+"""Compressed sparse rows (CSR): store the weights that are not zero, and where they stand.
+
+    row i of W:  values[crow[i] : crow[i+1]]  in the columns  col[crow[i] : crow[i+1]]
+    Saad 2003, "Iterative Methods for Sparse Linear Systems", 2nd ed., section 3.4
+
+    code      Saad's name    shape        dtype
+    values    AA             (nnz,)       the model's
+    col       JA             (nnz,)       int32, rising within a row
+    crow      IA             (out + 1,)   int32
+
+Cost: 4 bytes for the column beside each value. In float32 it saves memory from 50% zeros
+on, in bfloat16 from 67%. On a CPU it is faster than a dense float32 product from about 75%
+zeros. No accuracy is lost: what is stored is W, so prune and merge first. LoRA fills the
+zeros: it cannot be merged into a leaf that is stored so, unless `anyway`.
+
+torch has `torch.sparse_csr_tensor`, but a Parameter of that kind breaks `.to`, deepcopy and
+safetensors. So three ordinary buffers are kept, and the sparse view is made at each call
+(some microseconds). The product (`csr.py`) is one operator of our own, so that torch.compile sees a
+leaf and not torch's sparse internals, and so that a model in half precision (or under
+autocast) can be computed in float32, which is what the CPU has. Not included: a gradient
+for the values, blocks, and CUDA's 2:4 pattern.
+
+>>> from torch import nn; import torch, minillm
+>>> model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(2, 8)
+>>> pruned = minillm.prune.merge(minillm.prune.wrap(model, sparsity=0.75))(x)
+>>> torch.allclose(minillm.sparse.wrap(model)(x), pruned, atol=1e-6), model[0].values.numel()
+(True, 16)
+"""
+
+import torch
+
+from minillm import ops, options
+from minillm.sparse.csr import csr_matmul
+from minillm.registry import Format, dense, hidden_linears, select
+from minillm.registry.attach import attach
+from minillm.registry.verbs import verbs
+
+
+class CSR(Format):
+    variable = ("col", "values")
+
+    def __init__(self, site, anyway=False):
+        self.anyway = options.flag("anyway", anyway)
+        super().__init__(site)
+
+    def pack(self, W):
+        W = W.to(self.dtype)
+        crow = torch.cat([W.new_zeros(1, dtype=torch.long), (W != 0).sum(1).cumsum(0)])
+        rows, columns = W.nonzero(as_tuple=True)  # sorted by row
+        self.register_buffer("crow", crow.to(torch.int32))
+        self.register_buffer("col", columns.to(torch.int32))
+        self.register_buffer("values", W[rows, columns])
+
+    def rows(self):
+        """The row of each value, (nnz,)."""
+        every = torch.arange(self.shape[0], device=self.col.device)
+        return every.repeat_interleave(self.crow.diff().long(), output_size=self.col.numel())
+
+    def dense(self):
+        W = self.values.new_zeros(self.shape)
+        W[self.rows(), self.col.long()] = self.values
+        return W
+
+    def rounding(self):
+        """None where a value is kept. A zero may be a weight that was pruned."""
+        return torch.where(self.dense() == 0, torch.inf, 0.0)
+
+    def forward(self, x):
+        x = ops.in_autocast(x)
+        rows = x.reshape(-1, self.shape[1])  # (..., in) -> (n, in)
+        y = csr_matmul(self.crow, self.col, self.values, rows, self.shape[0])
+        y = y.view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def check(self, where):
+        n, counts, col = self.values.numel(), self.crow.diff(), self.col
+        whole = self.crow[0] == 0 and self.crow[-1] == n == col.numel()
+        if not whole or (counts < 0).any() or (col < 0).any() or (col >= self.shape[1]).any():
+            raise ValueError(f"{where}: crow, col and values contradict each other for a {self.shape} matrix")
+        same_row = self.rows().diff() == 0
+        if (same_row & (col.diff() <= 0)).any():
+            raise ValueError(f"{where}: the columns of a row do not rise: one is out of order, or written twice")
+
+    def pays(self, where):
+        zeros = 1 - self.values.numel() / (self.shape[0] * self.shape[1])
+        if not self.anyway:
+            smaller(where, zeros, self.dtype, "Unwrap sparse first, or wrap it with anyway=True")
+
+    def config(self):
+        return dict(anyway=self.anyway)
+
+
+def smaller(where, zeros, dtype, remedy):
+    """ValueError where a matrix with this share of zeros needs more bytes in CSR than dense."""
+    break_even = 1 - dtype.itemsize / (dtype.itemsize + 4)
+    if zeros < break_even:
+        raise ValueError(f"{where!r} has {zeros:.0%} zeros; CSR is smaller than {dtype} from "
+                         f"{break_even:.0%} on. {remedy}")
+
+
+def wrap(model, targets=None, *, anyway=False):
+    """Store the leaves that `targets` names (see `registry.select`) in CSR; returns the model.
+
+    By default every linear leaf but the output head and tied matrices. ValueError, unless `anyway`,
+    where CSR would need more bytes than the dense matrix: prune and merge first. The same holds for
+    what is merged into CSR later.
+    """
+    options.flag("anyway", anyway)
+    for site in () if anyway else select(model, targets, CSR.accepts, hidden_linears(model)):
+        W, _ = dense(site.module)
+        smaller(site.name, (W == 0).float().mean().item(), W.dtype,
+                "Prune and merge first, or say anyway=True")
+    return attach(CSR, model, targets, anyway=anyway)
+
+
+unwrap, merge, unmerge, save, load = verbs("sparse", CSR)

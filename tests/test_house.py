@@ -1,0 +1,58 @@
+"""The house: which part of minillm may import which. A file imports from its own folder and from the floors below it."""
+
+import ast
+import pathlib
+
+import minillm
+
+FLOORS = [
+    ["files", "swap", "ops", "options", "distributed"],
+    ["registry", "data"],
+    ["model"],
+    ["calling"],
+    ["freeze", "prompts", "lora", "adapters", "quant", "prune", "sparse"],
+    ["train", "measure"],
+    ["checkpoints"],
+    ["zoo"],
+    ["compare"],
+    ["cli"],
+    ["__main__"],
+]
+FLOOR = {part: i for i, parts in enumerate(FLOORS) for part in parts}
+HELPERS = {"files": "swap"}  # one idea in two files, and no folder
+ROOT = pathlib.Path(minillm.__file__).parent
+
+
+def imports(path):
+    """(the part of minillm that is imported, whether within a function) of every import in a file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    top = {id(node) for node in tree.body}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "minillm":
+            parts = node.module.split(".")[1:2] or [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            parts = [alias.name.split(".")[1] for alias in node.names if alias.name.startswith("minillm.")]
+        else:
+            continue
+        for part in parts:
+            yield part, id(node) not in top
+
+
+def test_every_file_has_a_floor():
+    parts = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in ROOT.rglob("*.py")}
+    assert parts - {"__init__"} == set(FLOOR)
+
+
+def test_imports_go_down():
+    seen = 0
+    for path in ROOT.rglob("*.py"):
+        part = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        if part == "__init__":
+            continue
+        for other, late in imports(path):
+            seen += 1
+            where = f"{path.relative_to(ROOT)} imports {other}"
+            assert not late, f"{where} within a function: that hides a circle"
+            inside = other == part or HELPERS.get(part) == other
+            assert inside or FLOOR[other] < FLOOR[part], f"{where}, which is not below it"
+    assert seen > 100
