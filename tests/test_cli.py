@@ -29,6 +29,7 @@ def test_train_then_eval_then_generate_with_what_was_learnt(run, model, tmp_path
     scores = [float(run("eval", *adapter, "--text", "a.txt", "--length", 64).split()[1])
               for adapter in ([], ["--adapter", "lora.safetensors"])]
     assert scores[1] < 0.95 * scores[0]
+    assert "n=3" in run("eval", "--text", "a.txt", "--length", 64, "--windows", 3)
     streamed = run("generate", "--adapter", "lora.safetensors", "The for", "--max-new-tokens", 8)
     m, tokenizer = minillm.load(model)
     minillm.lora.load(m, "lora.safetensors")

@@ -248,3 +248,9 @@ def test_a_file_belongs_to_one_configuration_of_transformers(tmp_path):
         ValueError, match="with rms_norm_eps=1e-06, this model is .* with rms_norm_eps=0.001"
     ):
         minillm.lora.load(model, tmp_path / "a")
+
+
+def test_a_number_is_not_nan():
+    here, nan = ["float32", [2], [1.0, 2.0], "", [0.0] * 4], ["float32", [2], [1.0, float("nan")], "", [0.0] * 4]
+    assert fingerprint.agree(here, here) and fingerprint.agree(nan, nan)
+    assert not fingerprint.agree(here, nan) and not fingerprint.agree(nan, here)

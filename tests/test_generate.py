@@ -240,6 +240,7 @@ IDS = torch.tensor([[3, 1, 4], [0, 5, 9]])
         (IDS.float(), {}, "ids are torch.float32"),
         (IDS + 20, {}, "ids run from 20 to 29"),
         (IDS, dict(mask=IDS[:, :2] > 0), r"mask \(2, 2\) and ids \(2, 3\) differ in shape"),
+        (IDS, dict(mask=IDS[0] > 0), r"mask \(3,\) and ids \(2, 3\) differ in shape"),
         (
             IDS,
             dict(mask=torch.tensor([[1, 1, 1], [1, 1, 0]])),

@@ -8,6 +8,7 @@ from test_tokenizer import tables
 
 import minillm
 from minillm import checkpoints, zoo
+from minillm.checkpoints import gguf as ours
 from minillm.model.tokenizer import BytePair
 
 gguf = pytest.importorskip("gguf")
@@ -132,3 +133,15 @@ def test_transformers_reads_our_qwen3(tmp_path, tokenizer):
     theirs = hugging_face().AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32).eval()
     ids = torch.randint(24, (2, 9))
     torch.testing.assert_close(theirs(ids).logits, model(ids), rtol=0, atol=1e-4)
+
+
+def test_values_of_every_type_are_skipped(tmp_path, tokenizer):
+    kinds = gguf.GGUFValueType
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    for kind in kinds:
+        value = {kinds.STRING: "x", kinds.BOOL: True}.get(kind, 1)
+        if kind is not kinds.ARRAY:
+            writer.add_key_value(f"one.{kind.name}", value, kind)
+            writer.add_key_value(f"some.{kind.name}", [value] * 3, kinds.ARRAY, kind)
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+    ours.check(tmp_path / "m.gguf")

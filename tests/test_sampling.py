@@ -7,7 +7,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as some
 
-from minillm.model.generate import choices, sample
+from minillm.model.generate import check_options, choices, sample
 
 
 def slow(logits, temperature, top_k=None, top_p=None, min_p=None):
@@ -118,3 +118,10 @@ def test_draws_follow_the_probabilities():
     assert share(temperature=0.0)[0] == 1
     for tiny in (1e-3, 1e-30, 1e-300):  # towards greedy, and never nan
         assert share(temperature=tiny)[0] == 1
+
+
+@pytest.mark.parametrize("option", [dict(top_k=2), dict(top_p=0.9), dict(min_p=0.1)])
+def test_a_filter_without_a_temperature_is_an_error(option):
+    with pytest.raises(ValueError, match="temperature"):
+        check_options(**option)
+    check_options(temperature=0.5, **option)
