@@ -32,7 +32,7 @@ def test_a_prompt_beyond_the_model_is_skipped_or_one_error(run, records, monkeyp
     assert "not answered" not in said
     said = run(*skip[:-4], "--length", 4096, "--max-new-tokens", 4, code=1)
     assert "512 positions" in said
-    monkeypatch.setattr(evaluate, "completions", no_loss)
+    monkeypatch.setattr(measure, "completions", no_loss)
     assert "qa.jsonl, line 2" in run("eval", "--data", records, "--length", 32, code=1)
 
 
@@ -48,7 +48,7 @@ def test_a_prompt_whose_loss_fits_and_whose_answer_does_not(run, tmp_path):
 
 
 def test_more_new_tokens_than_positions_are_refused_before_the_loss(run, monkeypatch):
-    monkeypatch.setattr(evaluate, "completions", no_loss)
+    monkeypatch.setattr(measure, "completions", no_loss)
     said = run("eval", "--data", "chats.jsonl", "--max-new-tokens", 600, code=1)
     assert "--max-new-tokens 600 leaves no room for a prompt: the model has 512 positions" in said
 
