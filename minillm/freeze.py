@@ -22,7 +22,7 @@ Not included: unfreezing layer by layer while training (ULMFiT's gradual unfreez
 from torch import nn
 
 from minillm.registry.learned import check_learned, put_back
-from minillm.registry.learning import buffers, freeze, slots, stopped_by, thaw
+from minillm.registry.learning import buffers, freeze, frozen, slots, stopped_by, thaw
 from minillm.registry import CannotMerge, parameters, register, select, walk
 from minillm.registry.store import check_base, field, learned_of, opened, sorted_out, write
 
@@ -37,13 +37,16 @@ def wrap(model, targets=None, *, last=2):
     """Freeze the modules that `targets` names (any modules; see `registry.select`), with all in them; returns the model.
 
     By default all but the last `last` blocks, and what comes after the blocks (the final norm, an untied head).
-    ValueError where nothing would be left to learn.
+    ValueError where nothing would be left to learn, and where a part of it is frozen already.
     """
     if targets is None:
         modules = lowest(model, last)
     else:
         modules = [site.name for site in select(model, targets, lambda site: True, None, "module")]
     names = frozenset(name for name, *_ in slots(model) if any(name.startswith(m + ".") for m in modules))
+    already = sorted(stopped_by(model, "freeze") & names)
+    if already:
+        raise ValueError(f"{already[0]!r} is frozen already: minillm.freeze.unwrap(model) first lets all of it learn again")
     shared = {id(p) for name, *_, p in parameters(model) if name in names}
     if all(id(p) in shared for *_, p in parameters(model)):
         raise ValueError(f"targets={targets!r} with last={last} freezes every parameter: nothing would be left to learn")
@@ -94,10 +97,9 @@ def save(model, path, force=False):
 
     A weight that a format stores by now is written dense. FileExistsError as for every technique's `save`.
     """
-    frozen = sorted(check_frozen(model))
-    write(
-        path, "freeze", model, {}, learned_of("freeze", model), dict(buffers(model)), force, frozen=frozen
-    )
+    check_frozen(model)
+    write(path, "freeze", model, {}, learned_of("freeze", model), dict(buffers(model)), force,
+          frozen=sorted(frozen(model)))
 
 
 def load(model, path, replace=False, any_base=False):
@@ -110,15 +112,15 @@ def load(model, path, replace=False, any_base=False):
     if stopped_by(model, "freeze") and not replace:
         raise ValueError(f"the model has freeze already, and {path} would take its place: unwrap it first, or say replace=True")
     _, own, kept = sorted_out(tensors, {}, path)
-    frozen, shared = set(field(metadata, "frozen", path, list)), field(metadata, "shared", path)
-    missing = frozen - {name for name, *_ in slots(model)}
+    stopped, shared = set(field(metadata, "frozen", path, list)), field(metadata, "shared", path)
+    missing = stopped - {name for name, *_ in slots(model)}
     if missing:
         raise ValueError(f"{path} freezes {sorted(missing)[0]!r}, which this model lacks ({len(missing)} such)")
     check_learned(model, own, kept, shared, path)
     check_base(model, metadata, path, any_base)
     put_back(model, own, kept, shared)
     thaw(model, "freeze")
-    freeze(model, "freeze", lambda name: name in frozen)
+    freeze(model, "freeze", lambda name: name in stopped)
     return model
 
 

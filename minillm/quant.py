@@ -65,6 +65,10 @@ class Int8(Format):
         half = (self.scale / 2).where(self.q.any(1, keepdim=True), 0.0)  # (out, 1)
         return half.T if self.leaf.lookup else half
 
+    def check(self, where):
+        if not (self.scale > 0).all():
+            raise ValueError(f"{where}: a scale is not a number above 0")
+
     def forward(self, x):
         if self.leaf.lookup:  # (b, t, width) * (b, t, 1)
             return (F.embedding(x, self.q) * F.embedding(x, self.scale)).to(self.dtype)

@@ -270,3 +270,137 @@ def test_other_names_of_a_parameter_are_checked_before_the_model_is_touched(
         assert all(
             t.equal(before[key]) for key, t in model.state_dict().items()
         ) and not minillm.layers(model)
+
+
+# --- what an adapter was made over ------------------------------------------------------------
+
+
+def trained(model, name, seed=0):
+    """As training would leave a technique: what it adds is moved."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for layer in minillm.layers(model).values():
+            for p in layer.patches[name].parameters() if name in layer.patches else ():
+                p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+def test_an_adapter_over_another_one_needs_it(tmp_path):
+    lora, other = tmp_path / "lora", tmp_path / "other"
+    minillm.lora.save(trained(minillm.lora.wrap(build("llama"), r=2), "lora", 1), other)
+    model = trained(minillm.lora.wrap(build("llama"), r=2), "lora")
+    minillm.lora.save(model, lora)
+    trained(minillm.adapters.wrap(model, size=2), "adapters")
+    minillm.adapters.save(model, tmp_path / "over")
+    minillm.lora.save(model, tmp_path / "again")  # it was here first, and needs nobody
+    minillm.lora.load(build("llama"), tmp_path / "again")
+    together = minillm.adapters.load(minillm.lora.load(build("llama"), lora), tmp_path / "over")
+    assert torch.equal(logits(together), logits(model))
+    for base, has in (([], "none"), ([other], r"another one \(\w{8}\)")):
+        base = [minillm.lora.load(m, path) for m in [build("llama")] for path in base] or [build("llama")]
+        with pytest.raises(ValueError, match=rf"another model: it was made over lora \(\w{{8}}\), and this model has {has}"):
+            minillm.adapters.load(base[0], tmp_path / "over")
+        assert not any("adapters" in layer.patches for layer in minillm.layers(base[0]).values())
+    minillm.adapters.load(build("llama"), tmp_path / "over", any_base=True)
+
+
+def test_an_adapter_over_another_one_knows_it_after_a_cast(tmp_path):
+    model = trained(minillm.lora.wrap(build("llama"), r=2), "lora")
+    minillm.lora.save(model, tmp_path / "lora")
+    minillm.prompts.save(minillm.prompts.wrap(model, length=2), tmp_path / "over")
+    minillm.prompts.load(minillm.lora.load(build("llama"), tmp_path / "lora").bfloat16(), tmp_path / "over")
+
+
+@pytest.mark.parametrize("over", ['{"lora": 1}', '{"lora": {"x": 1}}', '{"lora": {"layers.0.self_attn.q_proj": {"A": []}}}', "[]"])
+def test_a_file_whose_word_of_what_lay_beneath_is_broken(over, tmp_path):
+    model = minillm.adapters.wrap(minillm.lora.wrap(build("llama"), r=2), size=2)
+    minillm.lora.save(model, tmp_path / "lora"), minillm.adapters.save(model, tmp_path / "a")
+    tensors, metadata = minillm.registry.store.read(tmp_path / "a")
+    safetensors.torch.save_file(tensors, tmp_path / "b", dict(metadata, over=over))
+    with pytest.raises(ValueError, match="any_base=True"):
+        minillm.adapters.load(minillm.lora.load(build("llama"), tmp_path / "lora"), tmp_path / "b")
+
+
+def tune(model):
+    """All that learns moves."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+def test_an_adapter_over_freeze_needs_what_freeze_trained(tmp_path):
+    model = tune(minillm.freeze.wrap(build("llama"), last=1))
+    minillm.freeze.save(model, tmp_path / "freeze")
+    minillm.lora.save(trained(minillm.lora.wrap(model, r=2), "lora"), tmp_path / "lora")
+    with pytest.raises(ValueError, match="another model.*made over freeze: load the file of freeze first"):
+        minillm.lora.load(build("llama"), tmp_path / "lora")
+    again = minillm.lora.load(minillm.freeze.load(build("llama"), tmp_path / "freeze"), tmp_path / "lora")
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_freeze_over_an_adapter_needs_it(tmp_path):
+    model = tune(minillm.freeze.wrap(minillm.lora.wrap(build("llama"), r=2), last=1))
+    minillm.lora.save(model, tmp_path / "lora")
+    minillm.freeze.save(model, tmp_path / "freeze")
+    with pytest.raises(ValueError, match="made over lora"):
+        minillm.freeze.load(build("llama"), tmp_path / "freeze")
+    again = minillm.freeze.load(minillm.lora.load(build("llama"), tmp_path / "lora"), tmp_path / "freeze")
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("first", ["prune", "quant"])
+@pytest.mark.parametrize("second", ["lora", "freeze"])
+def test_what_learned_before_another_technique_stopped_it_is_in_the_file(first, second, tmp_path):
+    one, two = minillm.techniques()[first], minillm.techniques()[second]
+    model = tune(one.wrap(build("llama")))
+    tune(two.wrap(model, **(dict(r=2) if second == "lora" else dict(last=1))))
+    one.save(model, tmp_path / "one"), two.save(model, tmp_path / "two")
+    again = two.load(one.load(build("llama"), tmp_path / "one"), tmp_path / "two")
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_what_did_not_change_is_in_no_file(tmp_path):
+    model = minillm.lora.wrap(minillm.prune.wrap(build("llama")), r=2)
+    minillm.prune.save(tune(model), tmp_path / "a")
+    assert not any(key.startswith("learned:") for key in minillm.registry.store.read(tmp_path / "a")[0])
+    minillm.prune.load(build("llama"), tmp_path / "a")
+
+
+def test_what_the_user_lets_learn_beside_freeze_is_in_its_file(tmp_path):
+    model = minillm.freeze.wrap(build("llama"), last=1)
+    model.layers[0].mlp.up_proj.weight.requires_grad_(True)
+    minillm.freeze.save(tune(model), tmp_path / "a")
+    again = minillm.freeze.load(build("llama"), tmp_path / "a")
+    assert torch.equal(logits(again), logits(model)) and again.layers[0].mlp.up_proj.weight.requires_grad
+
+
+def test_tensors_in_one_memory_are_saved(tmp_path):
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 5, bias=False))
+    model[2].weight = nn.Parameter(model[0].weight.data)
+    minillm.freeze.save(minillm.freeze.wrap(model, ["1"]), tmp_path / "a")
+    tensors = minillm.registry.store.read(tmp_path / "a")[0]
+    assert tensors["learned:0.weight"].equal(tensors["learned:2.weight"])
+
+
+@pytest.mark.parametrize("technique, key", [("lora", "A"), ("quant", "scale")])
+def test_a_file_with_nan_is_an_error(technique, key, tmp_path):
+    verbs = minillm.techniques()[technique]
+    verbs.save(verbs.wrap(build("llama")), tmp_path / "a")
+    tensors, metadata = minillm.registry.store.read(tmp_path / "a")
+    for name, t in tensors.items():
+        if name.endswith(f".{key}"):
+            t.view(-1)[0] = float("nan")
+    safetensors.torch.save_file(tensors, tmp_path / "b", metadata)
+    with pytest.raises(ValueError, match=f"{key} holds nan or infinity"):
+        verbs.load(build("llama"), tmp_path / "b")
+
+
+def test_int8_with_a_scale_of_zero_is_an_error(tmp_path):
+    minillm.quant.save(minillm.quant.wrap(build("llama")), tmp_path / "a")
+    tensors, metadata = minillm.registry.store.read(tmp_path / "a")
+    tensors["layers.0.mlp.up_proj.scale"][0] = 0
+    safetensors.torch.save_file(tensors, tmp_path / "b", metadata)
+    with pytest.raises(ValueError, match="up_proj': a scale is not a number above 0"):
+        minillm.quant.load(build("llama"), tmp_path / "b")

@@ -105,6 +105,7 @@ def test_freeze_leaves_the_last_blocks_and_what_follows():
     (lambda m: minillm.freeze.wrap(m, ["layer"]), "'layer' matches no module.*'layers'"),
     (lambda m: minillm.freeze.wrap(m, ".*"), "every parameter"),
     (lambda m: minillm.freeze.unwrap(m), "nothing is frozen"),
+    (lambda m: minillm.freeze.wrap(minillm.freeze.wrap(m, last=1), last=2), "'embed_tokens.weight' is frozen already.*unwrap"),
     (lambda m: minillm.freeze.merge(m), "the model itself"),
     (lambda m: minillm.freeze.wrap(two()), "no list of blocks"),
 ])

@@ -2,9 +2,9 @@
 
 import torch
 
-from minillm.registry.learning import notes, refreeze
+from minillm.registry.learning import came, notes, refreeze, stopped_by
 from minillm.registry.layer import Format, Layer
-from minillm.registry.sites import ties
+from minillm.registry.sites import layers, ties
 from minillm.registry.targets import hidden_linears, select
 
 
@@ -22,10 +22,15 @@ def attach(cls, model, targets=None, default=hidden_linears, what="leaf", **kwar
 
 def ring(model, pairs):
     """Put each patch around its site, in place of one of its own technique if that stands there; returns the model."""
+    names = {name for layer in layers(model).values() for name in layer.patches}
+    names |= {"freeze"} if stopped_by(model, "freeze") else set()
     for site, patch in pairs:
+        patch.over = frozenset(names - {patch.technique}) | patch.over
         if site.layer is None:
             site.replace(Layer(site.module).train(site.module.training))
         site.layer.add(patch)
+    for technique in {patch.technique for _, patch in pairs}:
+        came(model, technique)
     refreeze(model)
     return model
 
@@ -56,6 +61,8 @@ def store(model, sites, make):
                             learns=shell.weight.requires_grad or bool(stopped.get("weight")))
         shell.weight = None
         put(site, new.train(shell.training))
+    if sites:
+        came(model, new.technique)
     return model
 
 

@@ -9,7 +9,10 @@ relies on. Reading the file compares them.
     another dtype      they must agree within the coarser dtype's rounding (a cast keeps the model)
     another format     they must agree within what the rounding of both formats may change (an
                        adapter that was trained over int8 belongs to the dense model as well)
-    what learns        is not compared: the file holds it, or another technique's file does
+    what learns        is not compared: the file holds it
+
+An adapter that was trained over another adapter is nothing without that one. So the file also
+carries four values of each tensor of the techniques beneath it.
 
 A hash of all weights would see a single changed value too. It would also refuse the same model in
 bfloat16, and take a second for each gigabyte.
@@ -99,6 +102,17 @@ def sample_stored(form):
     ]
 
 
+def patches(model, names):
+    """{technique: {site: {tensor: its sample}}} of the patches of these techniques."""
+    found = {}
+    for site in walk(model):
+        for name, patch in site.layer.patches.items() if site.layer else ():
+            if name in names:
+                tensors = patch.state_dict()
+                found.setdefault(name, {})[site.name] = {k: sample(t) for k, t in tensors.items()}
+    return found
+
+
 def settings(model):
     """{field: value} of the configuration, for JSON; {} where the model has none that is known.
 
@@ -158,6 +172,34 @@ def differs(model, then):
         both.format(f"(fingerprint {digest(theirs)}), ", f" (fingerprint {digest(ours)})")
         + f"{len(odd)} of {len(theirs)} parameters differ, first {odd[0]!r}"
     )
+
+
+def lacks(model, needs):
+    """A sentence, if the model lacks one of the techniques `needs` (see `patches`); else None.
+
+    ValueError where `needs` is no such dict.
+    """
+    here = patches(model, set(needs))
+    for name, sites in needs.items():
+        try:
+            same = sites.keys() == here.get(name, {}).keys() and all(
+                tensors.keys() == here[name][where].keys()
+                and all(agree_cast(here[name][where][key], entry) for key, entry in tensors.items())
+                for where, tensors in sites.items()
+            )
+        except (AttributeError, TypeError, ValueError, LookupError) as error:
+            raise ValueError(f"what it says of the {name} beneath it is not whole ({error})") from error
+        if not same:
+            has = f"another one ({digest(here[name])})" if name in here else "none"
+            return f"it was made over {name} ({digest(sites)}), and this model has {has}"
+    return None
+
+
+def agree_cast(ours, theirs):
+    """Whether two samples of a patch's tensor can be of one tensor, up to a cast."""
+    if ours[0] != theirs[0] and not all(getattr(torch, s[0]).is_floating_point for s in (ours, theirs)):
+        return False
+    return agree([*ours, "", [0.0] * SAMPLES], [*theirs, "", [0.0] * SAMPLES])
 
 
 def parsed(then):

@@ -21,6 +21,7 @@ several adapters on one layer, switched by name, and costs the reader a dispatch
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from minillm.registry.leaf import kept
 
@@ -116,6 +117,7 @@ class Patch(nn.Module):
     technique = ""  # its name in the table of techniques
     not_neutral = ""  # why wrapping changes the output at once, if it does
     outermost = False  # stays around the patches that are wrapped later
+    over = frozenset()  # the techniques that the model had when this one came
     random = False  # whether `forward` draws at random now, as `fold` cannot
 
     @classmethod
@@ -207,6 +209,8 @@ class Format(nn.Module):
                 or (new.shape != old.shape and key not in self.variable)
             ):
                 raise ValueError(f"{where}: {key} should be {old.dtype} {tuple(old.shape)}, the file has {new.dtype} {tuple(new.shape)}")
+            if new.dtype.is_floating_point and not torch.isfinite(new).all():
+                raise ValueError(f"{where}: {key} holds nan or infinity")
             self._buffers[key] = new.to(old.device, old.dtype)
         self.check(where)
 
@@ -234,7 +238,7 @@ def leaf(module):
     if isinstance(module, Format):
         return module.leaf
     kind = kept(module)
-    return kind if kind and "weight" in module._parameters else None
+    return kind if kind and "weight" in module._parameters and not is_lazy(module.weight) else None
 
 
 def dense(module):

@@ -59,6 +59,10 @@ class Site:
 
 def walk(model):
     """Every Site below `model`, in order, each once; patches are not entered."""
+    if not isinstance(model, nn.Module):
+        pair = ": minillm.load returns two things, model, tokenizer = minillm.load(...)"
+        raise TypeError(f"the model is a {type(model).__name__}, no nn.Module"
+                        + (pair if isinstance(model, tuple) else ""))
     sites = {}
 
     def visit(parent, prefix):

@@ -8,6 +8,7 @@ A file of a technique holds
                            buffer:NAME, which change without a gradient (BatchNorm's running mean)
     sites                  the settings of each Patch or Format
     base                   a fingerprint of the other parameters: the model that it belongs to
+    over                   which techniques the model had before, with a fingerprint of each
 
 So what training changed is in the file, and what the file leaves out is checked. `load` checks every
 name, shape and setting first, and touches the model when all of them fit.
@@ -19,14 +20,15 @@ import pathlib
 
 import safetensors
 import safetensors.torch
+import torch
 
 from minillm import distributed, files
 from minillm.registry import fingerprint
 from minillm.registry.attach import check_formats, ring, store
 from minillm.registry.learned import check_learned, let_learn, put_back, shapes, tied_names
-from minillm.registry.learning import buffers, learns, left_to_learn
+from minillm.registry.learning import buffers, changed_beside, learns, left_to_learn
 from minillm.registry.layer import Format, Patch
-from minillm.registry.sites import walk
+from minillm.registry.sites import layers, walk
 from minillm.registry.table import attached, formats_of, patches_of
 from minillm.registry.targets import computed, hint
 
@@ -56,14 +58,17 @@ def save(cls, model, path, learned=True, force=False):
 
 
 def learned_of(technique, model):
-    """{name: parameter} of the model's own that learn, and that the technique's file holds.
+    """{name: parameter} of the model's own that the technique's file holds.
 
-    What `freeze` left to learn is in freeze's own file, whatever else is attached.
+    These are the ones that learn, and those that learned beside it before another technique stopped
+    them. What `freeze` left to learn is in freeze's own file, whatever else is attached.
     """
     left = left_to_learn(model)
     if technique == "freeze":
         return left
-    return {} if left else {key: p for key, p in fingerprint.own(model).items() if p.requires_grad}
+    before = changed_beside(model, technique)
+    return {name: p for name, p in fingerprint.own(model).items()
+            if name in before and name not in left or p.requires_grad and not left}
 
 
 def added(module):
@@ -77,22 +82,34 @@ def write(path, technique, model, tensors, own, kept, force=False, **metadata):
     Of several processes the first writes.
     """
     check_writable(path, force)
-    held = (
-        {f"{site.name}.weight" for site in formats_of(technique, model)}
-        | own.keys()
-        | left_to_learn(model).keys()
-    )
+    beneath = over(technique, model)
+    held = {f"{site.name}.weight" for site in formats_of(technique, model)} | own.keys()
+    if "freeze" not in beneath:  # frozen later: what it left to learn is in its own file
+        held |= left_to_learn(model).keys()
     base = fingerprint.of(model, held)
+    needs = {name: {} for name in sorted(beneath)} | fingerprint.patches(model, beneath)
     shared = {name: others for name, others in tied_names(model).items() if name in own}
-    told = {key: json.dumps(value) for key, value in dict(metadata, base=base, shared=shared).items()}
+    told = {key: json.dumps(value) for key, value in dict(metadata, base=base, over=needs, shared=shared).items()}
     every = tensors | {LEARNED + name: p.detach() for name, p in own.items()}
-    every |= {BUFFER + name: b.clone() for name, b in kept.items()}  # two buffers may share memory
-    every = {key: distributed.whole(t).contiguous() for key, t in every.items()}
+    every |= {BUFFER + name: b for name, b in kept.items()}
+    every = files.apart({key: distributed.whole(t) for key, t in every.items()})
     if distributed.place()[0] == 0:
         with files.atomic(path) as new:
             safetensors.torch.save_file(every, new, dict(told, format="pt", technique=technique))
             files.sort_metadata(new)
     distributed.wait()
+
+
+def over(technique, model):
+    """The names of the techniques that the model had before this one, and still has.
+
+    Formats are not among them: the fingerprint of the base allows for their rounding.
+    """
+    every = [(name, patch) for layer in layers(model).values() for name, patch in layer.patches.items()]
+    if technique == "freeze":
+        return {name for name, patch in every if "freeze" not in patch.over}
+    here = {name for name, _ in every} | ({"freeze"} if left_to_learn(model) else set())
+    return here & {one for name, patch in every if name == technique for one in patch.over}
 
 
 def check_writable(path, force=False):
@@ -148,6 +165,9 @@ def load(cls, model, path, replace=False, any_base=False):
         check_formats(cls, model, new)
     put_back(model, own, kept, shared)
     if not issubclass(cls, Format):
+        beneath = frozenset(field(metadata, "over", path)) if "over" in metadata else frozenset()
+        for patch in made.values():
+            patch.over = beneath
         ring(model, [(sites[where], patch) for where, patch in made.items()])
         if any(learns(patch) for patch in made.values()):
             let_learn(model, own, name)
@@ -244,6 +264,9 @@ def remake(cls, site, config, tensors, where):
     if isinstance(new, Format):
         new.fill(tensors, where)
         return new
+    for key, t in tensors.items():
+        if t.is_floating_point() and not torch.isfinite(t).all():
+            raise ValueError(f"{where}: {key} holds nan or infinity")
     ours, theirs = (shapes(d) for d in (new.state_dict(), tensors))
     if ours != theirs:
         raise ValueError(f"{where} does not fit this model, which needs {ours}; the file has {theirs}")
@@ -252,16 +275,26 @@ def remake(cls, site, config, tensors, where):
 
 
 def check_base(model, metadata, path, any_base=False):
-    """ValueError where the file was made for another model, unless any model will do."""
+    """ValueError where the file was made for another model, unless any model will do.
+
+    Another model is also one that lacks an adapter over which this one was trained.
+    """
     if any_base:
         return
     try:
         then = field(metadata, "base", path)
+        needs = field(metadata, "over", path) if "over" in metadata else {}
     except ValueError as error:
         raise ValueError(f"{error}; any_base=True loads it all the same") from error
     try:
+        freeze = {name: needs.pop(name) for name in ("freeze",) if name in needs}
         difference = fingerprint.differs(model, then)
+        lack = fingerprint.lacks(model, needs)
     except ValueError as error:
         raise ValueError(f"{path}: {error}; any_base=True loads it all the same") from error
+    if difference and freeze and not left_to_learn(model):
+        difference += ". It was made over freeze: load the file of freeze first"
+    if lack:
+        difference = f"{lack}. Load the file of each technique in the order in which they were wrapped"
     if difference:
         raise ValueError(f"{path} belongs to another model: {difference}; any_base=True loads it all the same")

@@ -3,6 +3,8 @@
 import difflib
 import re
 
+from torch.nn.parameter import is_lazy
+
 from minillm.registry.layer import leaf
 from minillm.registry.leaf import kept
 from minillm.registry.sites import ties, walk
@@ -21,10 +23,10 @@ def select(model, targets, accepts, default, what="leaf"):
     targets: None (those that `default` says yes to); a list of name endings, each of which must match; a regular expression for a
     whole name or its end after a dot; or a function (name, module) -> bool. What matches nothing is an error.
     """
+    every = walk(model)
     if leaf(model) is not None:
         raise ValueError(f"the model is itself a leaf ({type(model).__name__}), which cannot be replaced in place: "
                          "put it into an nn.Sequential")
-    every = walk(model)
     sites = [site for site in every if accepts(site)]
     if targets is None:
         chosen = [site for site in sites if default(site)]
@@ -70,6 +72,8 @@ def select(model, targets, accepts, default, what="leaf"):
 
 def computed(site):
     """What to say of a site whose weight is no parameter of its own; else nothing."""
+    if is_lazy(getattr(site.module, "weight", None)):
+        return ": it has no weight yet; run a batch through the model first"
     if kept(site.module) and not leaf(site.module):
         return (
             ": its weight is computed from other parameters (by weight_norm or nn.utils.prune, "
