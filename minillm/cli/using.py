@@ -238,10 +238,18 @@ def run_export(args):
     for name in (name for name in registry.techniques() if issubclass(classes[name], registry.Format)):
         if registry.formats_of(name, model):
             registry.techniques()[name].unwrap(model)
-    for name in list(dict.fromkeys(name for layer in registry.layers(model).values() for name in layer.patches)):
-        registry.techniques()[name].merge(model, keep=False)
+    while registry.layers(model):
+        registry.techniques()[innermost(model)].merge(model, keep=False)
     checkpoints.save(model, args.out, tokenizer=tokenizer, type=args.type, force=args.force)
     print(f"wrote {args.out}")
+
+
+def innermost(model):
+    """A technique that has no other beneath it, wherever it is."""
+    stacks = [list(layer.patches) for layer in registry.layers(model).values()]
+    outer = {name for stack in stacks for name in stack[1:]}
+    lowest = [stack[0] for stack in stacks]
+    return next((name for name in lowest if name not in outer), lowest[0])  # merge says why not
 
 
 def run_fetch(args):
