@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from minillm.calling import logits, native
 from minillm.data import collate
 from minillm.measure.intervals import score
-from minillm.measure.scores import metric
+from minillm.measure.scores import listed, metric
 from minillm.registry import prepare
 from minillm.model.generate import left_pad
 
@@ -127,7 +127,7 @@ def choose(model, tokenizer, prompts, choices, batch=8):
     of them is empty: nothing precedes the choice, or nothing is chosen.
     """
     at_least(1, batch=batch)
-    prompts, choices = list(prompts), list(choices)
+    prompts, choices = listed(prompts), listed(choices)
     for name, texts in (("prompts", prompts), ("choices", choices)):
         if not texts or not all(texts):
             raise ValueError(
