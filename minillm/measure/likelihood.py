@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from minillm.calling import logits, native
-from minillm.data import collate
+from minillm.data import check_examples, collate
 from minillm.measure.intervals import score
 from minillm.measure.scores import listed, metric
 from minillm.registry import prepare
@@ -107,6 +107,7 @@ def completions(model, examples, pad=0, batch=8):
     none with a token to predict.
     """
     at_least(1, batch=batch)
+    check_examples(examples)
     parts = []
     for i in range(0, len(examples), batch):
         ids, labels, mask = collate(examples[i : i + batch], pad)
