@@ -88,3 +88,13 @@ def test_bad_records_are_found_before_a_model_is_loaded(run, tmp_path):
                     ("train", "--eval-data", "bad.jsonl", "--out", "a.safetensors"),
                     ("eval", "--data", "bad.jsonl")):
         assert "bad.jsonl, line 2" in run(*command, "--model", "nowhere", code=1)
+
+
+def test_the_preview_does_not_hide_what_the_held_out_data_lost(run, tmp_path):
+    rows = [dict(text="The first of all."), dict(text=""), dict(text="The second of all.")]
+    (tmp_path / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = ("--preview", 1, "--skip-bad", "--steps", 1, "--out", "a.safetensors")
+    run("train", "--data", "chats.jsonl", "--eval-data", "odd.jsonl", *more)
+    assert "odd.jsonl: 2 examples" in run.error and "skipped: 1 bad record" in run.error
+    out = run("train", "--data", "odd.jsonl", *more)
+    assert "skipped: 1 bad record" in out and "odd.jsonl: " not in run.error
