@@ -36,15 +36,21 @@ def test_a_prompt_beyond_the_model_is_skipped_or_one_error(run, records, monkeyp
     assert "qa.jsonl, line 2" in run("eval", "--data", records, "--length", 32, code=1)
 
 
-def test_a_prompt_whose_loss_fits_and_whose_answer_does_not(run, tmp_path):
-    rows = [dict(prompt=prompt, completion=" yes") for prompt in ("What?", "so " * 200, "Why?")]
-    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = ("eval", "--data", "qa.jsonl", "--length", 512, "--max-new-tokens", 300)
-    said = run(*command, code=1)
-    assert "qa.jsonl, line 2: the prompt has" in said and "1 to 212" in said
-    said = run(*command, "--skip-bad")
-    assert "not answered:\nskipped: 1 bad record\n  qa.jsonl, line 2" in said
+@pytest.mark.parametrize("prompt", ["so " * 200, ""])
+@pytest.mark.parametrize("name", ["qa.jsonl", "a: b.jsonl"])
+def test_a_prompt_whose_loss_can_be_measured_and_that_cannot_be_answered(prompt, name, run, tmp_path):
+    rows = [dict(prompt=prompt, completion=" yes") for prompt in ("What?", prompt, "Why?")]
+    (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows) + "{}\n")
+    said = run("eval", "--data", name, "--length", 512, "--max-new-tokens", 300, "--skip-bad")
+    assert f"skipped: 1 bad record\n  {name}, line 4: " in said
+    assert f"not answered: 1 record\n  {name}, line 2: the prompt has" in said and "1 to 212" in said
     assert "3 examples" in said and "n=2" in said
+
+
+def test_records_that_cannot_be_answered_have_a_loss(run, tmp_path):
+    (tmp_path / "qa.jsonl").write_text(json.dumps(dict(prompt="", completion=" yes")) + "\n")
+    said = run("eval", "--data", "qa.jsonl")
+    assert "loss" in said and "not answered: 1 record" in said and "BLEU" not in said
 
 
 def test_more_new_tokens_than_positions_are_refused_before_the_loss(run, monkeypatch):

@@ -109,21 +109,16 @@ def answers(model, tokenizer, args):
     print(reading.summary())
     found = measure.completions(model, reading, pad=tokenizer.pad or 0)
     print(f"loss {math.log(found):.4f} for each learnt token; {found!r}")
-    counted = {line_of(reason) for reason in reading.skipped}
-    unasked = [reason for reason in asked.skipped if line_of(reason) not in counted]
+    uncounted = {reason.where for reason in reading.skipped}
+    unasked = [one for one in asked.skipped + asked.unanswered if one.where not in uncounted]
     if unasked:
-        print("\n".join(["of these, not answered:", *data.skips(unasked)]))
+        print("\n".join(data.skips(unasked, title="of these, not answered", what="record")))
     if asked.prompts:
         got = measure.answers(model, tokenizer, asked.prompts, asked.references, ids=asked.ids,
                               max_new_tokens=new)
         print(got.summary())
         if args.examples != 0:
             print(report.table(got.rows(5 if args.examples is None else args.examples)))
-
-
-def line_of(reason):
-    """The file and the line of a reason why a record was skipped."""
-    return reason.split(": ", 1)[0]
 
 
 # --- generate and chat -----------------------------------------------------------------------------------
