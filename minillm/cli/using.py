@@ -36,14 +36,9 @@ def place(written):
     if written is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(written)
-        if device.type == "meta":
-            raise RuntimeError("this device holds no values, so nothing can be computed on it")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"--device {written}: {reason}") from error
-    return device
+        return checkpoints.placed(written)
+    except ValueError as error:
+        raise ValueError(str(error).replace(f"device={written!r}", f"--device {written}")) from error
 
 
 def needs_tokenizer(tokenizer, args):
