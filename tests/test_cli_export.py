@@ -17,3 +17,13 @@ def test_export_merges_a_stack_that_is_not_the_same_everywhere(run):
         float(run("eval", *which, "--text", "a.txt", "--length", 64).split()[1])
         for which in ([], stack, ["--model", "merged"]))
     assert merged == pytest.approx(stacked, rel=1e-3) and merged != pytest.approx(plain, rel=1e-2)
+
+
+@pytest.mark.parametrize("args", [
+    ("export", "--out"), ("train", "--out"), ("compare", "--out"), ("train", "--log"),
+    ("train", "--checkpoints"), ("train", "--picture"), ("train", "--data"), ("eval", "--text"),
+    ("show", "--adapter"), ("show", "--model")])
+@pytest.mark.parametrize("empty", ["", " "])
+def test_an_empty_path_is_said_to_be_empty(args, empty, run):
+    said = run(*args, empty, code=2)
+    assert f"{args[1]}: '{empty}' is empty: a path is needed" in said
