@@ -9,7 +9,7 @@ import pytest
 from small_model import model, run  # noqa: F401
 
 import minillm
-from minillm import measure
+from minillm import data, measure
 
 
 def no_loss(*_, **__):
@@ -104,3 +104,12 @@ def test_the_preview_does_not_hide_what_the_held_out_data_lost(run, tmp_path):
     assert "odd.jsonl: 2 examples" in run.error and "skipped: 1 bad record" in run.error
     out = run("train", "--data", "odd.jsonl", *more)
     assert "skipped: 1 bad record" in out and "odd.jsonl: " not in run.error
+
+
+@pytest.mark.parametrize("length", [64, 65])
+def test_eval_measures_windows_of_the_length_it_says(length, run):
+    said = run("eval", "--task", "language", "--length", length, "--windows", 3)
+    model, tokenizer = minillm.load(run.model)
+    text = data.task("language", tokenizer, "test").text
+    assert said == f"{measure.perplexity(model, tokenizer, text, length, windows=3)!r}\n"
+    assert "n=3" in said

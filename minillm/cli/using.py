@@ -58,10 +58,15 @@ def run_eval(args):
         return answers(model, tokenizer, args)
     if args.text or args.data:
         text = data.text(args.text or args.data)
-        print(repr(measure.perplexity(model, tokenizer, text, length=args.length, windows=args.windows)))
-        return
-    part = data.task(args.task or "language", tokenizer, "test", limit=64, length=args.length)
-    print(repr(compare.score(model, tokenizer, part, args.length // 2, args.windows)))
+    else:
+        task = args.task or "language"
+        part = data.task(task, tokenizer, "test", limit=64, length=args.length)
+        text = part.text
+    if text:
+        found = measure.perplexity(model, tokenizer, text, args.length, args.windows)
+    else:
+        found = compare.score(model, tokenizer, part, args.length, args.windows)
+    print(repr(found))
 
 
 def check_eval(args):
