@@ -8,6 +8,7 @@ import user_files
 from user_files import AGAIN, ALPACA, BOT, LONG, USER
 
 from minillm import data
+from minillm.data import showing
 from minillm.model.tokenizer import SentencePiece
 
 bare, tokenizer, write = user_files.bare, user_files.tokenizer, user_files.write
@@ -257,3 +258,9 @@ def test_a_prompt_without_room_is_not_answered(write, bare):
     assert pickle.loads(pickle.dumps(found)).unanswered[1].where == f"{path}, line 3"
     assert found.unanswered[0].endswith("the prompt has 0 tokens: 1 to 20 leave room for an answer")
     assert len(data.questions(path, bare).prompts) == 3
+
+
+def test_a_part_of_600_characters_is_shown_whole():
+    whole = "".join(chr(97 + i % 26) for i in range(601))
+    assert showing.shorten(whole[:600]) == whole[:600]
+    assert showing.shorten(whole) == f"{whole[:300]} ...1 characters... {whole[301:]}"
