@@ -38,12 +38,13 @@ def test_a_prompt_beyond_the_model_is_skipped_or_one_error(run, records, monkeyp
 
 @pytest.mark.parametrize("prompt", ["so " * 200, ""])
 @pytest.mark.parametrize("name", ["qa.jsonl", "a: b.jsonl"])
-def test_a_prompt_whose_loss_can_be_measured_and_that_cannot_be_answered(prompt, name, run, tmp_path):
+def test_a_prompt_that_has_a_loss_and_no_answer(prompt, name, run, tmp_path):
     rows = [dict(prompt=prompt, completion=" yes") for prompt in ("What?", prompt, "Why?")]
     (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows) + "{}\n")
     said = run("eval", "--data", name, "--length", 512, "--max-new-tokens", 300, "--skip-bad")
     assert f"skipped: 1 bad record\n  {name}, line 4: " in said
-    assert f"not answered: 1 record\n  {name}, line 2: the prompt has" in said and "1 to 212" in said
+    assert f"not answered: 1 record\n  {name}, line 2: the prompt has" in said
+    assert "1 to 212" in said
     assert "3 examples" in said and "n=2" in said
 
 

@@ -185,7 +185,7 @@ def train_arguments(sub):
     how.add_argument("--shard", action="store_true", help="under torchrun: spread the weights over the processes (FSDP2)")
     where = sub.add_argument_group("where to write")
     where.add_argument("--out", type=path, metavar="PATH",
-                       help="a .safetensors file; a directory or a .gguf file with --technique full")
+                       help="a .safetensors file; with --technique full a directory or .gguf file")
     where.add_argument("--force", action="store_true", help="replace a file that minillm did not write")
     where.add_argument("--checkpoints", type=path, metavar="DIR",
                        help="save the whole state there as it goes; without it, Ctrl-C alone saves, "

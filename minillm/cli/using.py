@@ -38,7 +38,8 @@ def place(written):
     try:
         return checkpoints.placed(written)
     except ValueError as error:
-        raise ValueError(str(error).replace(f"device={written!r}", f"--device {written}")) from error
+        said = str(error).replace(f"device={written!r}", f"--device {written}")
+        raise ValueError(said) from error
 
 
 def needs_tokenizer(tokenizer, args):
