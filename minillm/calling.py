@@ -61,4 +61,11 @@ def logits(model, ids, mask=None, alone=True):
 
 def logits_of(output):
     """The logits in what a model returns: itself, or, of a Hugging Face model, its `logits`."""
-    return getattr(output, "logits", output)
+    found = getattr(output, "logits", output)
+    if not isinstance(found, torch.Tensor) or found.dim() != 3:
+        given = type(found).__name__
+        if isinstance(found, torch.Tensor):
+            given = f"a tensor of shape {tuple(found.shape)}"
+        raise TypeError(f"the model's forward returned {given}: it has to return the logits "
+                        "(b, t, vocab), or an object that holds them as .logits")
+    return found

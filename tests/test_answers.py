@@ -152,6 +152,27 @@ def test_lists_that_do_not_pair_are_errors(metric):
             metric(predictions, references)
 
 
+def test_one_text_is_no_list():
+    for metric in (measure.accuracy, measure.f1, measure.token_f1, measure.bleu, measure.rouge,
+                   measure.measures):
+        for given in (("hello there", ["hello"]), (["hello"], "hello there"), (["hello"], None)):
+            with pytest.raises(TypeError, match="('hello there'|None) is no list: give a"):
+                metric(*given)
+    for given in (("one prompt", ["a"]), (["one prompt"], "ab")):
+        with pytest.raises(TypeError, match="is no list"):
+            measure.choose(None, None, *given)
+    with pytest.raises(TypeError, match="is no list"):
+        measure.generate_text(build("llama"), None, "one prompt", 4)
+
+
+def test_rouge_names_the_kinds_that_there_are():
+    assert measure.rouge(["a b"], ["a b"], "rouge9") == 0
+    assert measure.rouge(["a b"], ["a b"], "rougeLsum") == 1
+    for kind in ("rouge", "rouge0", "rouge10", "ROUGE-L"):
+        with pytest.raises(ValueError, match=f"kind='{kind}' is unknown; known: 'rouge1', .*L'"):
+            measure.rouge(["a b"], ["a b"], kind)
+
+
 def test_there_is_room_for_a_prompt_or_an_error():
     assert measure.room(build("llama"), 12) == 20
     assert measure.room(minillm.prompts.wrap(build("llama"), length=3), 12) == 17

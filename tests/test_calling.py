@@ -114,3 +114,19 @@ def test_the_likelihood_of_half_precision_logits_is_summed_in_float32():
         total, _ = measure.nll(m, IDS, IDS)
         assert total.dtype == torch.float32
         torch.testing.assert_close(total.sum().double(), expected.detach(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("wrap, given", [
+    (lambda logits: (logits, None), "tuple"),
+    (lambda logits: dict(logits=logits), "dict"),
+    (lambda logits: logits.mean(), r"a tensor of shape \(\)"),
+    (lambda logits: logits[0], r"a tensor of shape \(6, 24\)"),
+])
+def test_a_forward_that_returns_no_logits_is_one_line(wrap, given):
+    class Odd(Lookalike):
+        def forward(self, ids):
+            return wrap(super().forward(ids))
+
+    for call in (loss_sum, measure.nll):
+        with pytest.raises(TypeError, match=f"^the model's forward returned {given}: .*logits$"):
+            call(Odd(), IDS, IDS)

@@ -9,7 +9,7 @@ import pytest
 from small_model import model, run  # noqa: F401
 
 import minillm
-from minillm import measure
+from minillm import data, measure
 
 
 def no_loss(*_, **__):
@@ -36,15 +36,22 @@ def test_a_prompt_beyond_the_model_is_skipped_or_one_error(run, records, monkeyp
     assert "qa.jsonl, line 2" in run("eval", "--data", records, "--length", 32, code=1)
 
 
-def test_a_prompt_whose_loss_fits_and_whose_answer_does_not(run, tmp_path):
-    rows = [dict(prompt=prompt, completion=" yes") for prompt in ("What?", "so " * 200, "Why?")]
-    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = ("eval", "--data", "qa.jsonl", "--length", 512, "--max-new-tokens", 300)
-    said = run(*command, code=1)
-    assert "qa.jsonl, line 2: the prompt has" in said and "1 to 212" in said
-    said = run(*command, "--skip-bad")
-    assert "not answered:\nskipped: 1 bad record\n  qa.jsonl, line 2" in said
+@pytest.mark.parametrize("prompt", ["so " * 200, ""])
+@pytest.mark.parametrize("name", ["qa.jsonl", "a: b.jsonl"])
+def test_a_prompt_that_has_a_loss_and_no_answer(prompt, name, run, tmp_path):
+    rows = [dict(prompt=prompt, completion=" yes") for prompt in ("What?", prompt, "Why?")]
+    (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows) + "{}\n")
+    said = run("eval", "--data", name, "--length", 512, "--max-new-tokens", 300, "--skip-bad")
+    assert f"skipped: 1 bad record\n  {name}, line 4: " in said
+    assert f"not answered: 1 record\n  {name}, line 2: the prompt has" in said
+    assert "1 to 212" in said
     assert "3 examples" in said and "n=2" in said
+
+
+def test_records_that_cannot_be_answered_have_a_loss(run, tmp_path):
+    (tmp_path / "qa.jsonl").write_text(json.dumps(dict(prompt="", completion=" yes")) + "\n")
+    said = run("eval", "--data", "qa.jsonl")
+    assert "loss" in said and "not answered: 1 record" in said and "BLEU" not in said
 
 
 def test_more_new_tokens_than_positions_are_refused_before_the_loss(run, monkeypatch):
@@ -88,3 +95,22 @@ def test_bad_records_are_found_before_a_model_is_loaded(run, tmp_path):
                     ("train", "--eval-data", "bad.jsonl", "--out", "a.safetensors"),
                     ("eval", "--data", "bad.jsonl")):
         assert "bad.jsonl, line 2" in run(*command, "--model", "nowhere", code=1)
+
+
+def test_the_preview_does_not_hide_what_the_held_out_data_lost(run, tmp_path):
+    rows = [dict(text="The first of all."), dict(text=""), dict(text="The second of all.")]
+    (tmp_path / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = ("--preview", 1, "--skip-bad", "--steps", 1, "--out", "a.safetensors")
+    run("train", "--data", "chats.jsonl", "--eval-data", "odd.jsonl", *more)
+    assert "odd.jsonl: 2 examples" in run.error and "skipped: 1 bad record" in run.error
+    out = run("train", "--data", "odd.jsonl", *more)
+    assert "skipped: 1 bad record" in out and "odd.jsonl: " not in run.error
+
+
+@pytest.mark.parametrize("length", [64, 65])
+def test_eval_measures_windows_of_the_length_it_says(length, run):
+    said = run("eval", "--task", "language", "--length", length, "--windows", 3)
+    model, tokenizer = minillm.load(run.model)
+    text = data.task("language", tokenizer, "test").text
+    assert said == f"{measure.perplexity(model, tokenizer, text, length, windows=3)!r}\n"
+    assert "n=3" in said

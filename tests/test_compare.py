@@ -218,6 +218,40 @@ def test_the_picture_shows_intervals_of_the_change(tmp_path):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_picture_says_what_it_shows(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *a, **k: (drawn.append(figure), save(figure, *a, **k))
+    )
+    rows = [figures(name, None) for name in ("none", "lora", "prompts")]
+    rows[1]["after"] |= dict(value=80.0, low=79.0, high=83.0)
+    compare.picture(rows, tmp_path / "a.png", "a title")
+    left, right = drawn[0].axes
+    assert (left.get_xlabel(), left.get_xscale()) == ("trainable parameters", "log")
+    assert (right.get_xlabel(), right.get_xscale()) == (
+        "peak memory of training, MB",
+        "linear",
+    )
+    assert left.get_ylabel() == "perplexity, held-out text" and right.get_ylabel() == ""
+    assert left.get_ylim() == right.get_ylim() and drawn[0].get_size_inches().tolist() == [11, 4.5]
+    named = [text.get_text() for text in right.get_legend().get_texts()]
+    assert set(named) == {"untuned", "after int8", "lora", "prompts"} and len(named) == 4
+    assert drawn[0].get_suptitle() == "a title: 95% intervals of the change"
+    for axes, x in ((left, 100), (right, 10)):
+        dots = [line for line in axes.lines if line.get_marker() == "o"]
+        assert [tuple(line.get_xydata()[0]) for line in dots] == [(x, 80.0), (x, 90.0)]
+        bar = axes.containers[0].lines[2][0].get_segments()[0]
+        assert bar.tolist() == [[x, 79.0], [x, 83.0]]
+        ends = [line.get_xydata().tolist() for line in axes.lines if line.get_marker() == "v"]
+        assert [[x, 91.0]] in ends
+        level = next(line for line in axes.lines if line.get_linestyle() == ":")
+        assert set(level.get_ydata()) == {100.0}
+    compare.picture(rows, tmp_path / "a.png")
+    assert drawn[1].get_suptitle() == "95% intervals of the change"
+
+
 def test_every_model_has_all_sizes():
     for model in ("tiny", "smollm2", "a directory"):
         settings = compare.check(["none"], model, "language", None, {"length": 128}, {})

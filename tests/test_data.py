@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minillm import data
+from minillm import data, measure, train
 from minillm.data.packing import first_fit
 from minillm.model.tokenizer import SentencePiece
 
@@ -202,6 +202,25 @@ def test_batches_are_padded_masked_and_follow_the_seed():
 def test_batches_refuse_what_teaches_nothing(examples, size, message):
     with pytest.raises(ValueError, match=message):
         data.Batches(examples, size)
+
+
+@pytest.mark.parametrize("examples, message", [
+    (data.Task("perplexity", [data.Example([1, 2], [1, 2])]), "is Task, not .*give its .examples"),
+    (["a text"], "number 0 is 'a text', not an Example; data.read.* data.pieces"),
+    ([[1, 2]], "number 0 is list, not an Example; data.read"),
+    ("a.jsonl", "is 'a.jsonl', not a list of Examples; data.read"),
+    ((x for x in []), r"is generator, not a list of Examples; give list\(...\) of it"),
+    (data.Example([1, 2], [1, 2]), "is Example, not a list"),
+])
+def test_what_is_no_list_of_examples_says_what_would_be(examples, message):
+    for call in (lambda: data.Batches(examples, 1), lambda: data.held_out(examples, 0.5),
+                 lambda: data.pack(examples, 8), lambda: measure.completions(None, examples),
+                 lambda: train.train(None, examples, lr=1, steps=1)):
+        with pytest.raises(TypeError, match=f"^examples: .*{message}"):
+            call()
+    good = [data.Example([1, 2], [1, 2])]
+    with pytest.raises(TypeError, match=f"^held_out: .*{message}"):
+        train.train(None, good, lr=1, steps=1, held_out=examples)
 
 
 def test_an_epoch_has_every_example_once_and_len_counts_its_batches():

@@ -122,6 +122,16 @@ def test_we_compute_the_same_with_what_transformers_saves(tmp_path, name):
     torch.testing.assert_close(back(ids).logits, theirs(ids).logits, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parity
+def test_a_gpt2_goes_on_learning_in_transformers_without_dropout(tmp_path):
+    transformers = hugging_face()
+    checkpoints.save(random_model("gpt2"), tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert (config.attn_pdrop, config.embd_pdrop, config.resid_pdrop) == (0, 0, 0)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0}
+
+
 def test_a_tokenizer_travels_along(tmp_path):
     tokenizer = SentencePiece.train([data.topics()[:30000]], 500)
     model = minillm.Transformer(minillm.Config(500, 16, 1, 2))

@@ -1,12 +1,14 @@
 """The user's own files: what can be wrong with them, what is skipped, cut, asked and shown."""
 
 import csv
+import pickle
 
 import pytest
 import user_files
 from user_files import AGAIN, ALPACA, BOT, LONG, USER
 
 from minillm import data
+from minillm.data import showing
 from minillm.model.tokenizer import SentencePiece
 
 bare, tokenizer, write = user_files.bare, user_files.tokenizer, user_files.write
@@ -248,10 +250,17 @@ def test_errors_that_need_no_tokenizer_come_first(write):
         data.check_file(write("c.txt", " "))
 
 
-def test_a_prompt_without_room_is_a_bad_record(write, bare):
+def test_a_prompt_without_room_is_not_answered(write, bare):
     path = write("a.jsonl", [dict(prompt=p, completion="a") for p in ("", "hi", "hi " * 50)])
-    with pytest.raises(ValueError, match="line 1: the prompt has 0 tokens: 1 to 20 leave room"):
-        data.questions(path, bare, most=20)
-    found = data.questions(path, bare, most=20, skip_bad=True)
-    assert found.prompts == ["hi"] and "line 3: the prompt has" in found.skipped[1]
+    found = data.questions(path, bare, most=20)
+    assert found.prompts == ["hi"] and found.skipped == []
+    assert [one.where for one in found.unanswered] == [f"{path}, line {n}" for n in (1, 3)]
+    assert pickle.loads(pickle.dumps(found)).unanswered[1].where == f"{path}, line 3"
+    assert found.unanswered[0].endswith("the prompt has 0 tokens: 1 to 20 leave room for an answer")
     assert len(data.questions(path, bare).prompts) == 3
+
+
+def test_a_part_of_600_characters_is_shown_whole():
+    whole = "".join(chr(97 + i % 26) for i in range(601))
+    assert showing.shorten(whole[:600]) == whole[:600]
+    assert showing.shorten(whole) == f"{whole[:300]} ...1 characters... {whole[301:]}"

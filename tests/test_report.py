@@ -13,6 +13,12 @@ import minillm
 from minillm.measure import memory, report
 
 
+def test_show_asks_for_the_model():
+    for given, said in (("tiny", "'tiny'"), ((build("llama"), None), "tuple")):
+        with pytest.raises(TypeError, match=f"^show takes a model, not {said}: model, tokenizer ="):
+            minillm.show(given)
+
+
 def test_the_report_counts_by_hand():
     model = minillm.lora.wrap(minillm.quant.wrap(build("llama")), r=2)
     told = report.report(model, batch=2, length=16)

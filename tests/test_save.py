@@ -13,7 +13,7 @@ from models import IDS, build
 from test_files import full_disk, tree
 
 import minillm
-from minillm import checkpoints, data
+from minillm import checkpoints, data, zoo
 from minillm.checkpoints import huggingface
 from minillm.model.tokenizer import BytePair, SentencePiece
 
@@ -360,3 +360,15 @@ def test_the_record_names_every_file(tmp_path, sentence):
     held = {name: safetensors.torch.load_file(p) for p in (tmp_path / "m").glob("*.safetensors") for name in [p.name]}
     assert index["weight_map"] == {key: name for name, ts in held.items() for key in ts}
     assert index["metadata"]["total_size"] == sum(t.numel() * 4 for ts in held.values() for t in ts.values())
+
+
+@pytest.mark.parametrize("device", ["gpu", "foo", "meta", "cuda:99"])
+def test_a_device_that_is_not_here_is_one_line_before_any_work(device, monkeypatch):
+    monkeypatch.setattr(zoo, "tiny", lambda: pytest.fail("a model was trained"))
+    for load in (lambda: zoo.load("tiny", device=device),
+                 lambda: minillm.checkpoints.load("nowhere", device=device)):
+        with pytest.raises(ValueError) as error:
+            load()
+        assert str(error.value).startswith(
+            f"device={device!r} is not possible here; possible: cpu")
+        assert "\n" not in str(error.value) and len(str(error.value)) < 200

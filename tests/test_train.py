@@ -485,6 +485,29 @@ def test_the_picture(tmp_path):
         picture([], tmp_path / "b.png")
 
 
+def test_the_picture_says_what_it_shows(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: (
+        drawn.append(figure), save(figure, *args, **options)))
+    log = [record(i, **({"held_out": 3.0 - i / 10} if i % 5 == 4 else {})) for i in range(20)]
+    picture(log, tmp_path / "a.png")
+    above, below = drawn[0].axes
+    assert tuple(above.get_gridspec().get_height_ratios()) == (4, 1)
+    assert (above.get_ylabel(), above.get_xlabel()) == ("nats per learnt token", "")
+    assert (below.get_xlabel(), below.get_ylabel()) == ("step", "learning rate")
+    assert [text.get_text() for text in above.get_legend().get_texts()] == [
+        "loss of each step", "smoothed", "held-out loss", "best: 1.1 after step 20"]
+    each, smooth, held, best = (line.get_xydata().tolist() for line in above.lines)
+    assert each == [[r["step"] + 1, r["loss"]] for r in log] and len(smooth) == 20
+    assert [x for x, _ in held] == [5, 10, 15, 20] and best == [held[-1]]
+    assert below.lines[0].get_xydata().tolist() == [[r["step"] + 1, r["rate"]] for r in log]
+    picture([record(0, evaluation=2.0)], tmp_path / "a.png")
+    assert drawn[1].axes[0].get_legend().get_texts()[2].get_text() == "evaluation"
+
+
 def test_the_smoothed_loss_is_a_mean_of_neighbours():
     values = [float(i % 2) for i in range(80)]
     found = minillm.train.history.smoothed(values)

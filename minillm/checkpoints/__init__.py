@@ -41,9 +41,26 @@ def load(path, dtype=None, device=None):
     if dtype is not None and found not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is unknown; a model computes in one of: "
                          + ", ".join(str(one).removeprefix("torch.") for one in DTYPES))
-    model, tokenizer = open_checkpoint(pathlib.Path(path), found, device)
+    model, tokenizer = open_checkpoint(pathlib.Path(path), found, placed(device))
     model.source = str(path)
     return model, tokenizer
+
+
+def placed(device):
+    """The torch.device that is written; ValueError where nothing can be computed on it here."""
+    if device is None:
+        return None
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError):
+        found = None
+    if found is None or found.type == "meta":  # meta holds no values
+        count = torch.cuda.device_count()
+        here = ["cpu"] + ["cuda"] * (count > 0) + [f"cuda:{i}" for i in range(count)]
+        here += ["mps"] * torch.backends.mps.is_available()
+        raise ValueError(f"device={device!r} is not possible here; possible: {', '.join(here)}")
+    return found
 
 
 def open_checkpoint(path, dtype, device):

@@ -70,6 +70,13 @@ share = real(lambda x: 0 < x < 1, "a number between 0 and 1")
 up_to_1 = real(lambda x: 0 < x <= 1, "a number above 0, and at most 1")
 
 
+def path(text):
+    """A type for argparse: a path. An empty one would be the current directory."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is empty: a path is needed")
+    return text
+
+
 def warmup(text):
     """A type for argparse: a whole number of steps, or a share of all steps."""
     value = from_0(text)
@@ -106,8 +113,10 @@ def version():
 
 
 def model(sub):
-    sub.add_argument("--model", default="tiny", help="tiny (the default), smollm2, a Hugging Face directory or a .gguf file")
-    sub.add_argument("--adapter", action="append", default=[], metavar="FILE", help="a file that a technique saved; repeatable")
+    sub.add_argument("--model", type=path, default="tiny",
+                     help="tiny (the default), smollm2, a Hugging Face directory or a .gguf file")
+    sub.add_argument("--adapter", action="append", default=[], type=path, metavar="FILE",
+                     help="a file that a technique saved; repeatable")
     sub.add_argument("--any-base", action="store_true", help="load adapters that were made for another model")
     device(sub)
 
@@ -123,17 +132,20 @@ def task(sub):
 
 
 def records(sub, text):
-    sub.add_argument("--data", metavar="FILE", help=text)
+    sub.add_argument("--data", type=path, metavar="FILE", help=text)
     sub.add_argument("--skip-bad", action="store_true", help="leave bad records out, and show them")
 
 
 def compare_arguments(sub):
-    sub.add_argument("--model", default="tiny", help="tiny (the default), smollm2, a Hugging Face directory or a .gguf file")
+    sub.add_argument("--model", type=path, default="tiny",
+                     help="tiny (the default), smollm2, a Hugging Face directory or a .gguf file")
     device(sub)
     task(sub)
-    sub.add_argument("--data", metavar="FILE", help="your own .txt, .jsonl, .json or .csv, instead of --task")
+    sub.add_argument("--data", type=path, metavar="FILE",
+                     help="your own .txt, .jsonl, .json or .csv, instead of --task")
     sub.add_argument("--techniques", nargs="+", metavar="NAME", help=f"some of: {' '.join(compare.RATES)}")
-    sub.add_argument("--out", default="results", metavar="DIR", help="gets table.json, table.md and table.png")
+    sub.add_argument("--out", default="results", type=path, metavar="DIR",
+                     help="gets table.json, table.md and table.png")
     sub.add_argument("--force", action="store_true", help="start anew where --out holds a table of other settings")
     for name, text in (("steps", "optimizer steps of each training"), ("batch-size", "examples a step"),
                        ("windows", "windows of held-out text"), ("length", "tokens of an example")):
@@ -149,7 +161,8 @@ def train_arguments(sub):
     records(what, "your own .txt, .jsonl, .json or .csv, instead of --task")
     what.add_argument("--length", type=whole(2), default=128, help="tokens of an example (default 128)")
     what.add_argument("--pack", action="store_true", help="fill rows of that length with several examples")
-    what.add_argument("--eval-data", metavar="FILE", help="held-out records: their loss is measured while training")
+    what.add_argument("--eval-data", type=path, metavar="FILE",
+                      help="held-out records: their loss is measured while training")
     what.add_argument("--eval-share", type=share, metavar="SHARE", help="or hold out this share of --data")
     what.add_argument("--preview", nargs="?", type=whole(1), const=3, metavar="N",
                       help="show N examples with what is learnt in green; without --out, train nothing")
@@ -171,23 +184,25 @@ def train_arguments(sub):
     how.add_argument("--recompute", action="store_true", help="keep no activations: less memory, a third more time")
     how.add_argument("--shard", action="store_true", help="under torchrun: spread the weights over the processes (FSDP2)")
     where = sub.add_argument_group("where to write")
-    where.add_argument("--out", metavar="PATH", help="a .safetensors file; a directory or a .gguf file with --technique full")
+    where.add_argument("--out", type=path, metavar="PATH",
+                       help="a .safetensors file; with --technique full a directory or .gguf file")
     where.add_argument("--force", action="store_true", help="replace a file that minillm did not write")
-    where.add_argument("--checkpoints", metavar="DIR",
+    where.add_argument("--checkpoints", type=path, metavar="DIR",
                        help="save the whole state there as it goes; without it, Ctrl-C alone saves, "
                             "beside --out")
     where.add_argument("--save-every", type=whole(1), metavar="STEPS")
     where.add_argument("--keep", type=whole(1), help="how many of the last checkpoints stay (2)")
     where.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
-    where.add_argument("--log", metavar="FILE", help="a JSON line for each step")
-    where.add_argument("--picture", metavar="FILE", help="the loss and the learning rate, as .png, .svg or .pdf")
+    where.add_argument("--log", type=path, metavar="FILE", help="a JSON line for each step")
+    where.add_argument("--picture", type=path, metavar="FILE",
+                       help="the loss and the learning rate, as .png, .svg or .pdf")
 
 
 def eval_arguments(sub):
     model(sub)
     task(sub)
     records(sub, "your own records: the loss of their answers, and generated answers beside them")
-    sub.add_argument("--text", metavar="FILE", help="perplexity of this text")
+    sub.add_argument("--text", type=path, metavar="FILE", help="perplexity of this text")
     sub.add_argument("--length", type=whole(2), default=256, help="tokens of a window or an example (default 256)")
     sub.add_argument("--windows", type=whole(1), help="at most so many windows")
     sub.add_argument("--max-new-tokens", type=whole(1),
@@ -226,6 +241,7 @@ def show_arguments(sub):
 
 def export_arguments(sub):
     model(sub)
-    sub.add_argument("--out", required=True, metavar="PATH", help="a directory (Hugging Face layout) or a .gguf file")
+    sub.add_argument("--out", required=True, type=path, metavar="PATH",
+                     help="a directory (Hugging Face layout) or a .gguf file")
     sub.add_argument("--type", choices=["f32", "f16", "bf16", "q8_0"], help="how a GGUF stores its matrices (default f32)")
     sub.add_argument("--force", action="store_true", help="replace a file, or write beside files that minillm did not write")

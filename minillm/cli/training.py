@@ -156,7 +156,8 @@ def read(args, tokenizer):
     """(examples to learn, held-out examples or None), with a line for what was cut or skipped."""
     def file(path):
         reading = data.read(path, tokenizer, length=args.length, skip_bad=args.skip_bad)
-        if (reading.cut or reading.skipped) and not args.preview and distributed.place()[0] == 0:
+        shown = args.preview and path == args.data  # the preview begins with its summary
+        if (reading.cut or reading.skipped) and not shown and distributed.place()[0] == 0:
             print(f"{path}: {reading.summary()}", file=sys.stderr)
         return reading
 

@@ -36,14 +36,10 @@ def place(written):
     if written is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(written)
-        if device.type == "meta":
-            raise RuntimeError("this device holds no values, so nothing can be computed on it")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"--device {written}: {reason}") from error
-    return device
+        return checkpoints.placed(written)
+    except ValueError as error:
+        said = str(error).replace(f"device={written!r}", f"--device {written}")
+        raise ValueError(said) from error
 
 
 def needs_tokenizer(tokenizer, args):
@@ -63,10 +59,15 @@ def run_eval(args):
         return answers(model, tokenizer, args)
     if args.text or args.data:
         text = data.text(args.text or args.data)
-        print(repr(measure.perplexity(model, tokenizer, text, length=args.length, windows=args.windows)))
-        return
-    part = data.task(args.task or "language", tokenizer, "test", limit=64, length=args.length)
-    print(repr(compare.score(model, tokenizer, part, args.length // 2, args.windows)))
+    else:
+        task = args.task or "language"
+        part = data.task(task, tokenizer, "test", limit=64, length=args.length)
+        text = part.text
+    if text:
+        found = measure.perplexity(model, tokenizer, text, args.length, args.windows)
+    else:
+        found = compare.score(model, tokenizer, part, args.length, args.windows)
+    print(repr(found))
 
 
 def check_eval(args):
@@ -109,21 +110,16 @@ def answers(model, tokenizer, args):
     print(reading.summary())
     found = measure.completions(model, reading, pad=tokenizer.pad or 0)
     print(f"loss {math.log(found):.4f} for each learnt token; {found!r}")
-    counted = {line_of(reason) for reason in reading.skipped}
-    unasked = [reason for reason in asked.skipped if line_of(reason) not in counted]
+    uncounted = {reason.where for reason in reading.skipped}
+    unasked = [one for one in asked.skipped + asked.unanswered if one.where not in uncounted]
     if unasked:
-        print("\n".join(["of these, not answered:", *data.skips(unasked)]))
+        print("\n".join(data.skips(unasked, title="of these, not answered", what="record")))
     if asked.prompts:
         got = measure.answers(model, tokenizer, asked.prompts, asked.references, ids=asked.ids,
                               max_new_tokens=new)
         print(got.summary())
         if args.examples != 0:
             print(report.table(got.rows(5 if args.examples is None else args.examples)))
-
-
-def line_of(reason):
-    """The file and the line of a reason why a record was skipped."""
-    return reason.split(": ", 1)[0]
 
 
 # --- generate and chat -----------------------------------------------------------------------------------
@@ -238,10 +234,18 @@ def run_export(args):
     for name in (name for name in registry.techniques() if issubclass(classes[name], registry.Format)):
         if registry.formats_of(name, model):
             registry.techniques()[name].unwrap(model)
-    for name in list(dict.fromkeys(name for layer in registry.layers(model).values() for name in layer.patches)):
-        registry.techniques()[name].merge(model, keep=False)
+    while registry.layers(model):
+        registry.techniques()[innermost(model)].merge(model, keep=False)
     checkpoints.save(model, args.out, tokenizer=tokenizer, type=args.type, force=args.force)
     print(f"wrote {args.out}")
+
+
+def innermost(model):
+    """A technique that has no other beneath it, wherever it is."""
+    stacks = [list(layer.patches) for layer in registry.layers(model).values()]
+    outer = {name for stack in stacks for name in stack[1:]}
+    lowest = [stack[0] for stack in stacks]
+    return next((name for name in lowest if name not in outer), lowest[0])  # merge says why not
 
 
 def run_fetch(args):

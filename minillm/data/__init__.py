@@ -10,7 +10,7 @@
 """
 
 from minillm.data.batching import Batches, batches, collate, fingerprint, held_out
-from minillm.data.example import Example, NOT_LEARNT, completion, learnt, pieces
+from minillm.data.example import Example, NOT_LEARNT, check_examples, completion, learnt, pieces
 from minillm.data.packing import pack
 from minillm.data.reading import (
     Questions, Reading, check_file, questions, read, reader_of, text, utf8,
@@ -23,8 +23,8 @@ from minillm.data.tasks import (
 
 __all__ = [
     "Batches", "Docstring", "Example", "NOT_LEARNT", "Questions", "Reading", "SPLITS", "TASKS",
-    "Task", "batches", "check", "check_file", "collate", "completion", "conversation", "docstrings",
-    "fingerprint", "held_out", "learnt", "most_documented", "pack", "parse", "pieces", "preview",
-    "questions", "read", "reader_of", "skips", "split", "summary", "task", "text", "texts",
-    "topics", "utf8",
+    "Task", "batches", "check", "check_examples", "check_file", "collate", "completion",
+    "conversation", "docstrings", "fingerprint", "held_out", "learnt", "most_documented", "pack",
+    "parse", "pieces", "preview", "questions", "read", "reader_of", "skips", "split", "summary",
+    "task", "text", "texts", "topics", "utf8",
 ]

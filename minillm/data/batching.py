@@ -5,7 +5,7 @@ import hashlib
 
 import torch
 
-from minillm.data.example import NOT_LEARNT, at_least
+from minillm.data.example import NOT_LEARNT, at_least, check_examples
 
 
 class Batches:
@@ -18,6 +18,7 @@ class Batches:
     """
 
     def __init__(self, examples, batch_size, seed=0, pad=0):
+        check_examples(examples)
         if not examples:
             raise ValueError("there are no examples to train on")
         for i, example in enumerate(examples):
@@ -111,6 +112,7 @@ def held_out(examples, share, seed=0):
     """
     if not 0 < share < 1:
         raise ValueError(f"share={share!r}: a share to hold out lies between 0 and 1")
+    check_examples(examples)
     kept, held = [], []
     for example in examples:
         digest = hashlib.sha256(f"{seed} ".encode() + content(example)).digest()

@@ -10,8 +10,10 @@ from the tokenizer's offsets. Libraries that search the ids for a marker string 
 soon as the text before it changes how it is tokenized.
 """
 
+import collections.abc
 import dataclasses
 import re
+import reprlib
 
 NOT_LEARNT = -100
 
@@ -29,6 +31,29 @@ class Example:
 def learnt(example):
     """How many labels of the Example are learnt."""
     return len(example.labels[1:]) - example.labels[1:].count(NOT_LEARNT)
+
+
+def check_examples(examples, what="examples"):
+    """TypeError unless this is a list of Examples; `what` begins the error's text.
+
+    Whatever has a length and places counts as a list.
+    """
+    make = "data.read(path, tokenizer) makes Examples of a file, data.pieces(ids, length) of a text"
+    if isinstance(examples, (str, dict)) or not (hasattr(examples, "__len__")
+                                                 and hasattr(examples, "__getitem__")):
+        if hasattr(examples, "examples"):
+            make = "give its .examples"
+        elif isinstance(examples, collections.abc.Iterator):
+            make = "give list(...) of it"
+        raise TypeError(f"{what}: this is {named(examples)}, not a list of Examples; {make}")
+    for i, example in enumerate(examples):
+        if not (hasattr(example, "ids") and hasattr(example, "labels")):
+            raise TypeError(f"{what}: number {i} is {named(example)}, not an Example; {make}")
+
+
+def named(value):
+    """A text, shortened, or the type of anything else: for an error of one line."""
+    return reprlib.repr(value) if isinstance(value, str) else type(value).__name__
 
 
 def pieces(ids, length):

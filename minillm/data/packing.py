@@ -6,7 +6,7 @@ Looking through all rows for each example would take n^2 steps. A tree over the 
 nodes hold the most room below them, finds the same row in log n.
 """
 
-from minillm.data.example import Example, NOT_LEARNT, check_length
+from minillm.data.example import Example, NOT_LEARNT, check_examples, check_length
 
 
 def pack(examples, length):
@@ -18,6 +18,7 @@ def pack(examples, length):
     ids, or longer than a row.
     """
     check_length(length)
+    check_examples(examples)
     for i, example in enumerate(examples):
         size, marks = len(example.ids), example.documents
         if not 0 < size <= length:

@@ -21,7 +21,7 @@ import re
 
 from minillm.data.example import check_length, learnt
 from minillm.data.records import examples_of, fitting, plain, question
-from minillm.data.showing import summary
+from minillm.data.showing import Reason, summary
 
 
 class Reading(list):
@@ -29,7 +29,7 @@ class Reading(list):
 
     path, length    what was read, and the most tokens an Example could have
     records         how many records the Examples come from
-    skipped         "PATH, line N: the reason" for each bad record that was left out
+    skipped         "PATH, line N: the reason", a Reason for each bad record that was left out
     kinds           {kind: records read as it}, a kind being a tuple of field names
     unread          {kind: records that also fit it, but were read as another kind}
     """
@@ -72,6 +72,7 @@ class Questions:
     references: list = dataclasses.field(default_factory=list)
     texts: int = 0  # records of plain text, which ask nothing
     skipped: list = dataclasses.field(default_factory=list)  # as in Reading
+    unanswered: list = dataclasses.field(default_factory=list)  # such reasons, see `most`
 
 
 def read(path, tokenizer, length=256, skip_bad=False):
@@ -87,7 +88,7 @@ def read(path, tokenizer, length=256, skip_bad=False):
         raise ValueError("this tokenizer has no end-of-text id (eos), with which examples end")
     found = Reading(path, length)
 
-    def use(record):
+    def use(record, where):
         found.extend(examples_of(record, tokenizer, length))
         kind, *others = fitting(record)
         found.kinds[kind] += 1
@@ -100,8 +101,8 @@ def read(path, tokenizer, length=256, skip_bad=False):
 def questions(path, tokenizer, skip_bad=False, most=None):
     """The Questions of a file that `read` reads, in its order.
 
-    most: how many tokens a prompt may have (None: any number). A prompt without a token, or with
-    more of them, is a bad record.
+    most: how many tokens a prompt may have (None: any number). A record whose prompt has none, or
+    more of them, is good to learn from, but no model can answer it: it is in `.unanswered` alone.
 
     The prompt of a conversation holds all before the assistant's last turn, by the chat template,
     and the reference is that turn. The prompt of an Alpaca record is what `read` puts before the
@@ -109,12 +110,14 @@ def questions(path, tokenizer, skip_bad=False, most=None):
     """
     reader, found = reader_of(path), Questions()
 
-    def use(record):
+    def use(record, where):
         asked = question(record, tokenizer)
         if asked is None:
             found.texts += 1
+        elif most is not None and not 0 < len(asked[1]) <= most:
+            found.unanswered.append(Reason.at(where, f"the prompt has {len(asked[1])} tokens: "
+                                              f"1 to {most} leave room for an answer"))
         else:
-            check_prompt(asked[1], most)
             for row, value in zip((found.prompts, found.ids, found.references), asked):
                 row.append(value)
 
@@ -122,28 +125,23 @@ def questions(path, tokenizer, skip_bad=False, most=None):
     return found
 
 
-def check_prompt(ids, most):
-    """ValueError for a prompt that a model cannot answer."""
-    if most is not None and not 0 < len(ids) <= most:
-        raise ValueError(f"the prompt has {len(ids)} tokens: 1 to {most} leave room for an answer")
-
-
 def check_file(path, skip_bad=False):
     """The errors of `read` that need no tokenizer: to be found before a model is loaded."""
-    each(path, reader_of(path), lambda record: plain(record, None), skip_bad, [])
+    each(path, reader_of(path), lambda record, where: plain(record, None), skip_bad, [])
 
 
 def each(path, reader, use, skip_bad, skipped):
-    """Call use(record) for every record; returns for how many it went well."""
+    """Call use(record, where) for every record; returns for how many it went well."""
     good = 0
     for place, record in reader(path):
+        where = f"{path}, {place}"
         try:
             if isinstance(record, ValueError):
                 raise record
-            use(record)
+            use(record, where)
             good += 1
         except ValueError as error:
-            skipped.append(f"{path}, {place}: {error}")
+            skipped.append(Reason.at(where, error))
             if not skip_bad:
                 raise ValueError(skipped[-1]) from error
     if not good and skipped:

@@ -33,13 +33,23 @@ def count(n, what):
     return f"{n:,} {what}" + ("" if n == 1 else "s")
 
 
-def skips(skipped, most=5):
+class Reason(str):
+    """Why a record was left out: "PATH, line N: the reason". `where` is what comes before it."""
+
+    @classmethod
+    def at(cls, where, reason):
+        self = cls(f"{where}: {reason}")
+        self.where = where
+        return self
+
+
+def skips(skipped, most=5, title="skipped", what="bad record"):
     """The lines that say which records were skipped, the first `most` of them with their reason."""
     if not skipped:
         return []
     more = [f"  and {len(skipped) - most:,} more"] if len(skipped) > most else []
     first = [f"  {reason}" for reason in skipped[:most]]
-    return [f"skipped: {count(len(skipped), 'bad record')}", *first, *more]
+    return [f"{title}: {count(len(skipped), what)}", *first, *more]
 
 
 def preview(examples, tokenizer, n=3, color=True):

@@ -7,7 +7,7 @@ import torch
 
 from minillm.measure.intervals import digits
 from minillm.measure.likelihood import at_least, evaluating
-from minillm.measure.scores import accuracy, bleu, f1, paired, rouge, token_f1
+from minillm.measure.scores import accuracy, bleu, f1, listed, paired, rouge, token_f1
 from minillm.registry import prepare
 
 
@@ -21,7 +21,7 @@ def generate_text(model, tokenizer, prompts, max_new_tokens=32, batch=8, first_l
     """
     at_least(1, batch=batch)
     most = room(model, max_new_tokens)
-    rows = [tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
+    rows = [tokenizer.encode(p) if isinstance(p, str) else list(p) for p in listed(prompts)]
     for number, row in enumerate(rows, 1):
         if not 0 < len(row) <= most:
             raise ValueError(
@@ -116,6 +116,7 @@ def measures(texts, references):
     there are references, each is a class, and the macro F1 over classes is among the
     metrics.
     """
+    texts, references = paired(texts, references)
     texts, references = [t.strip() for t in texts], [r.strip() for r in references]
     found = [
         accuracy(texts, references, "exact match"),

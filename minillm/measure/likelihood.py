@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from minillm.calling import logits, native
-from minillm.data import collate
+from minillm.data import check_examples, collate
 from minillm.measure.intervals import score
-from minillm.measure.scores import metric
+from minillm.measure.scores import listed, metric
 from minillm.registry import prepare
 from minillm.model.generate import left_pad
 
@@ -107,6 +107,7 @@ def completions(model, examples, pad=0, batch=8):
     none with a token to predict.
     """
     at_least(1, batch=batch)
+    check_examples(examples)
     parts = []
     for i in range(0, len(examples), batch):
         ids, labels, mask = collate(examples[i : i + batch], pad)
@@ -127,7 +128,7 @@ def choose(model, tokenizer, prompts, choices, batch=8):
     of them is empty: nothing precedes the choice, or nothing is chosen.
     """
     at_least(1, batch=batch)
-    prompts, choices = list(prompts), list(choices)
+    prompts, choices = listed(prompts), listed(choices)
     for name, texts in (("prompts", prompts), ("choices", choices)):
         if not texts or not all(texts):
             raise ValueError(

@@ -3,9 +3,11 @@ with its interval.
 """
 
 import re
+import reprlib
 import string
 import unicodedata
 from collections import Counter
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -127,8 +129,15 @@ def change(before, after):
 # --- the metrics ----------------------------------------------------------------------------------
 
 
+def listed(values):
+    """The values as a list; TypeError for one text, which is no list of its characters."""
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise TypeError(f"{reprlib.repr(values)} is no list: give a list, also for one: [...]")
+    return list(values)
+
+
 def paired(predictions, references):
-    predictions, references = list(predictions), list(references)
+    predictions, references = listed(predictions), listed(references)
     if len(predictions) != len(references) or not references:
         raise ValueError(
             f"{len(predictions)} predictions and {len(references)} references: "
@@ -208,12 +217,13 @@ def bleu(hypotheses, references, tokenize="13a"):
 
 
 def rouge(hypotheses, references, kind="rougeL"):
-    """The mean F-measure of ROUGE, 0 to 1, a Score; kind is "rouge1", "rouge2", ... or
-    "rougeL". The tokens are those of `words`.
+    """The mean F-measure of ROUGE, 0 to 1, a Score; kind is "rouge1", "rouge2", ... "rouge9",
+    "rougeL" or "rougeLsum". The tokens are those of `words`.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
     hypotheses, references = paired(hypotheses, references)
+    options.one_of("kind", kind, [*(f"rouge{n}" for n in range(1, 10)), "rougeL", "rougeLsum"])
     scorer = RougeScorer([kind], tokenizer=Words())
     rows = [
         scorer.score(reference, hypothesis)[kind].fmeasure

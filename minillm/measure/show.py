@@ -4,6 +4,8 @@ what of it learns, and its bytes.
 
 import re
 
+from torch import nn
+
 from minillm.registry import Format, Layer, leaf, walk
 
 
@@ -19,6 +21,9 @@ def show(model):
 
     Neighbours in a list that are alike in everything are one line for all, with the bytes of all.
     """
+    if not isinstance(model, nn.Module):
+        given = repr(model) if isinstance(model, str) else type(model).__name__
+        raise TypeError(f"show takes a model, not {given}: model, tokenizer = minillm.load(...)")
     sites, seen, rows = walk(model), set(), []
     for site in sites:
         tensors = own_tensors(site)

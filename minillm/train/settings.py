@@ -95,6 +95,7 @@ def evaluation(o):
     if o.evaluate is not None and not callable(o.evaluate):
         raise ValueError(f"evaluate={o.evaluate!r} is not a function of the model")
     if o.held_out is not None:
+        data.check_examples(o.held_out, "held_out")
         try:
             data.batches(o.held_out, 1)
         except ValueError as error:

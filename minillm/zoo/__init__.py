@@ -19,6 +19,7 @@ def load(source, dtype=None, device=None):
     float32. The tokenizer is None where the checkpoint has none. FileNotFoundError where the source
     is missing, ValueError where it is not whole, or is something that minillm does not compute.
     """
+    device = checkpoints.placed(device)  # an error comes before a model is trained or fetched
     model, tokenizer = checkpoints.load(located(source), dtype, device)
     model.source = str(source)
     return model, tokenizer
