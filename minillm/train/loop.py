@@ -160,14 +160,17 @@ class Run:
         self.identity = self.compared = None  # only checkpoints need them
 
     def describe(self):
-        """Write down all that a resumed training has to have in common with this one."""
+        """Write down all that a resumed training has to have in common with this one.
+
+        As JSON: what has none fails here, before the first step, and not at the first checkpoint.
+        """
         o = self.options
         settings = {key: getattr(o, key) for key in COMPARED}
         settings |= dict(data=identity.examples(self.batches.examples),
                          held_out=o.held_out and identity.examples(o.held_out),
                          processes=distributed.place()[1])
         self.compared = json.loads(json.dumps(settings))
-        self.identity = identity.of(self.model)
+        self.identity = json.loads(json.dumps(identity.of(self.model)))
 
     def count(self, record):
         """Whether the record's evaluation, if there is one, is the best; counts those since."""
