@@ -3,7 +3,8 @@
 One safetensors file holds
 
     model.*       what learns                    buffer.*   buffers (BatchNorm's running statistics)
-    optimizer.*   AdamW's two moments and its step, of each parameter that has had a gradient
+    optimizer.*   AdamW's two moments and its step, of each parameter that has had a gradient; the
+                  float32 copy of each parameter that has less (see `masters`)
     best.*        model.* and buffer.* after the best step, where that is not this one
     random.*      the state of each process's random numbers
     metadata      the log, the place in the data, all settings, and what else the training relies on
@@ -83,6 +84,12 @@ def state(run):
     return learning | {f"buffer.{name}": b for name, b in buffers(run.model)}
 
 
+def copies(run):
+    """[(name in the file, float32 copy)] of what learns in half precision."""
+    return [(f"optimizer.master.{name}", run.masters[p]) for name, p in run.learning
+            if p in run.masters]
+
+
 def snapshot(run):
     """A copy of `state`, to come back to."""
     return {name: t.clone() for name, t in state(run).items()}
@@ -107,9 +114,11 @@ def save(run):
         tensors |= {f"random.cuda.{rank}": t for rank, t in enumerate(each)}
     for name, t in state(run).items():
         tensors[name] = distributed.whole(t).contiguous()
-    for name, p in run.learning:
+    for name, p in run.stepped.items():
         for key, t in run.optimizer.state.get(p, {}).items():  # none without a gradient
             tensors[f"optimizer.{key}.{name}"] = distributed.whole(t).contiguous()
+    for name, copy in copies(run):
+        tensors[name] = distributed.whole(copy).contiguous()
     if keeps_best(run):
         for name, t in run.best_state.items():
             tensors[f"best.{name}"] = distributed.whole(t).contiguous()
@@ -154,7 +163,9 @@ def restore(run, path):
         raise ValueError(f"{path}: its random state is none ({error})") from error
     ours = state(run)
     put_back(run, {name: distributed.like(tensors[name], t) for name, t in ours.items()})
-    for name, p in run.learning:
+    for name, copy in copies(run):
+        copy.copy_(distributed.like(tensors[name], copy))
+    for name, p in run.stepped.items():
         if f"optimizer.step.{name}" in tensors:  # not there: it has never had a gradient
             run.optimizer.state[p] = {
                 "step": tensors[f"optimizer.step.{name}"],
@@ -209,7 +220,8 @@ def check(run, path, tensors):
     needed[f"random.{distributed.place()[0]}"] = torch.get_rng_state().shape, torch.uint8
     if keeps_best(run):
         needed |= {f"best.{name}": value for name, value in kind.items()}
-    for name, p in run.learning:
+    needed |= {name: (copy.shape, copy.dtype) for name, copy in copies(run)}
+    for name, p in run.stepped.items():
         moments = {f"optimizer.{key}.{name}": (p.shape, p.dtype) for key in MOMENTS}
         moments[f"optimizer.step.{name}"] = ((), torch.float32)
         if any(key in tensors for key in moments):
