@@ -1,6 +1,7 @@
 """`minillm train`: every output and option is checked first, then the data is shown, then the model learns."""
 
 import contextlib
+import functools
 import os
 import pathlib
 import sys
@@ -37,8 +38,7 @@ def run(args):
         distributed.shard(model)
     done = False
     try:
-        history = fit(model, examples, held_out, tokenizer, args)
-        write(model, technique, tokenizer, args)
+        history = fit(model, examples, held_out, technique, tokenizer, args)
         done = True
     finally:
         tidy(args, done)
@@ -197,7 +197,7 @@ def tidy(args, done):
             train.clear(where)
 
 
-def fit(model, examples, held_out, tokenizer, args):
+def fit(model, examples, held_out, technique, tokenizer, args):
     return train.train(
         model, examples, steps=args.steps or (None if args.epochs else 100), epochs=args.epochs,
         lr=args.rate or compare.usual(args.technique, args.model) or 1e-3, batch_size=args.batch_size, accumulate=args.accumulate,
@@ -205,7 +205,8 @@ def fit(model, examples, held_out, tokenizer, args):
         seed=args.seed, held_out=held_out, every=args.every, patience=args.patience,
         checkpoints=args.checkpoints or of_interruption(args),
         save_every=args.save_every if args.checkpoints else 0, keep=args.keep or 2,
-        resume=args.resume, log=args.log, name=args.technique)
+        resume=args.resume, log=args.log, name=args.technique,
+        write=functools.partial(write, technique=technique, tokenizer=tokenizer, args=args))
 
 
 def write(model, technique, tokenizer, args):

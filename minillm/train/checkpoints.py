@@ -14,11 +14,13 @@ and is written beside its name and then renamed, so a name is always a whole che
 Frozen weights are not in it: load the same model and wrap it the same way first.
 """
 
+import contextlib
 import json
 import logging
 import pathlib
 import re
 import shutil
+import signal
 
 import safetensors.torch
 import torch
@@ -27,6 +29,7 @@ from minillm import distributed, files
 from minillm.registry.learning import buffers
 from minillm.train import identity
 from minillm.train.history import measured
+from minillm.train.interrupt import Interrupted
 from minillm.registry.store import read
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, each of the parameter's shape
@@ -102,6 +105,11 @@ def put_back(run, tensors):
         t.copy_(tensors[name])
 
 
+def path_of(run):
+    """The checkpoint after the newest step."""
+    return pathlib.Path(run.options.checkpoints) / f"step-{len(run.history):08d}.safetensors"
+
+
 def save(run):
     """Write `step-N.safetensors`, then remove all but the last `keep`; returns its path.
 
@@ -122,15 +130,14 @@ def save(run):
     if keeps_best(run):
         for name, t in run.best_state.items():
             tensors[f"best.{name}"] = distributed.whole(t).contiguous()
-    directory = pathlib.Path(run.options.checkpoints)
-    path = directory / f"step-{len(run.history):08d}.safetensors"
+    path = path_of(run)
     facts = dict(settings=run.compared, identity=run.identity, history=run.history,
                  batches=run.batches.state_dict())
     if distributed.place()[0] == 0:
         with files.atomic(path) as new:
             metadata = {"format": "pt", "training": json.dumps(facts)}
             safetensors.torch.save_file(tensors, new, metadata)
-        for old in saved(directory)[: -run.options.keep]:
+        for old in saved(path.parent)[: -run.options.keep]:
             old.unlink()
     distributed.wait()
     logger.info("saved %s", path)
@@ -140,6 +147,34 @@ def save(run):
 def keeps_best(run):
     """Whether the best parameters so far are others than those of the last step."""
     return run.options.restore_best and run.best and run.best["step"] != len(run.history) - 1
+
+
+@contextlib.contextmanager
+def rescued(run):
+    """An error or a Ctrl-C inside, after the last step, leaves a checkpoint of the whole training.
+
+    The error gets a note that says where. In several processes it is raised as it is: the others
+    are at another place, and cannot be asked for their parts.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        directory = run.options.checkpoints
+        if not run.trained or directory is None or distributed.place()[1] > 1:
+            raise
+        try:
+            with files.lock(directory):
+                path = newest(directory)
+                path = path if path == path_of(run) else save(run)
+        except (OSError, RuntimeError) as second:
+            error.add_note(f"the training is lost: no checkpoint can be written either ({second})")
+            raise error from None
+        steps = len(run.history)
+        if isinstance(error, KeyboardInterrupt):
+            raise Interrupted(path, steps, run.options.steps, signal.SIGINT) from error
+        error.add_note(f"the training is whole, and saved in {path}: resume=True goes on from "
+                       "there, and only writes")
+        raise
 
 
 # --- going on ---------------------------------------------------------------------------------

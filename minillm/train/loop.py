@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from minillm import data, distributed, files
 from minillm.calling import native
 from minillm.train import identity, masters
-from minillm.train.checkpoints import put_back, ready, restore, save, snapshot
+from minillm.train.checkpoints import put_back, ready, rescued, restore, save, snapshot
 from minillm.train.history import journal, measured
 from minillm.train.interrupt import Interrupted, deferred
 from minillm.train.losses import held_out_loss, learnt, loss_sum
@@ -33,8 +33,8 @@ logger = logging.getLogger("minillm")
 def train(model, examples, *, steps=None, epochs=None, lr, batch_size=8, accumulate=1,
           schedule="cosine", warmup=0, weight_decay=0.0, betas=(0.9, 0.999), clip=1.0, rates=None,
           seed=0, pad=0, held_out=None, evaluate=None, every=None, patience=None, restore_best=True,
-          checkpoints=None, save_every=None, keep=2, resume=False, log=None, progress=True,
-          name="train"):
+          checkpoints=None, save_every=None, keep=2, resume=False, write=None, log=None,
+          progress=True, name="train"):
     """Train what learns in the model on a list of `data.Example`; returns the log (see `history`).
 
     steps, epochs    one of them: optimizer steps, or times through the examples (0.5 is a half)
@@ -55,6 +55,8 @@ def train(model, examples, *, steps=None, epochs=None, lr, batch_size=8, accumul
     checkpoints      a directory, which gets a file each `save_every` steps (a tenth of all), after
                      the last and on Ctrl-C (0: on Ctrl-C alone); the last `keep` stay. resume=True
                      goes on from the newest, or begins where there is none
+    write            a function that saves the trained model, called with it at the end. Where it
+                     fails, or Ctrl-C ends it, the training is saved in `checkpoints`
     log              a file of JSON lines, the returned log; progress, name: of the bar
 
     ValueError for a setting that makes no sense, for an example beyond the model's positions or
@@ -64,21 +66,25 @@ def train(model, examples, *, steps=None, epochs=None, lr, batch_size=8, accumul
     """
     given = {key: value for key, value in locals().items() if key not in ("model", "examples")}
     run = Run(model, examples, resolve(examples, given))
-    with contextlib.ExitStack() as stack:
-        note, bar, asked = begin(run, stack)
-        while not run.over():
-            record = update(run)
-            run.history.append(record)
-            if run.due(run.options.every):
-                measure(run, record)
-            note(record)
-            show(bar, record)
-            signal = distributed.largest(asked.signal, run.device)  # to any of the processes
-            if checkpoints is not None and (run.due(run.options.save_every) or signal):
-                path = save(run)
-            if signal:
-                raise Interrupted(path, len(run.history), run.options.steps, signal)
-        finish(run)
+    with rescued(run):
+        with contextlib.ExitStack() as stack:
+            note, bar, asked = begin(run, stack)
+            while not run.over():
+                record = update(run)
+                run.history.append(record)
+                if run.due(run.options.every):
+                    measure(run, record)
+                note(record)
+                show(bar, record)
+                signal = distributed.largest(asked.signal, run.device)  # to any of the processes
+                if checkpoints is not None and (run.due(run.options.save_every) or signal):
+                    path = save(run)
+                if signal:
+                    raise Interrupted(path, len(run.history), run.options.steps, signal)
+            run.trained = True
+            finish(run)
+        if write is not None:
+            write(model)
     return run.history
 
 
@@ -162,7 +168,7 @@ class Run:
         self.device = self.learning[0][1].device
         self.batches = data.batches(examples, o.batch_size, o.seed, o.pad)
         self.loss = distributed.spread(model, loss_sum)
-        self.history = []
+        self.history, self.trained = [], False
         self.best, self.best_state, self.waited = None, None, 0  # of the evaluations
         self.identity = self.compared = None  # only checkpoints need them
 
