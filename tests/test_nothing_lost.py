@@ -294,3 +294,13 @@ def test_a_training_that_the_disk_has_no_room_for_is_called_lost(run, capsys, mo
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "a.safetensors'; the training is lost: " in said and "step-00000004" in said
     assert "--resume" not in said and not os.path.exists("a.safetensors.interrupted")
+
+
+def test_resume_with_nothing_to_resume_is_an_error(run, tmp_path):
+    said = learn(run, "lora", "--out", "a.safetensors", "--resume", code=1)
+    assert said == "minillm train: --resume: there is no checkpoint in a.safetensors.interrupted\n"
+    learn(run, "lora", "--out", "b.safetensors", "--checkpoints", "a.safetensors.interrupted")
+    said = learn(run, "lora", "--out", "a.safetensors", "--checkpoints", "typo", "--resume", code=1)
+    assert "no checkpoint in typo; --resume without --checkpoints goes on from a.safe" in said
+    assert "a.safetensors.interrupted/step-00000004.safetensors" in said
+    assert not {"typo", "a.safetensors"} & set(os.listdir())

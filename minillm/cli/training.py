@@ -90,6 +90,18 @@ def check_files(args):
         train.check_log(args.log)
     for path in filter(None, (args.data, args.eval_data)):
         data.check_file(path, args.skip_bad)
+    if args.resume and args.out:
+        check_resume(args)
+
+
+def check_resume(args):
+    """FileNotFoundError where --resume finds no checkpoint: a typo must not train from the start."""
+    beside = of_interruption(args)
+    where = args.checkpoints or beside
+    if train.newest(where) is None:
+        other = train.newest(beside)
+        hint = f"; --resume without --checkpoints goes on from {other}" if other else ""
+        raise FileNotFoundError(f"--resume: there is no checkpoint in {where}{hint}")
 
 
 def wrap_options(technique, args):

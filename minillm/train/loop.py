@@ -54,7 +54,8 @@ def train(model, examples, *, steps=None, epochs=None, lr, batch_size=8, accumul
     restore_best     the model ends as it was after the best of them; costs a copy of what learns
     checkpoints      a directory, which gets a file each `save_every` steps (a tenth of all), after
                      the last and on Ctrl-C (0: on Ctrl-C alone); the last `keep` stay. resume=True
-                     goes on from the newest, or begins where there is none
+                     goes on from the newest, or begins where there is none (`minillm train
+                     --resume` does not)
     write            a function that saves the trained model, called with it at the end. Where it
                      fails, or Ctrl-C ends it, the training is saved in `checkpoints`
     log              a file of JSON lines, the returned log; progress, name: of the bar
