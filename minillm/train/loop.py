@@ -37,7 +37,8 @@ def train(model, examples, *, steps=None, epochs=None, lr, batch_size=8, accumul
           progress=True, name="train"):
     """Train what learns in the model on a list of `data.Example`; returns the log (see `history`).
 
-    steps, epochs    one of them: optimizer steps, or times through the examples (0.5 is a half)
+    steps, epochs    one of them: optimizer steps, or times through the examples (0.5 is a half);
+                     the last step takes only what is left of the epochs
     lr, schedule     AdamW's peak rate, and "constant", "linear" or "cosine" after the warm-up.
                      It steps a float32 copy of each parameter that has less (see `masters`),
                      which costs 10 bytes more: the copy 4, wider moments 4, a wider gradient 2
@@ -100,7 +101,9 @@ def update(run):
 
     # The gradient: of the sum over all micro-batches, divided by the tokens that all of them learn.
     # (A mean of means would weigh short examples more.)
-    micro = [run.on_device(batch) for batch in itertools.islice(run.batches, o.accumulate)]
+    cut = o.last_accumulate and step == o.steps - 1  # the epochs end within this step
+    parts = o.last_accumulate if cut else o.accumulate
+    micro = [run.on_device(batch) for batch in itertools.islice(run.batches, parts)]
     count = sum(learnt(labels) for _, labels, _ in micro)
     total = 0.0
     for batch in micro:
