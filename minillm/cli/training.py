@@ -43,7 +43,7 @@ def run(args):
     finally:
         tidy(args, done)
     if distributed.place()[0] == 0:
-        print(f"{train.summary(history)}\nsaved {args.out}")
+        print(f"{train.summary(history)}\n{ending(history, args)}")
         if args.picture:
             train.picture(history, args.picture, args.force)
 
@@ -219,6 +219,17 @@ def fit(model, examples, held_out, technique, tokenizer, args):
         save_every=args.save_every if args.checkpoints else 0, keep=args.keep or 2,
         resume=args.resume, log=args.log, name=args.technique,
         write=functools.partial(write, technique=technique, tokenizer=tokenizer, args=args))
+
+
+def ending(history, args):
+    """Why the training ended, if --patience did it, and which step's parameters the file holds."""
+    best = history[-1].get("best")
+    if best is None:
+        return f"saved {args.out}"
+    after = sum("held_out" in record for record in history[best["step"] + 1 :])
+    stopped = f"stopped by --patience {args.patience} after {len(history)} steps\n"
+    return (stopped if args.patience and after >= args.patience else "") + (
+        f"saved {args.out}, as the model was after step {best['step'] + 1}")
 
 
 def write(model, technique, tokenizer, args):
