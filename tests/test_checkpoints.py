@@ -453,3 +453,41 @@ def test_what_a_checkpoint_cannot_say_is_found_before_the_first_step(tmp_path):
     model.forward = model.loss = None  # it is never called
     with pytest.raises(TypeError, match="object is not JSON serializable"):
         quiet(model, checkpoints=tmp_path)
+
+
+class Shared(nn.Module):
+    """Two layers register one tensor, a third a view of it, a fourth a row made by `expand`."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.table, self.layers = nn.Embedding(24, 8), nn.ModuleList(nn.Linear(8, 8) for _ in "1234")
+        self.head, count = nn.Linear(8, 24), torch.zeros(4, 2)
+        for layer, t in zip(self.layers, (count, count, count[1:], torch.zeros(1).expand(8))):
+            layer.register_buffer("count", t)
+        self.layers[1].weight = nn.Parameter(self.layers[0].weight.data)  # one memory, two parameters
+
+    def forward(self, ids, attention_mask=None):
+        x = self.table(ids)
+        if self.training:
+            self.layers[0].count += 1
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return self.head(x)
+
+
+def test_what_shares_memory_is_saved_and_put_back(tmp_path):
+    model = Shared()
+    ctrl_c_at_first = model.table.register_forward_hook(
+        lambda *_: signal.raise_signal(signal.SIGINT) if model.layers[0].count[0, 0] == 2 else None)
+    values = iter([1.0, 2.0, 2.0, 2.0, 2.0, 2.0])
+    options = dict(checkpoints=tmp_path, evaluate=lambda model: next(values), every=1)
+    with pytest.raises(Interrupted, match="after step 3"):
+        quiet(model, **options)
+    ctrl_c_at_first.remove()
+    model = Shared()
+    history = quiet(model, resume=True, **options)
+    other, values = Shared(), iter([1.0, 2.0, 2.0, 2.0, 2.0, 2.0])
+    assert losses(history) == losses(quiet(other, evaluate=options["evaluate"], every=1))
+    assert same(model, other) and model.layers[1].count[0, 0] == model.layers[2].count[0, 0] == 1
+    assert model.layers[3].count.tolist() == [0.0] * 8

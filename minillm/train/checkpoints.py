@@ -102,7 +102,10 @@ def snapshot(run):
 def put_back(run, tensors):
     """Copy tensors, whole or spread over the processes as the model is, into the model."""
     for name, t in state(run).items():
-        t.copy_(tensors[name])
+        if any(step == 0 and n > 1 for step, n in zip(t.stride(), t.shape)):
+            t.data = tensors[name].clone()  # a buffer made by `expand`: its values are one in memory
+        else:
+            t.copy_(tensors[name])
 
 
 def path_of(run):
@@ -120,16 +123,13 @@ def save(run):
     if torch.cuda.is_available():
         each = distributed.gathered(torch.cuda.get_rng_state())
         tensors |= {f"random.cuda.{rank}": t for rank, t in enumerate(each)}
-    for name, t in state(run).items():
-        tensors[name] = distributed.whole(t).contiguous()
+    tensors |= state(run) | dict(copies(run))
     for name, p in run.stepped.items():
         for key, t in run.optimizer.state.get(p, {}).items():  # none without a gradient
-            tensors[f"optimizer.{key}.{name}"] = distributed.whole(t).contiguous()
-    for name, copy in copies(run):
-        tensors[name] = distributed.whole(copy).contiguous()
+            tensors[f"optimizer.{key}.{name}"] = t
     if keeps_best(run):
-        for name, t in run.best_state.items():
-            tensors[f"best.{name}"] = distributed.whole(t).contiguous()
+        tensors |= {f"best.{name}": t for name, t in run.best_state.items()}
+    tensors = apart(tensors)
     path = path_of(run)
     facts = dict(settings=run.compared, identity=run.identity, history=run.history,
                  batches=run.batches.state_dict())
@@ -142,6 +142,17 @@ def save(run):
     distributed.wait()
     logger.info("saved %s", path)
     return path
+
+
+def apart(tensors):
+    """The tensors, each whole, contiguous and in memory of its own, as safetensors wants them."""
+    seen, found = set(), {}
+    for name, t in tensors.items():
+        t = distributed.whole(t).contiguous()
+        memory = t.untyped_storage().data_ptr()
+        found[name] = t.clone() if memory in seen else t
+        seen.add(memory)
+    return found
 
 
 def keeps_best(run):
