@@ -37,6 +37,9 @@ def train(model, examples, *, steps=None, epochs=None, lr, batch_size=8, accumul
           progress=True, name="train"):
     """Train what learns in the model on a list of `data.Example`; returns the log (see `history`).
 
+    All of the model is in train mode meanwhile, also what was in eval mode: dropout is active and
+    BatchNorm's statistics move. Afterwards every module has its own mode again.
+
     steps, epochs    one of them: optimizer steps, or times through the examples (0.5 is a half);
                      the last step takes only what is left of the epochs
     lr, schedule     AdamW's peak rate, and "constant", "linear" or "cosine" after the warm-up.
