@@ -37,14 +37,13 @@ def train(model, examples, *, steps=None, epochs=None, lr, batch_size=8, accumul
           progress=True, name="train"):
     """Train what learns in the model on a list of `data.Example`; returns the log (see `history`).
 
-    All of the model is in train mode meanwhile, also what was in eval mode: dropout is active and
-    BatchNorm's statistics move. Afterwards every module has its own mode again.
+    Meanwhile the whole model is in train mode, also what was in eval mode: dropout is active, and
+    BatchNorm's statistics move.
 
     steps, epochs    one of them: optimizer steps, or times through the examples (0.5 is a half);
                      the last step takes only what is left of the epochs
-    lr, schedule     AdamW's peak rate, and "constant", "linear" or "cosine" after the warm-up.
-                     It steps a float32 copy of each parameter that has less (see `masters`),
-                     which costs 10 bytes more: the copy 4, wider moments 4, a wider gradient 2
+    lr, schedule     AdamW's peak rate, and "constant", "linear" or "cosine" after the warm-up. A
+                     parameter of less than float32 costs 10 bytes more (see `masters`)
     warmup           steps in which the rate rises; a number below 1 is a share of all steps
     batch_size, accumulate    examples of a batch padded to one length (`pad`), batches of a step
     weight_decay, betas       AdamW's; the decay is that of matrices alone
@@ -58,16 +57,15 @@ def train(model, examples, *, steps=None, epochs=None, lr, batch_size=8, accumul
     restore_best     the model ends as it was after the best of them; costs a copy of what learns
     checkpoints      a directory, which gets a file each `save_every` steps (a tenth of all), after
                      the last and on Ctrl-C (0: on Ctrl-C alone); the last `keep` stay. resume=True
-                     goes on from the newest, or begins where there is none (`minillm train
-                     --resume` does not)
+                     goes on from the newest, or begins where there is none
     write            a function that saves the trained model, called with it at the end. Where it
                      fails, or Ctrl-C ends it, the training is saved in `checkpoints`
     log              a file of JSON lines, the returned log; progress, name: of the bar
 
     ValueError for a setting that makes no sense, for an example beyond the model's positions or
-    vocabulary, where nothing learns, where a checkpoint is of
-    another training, and where the loss is no longer a number; FileExistsError where `checkpoints`
-    holds another training's; Interrupted, a KeyboardInterrupt, after a Ctrl-C that was saved.
+    vocabulary, where nothing learns, where a checkpoint is of another training, and where the loss
+    is no longer a number; FileExistsError where `checkpoints` holds another training's;
+    Interrupted, a KeyboardInterrupt, after a Ctrl-C that was saved.
     """
     given = {key: value for key, value in locals().items() if key not in ("model", "examples")}
     run = Run(model, examples, resolve(examples, given))

@@ -12,7 +12,8 @@ Micikevicius et al. 2018, arXiv 1710.03740, section 3.1. Its scaling of the loss
 included: gradients below 6e-8 are 0 in float16, so prefer bfloat16.
 
 Cost, for each parameter in half precision: 18 bytes (the parameter 2, the copy 4, its gradient 4,
-AdamW's moments 8); float32 throughout needs 16. A parameter of float32 or float64 has no copy.
+AdamW's moments 8). Without the copy it would be 8, and float32 throughout needs 16. A parameter of
+float32 or float64 has no copy.
 """
 
 import torch
