@@ -12,6 +12,7 @@ import time
 import pytest
 import safetensors.torch
 import torch
+from conftest import hugging_face
 from models import build
 from test_train import examples, losses, quiet
 from torch import nn
@@ -329,6 +330,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
 RUN = """
 import sys, torch
+
 from models import build
 from test_train import examples
 import minillm
@@ -419,3 +421,73 @@ def test_what_differs_between_processes_is_not_compared():
     assert identity.differs(model, then) is None
     del then["modules"]  # of an earlier minillm
     assert identity.differs(model, then) is None
+
+
+@pytest.mark.parity
+def test_a_model_of_from_pretrained_goes_on_bit_for_bit(tmp_path):
+    """Its configuration holds what JSON has no word for, such as a torch.dtype."""
+    transformers = hugging_face()
+    build("hf_llama").save_pretrained(tmp_path / "model")
+
+    def load(**changed):
+        found = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "model", **changed)
+        assert isinstance(found.config.dtype, torch.dtype)
+        return found
+
+    expected, model = load(), load()
+    whole = quiet(expected)
+    options = dict(checkpoints=tmp_path / "runs", save_every=100)
+    hook = ctrl_c_at(model.model, 3)
+    with pytest.raises(Interrupted):
+        quiet(model, **options)
+    hook.remove()
+    with pytest.raises(ValueError, match="has rms_norm_eps=1e-06 then, 0.001 now"):
+        quiet(load(rms_norm_eps=1e-3), resume=True, **options)
+    model = load()
+    assert losses(quiet(model, resume=True, **options)) == losses(whole) and same(model, expected)
+
+
+def test_what_a_checkpoint_cannot_say_is_found_before_the_first_step(tmp_path):
+    model = lora()
+    next(iter(minillm.layers(model).values())).patches["lora"].config = lambda: dict(r=object())
+    model.forward = model.loss = None  # it is never called
+    with pytest.raises(TypeError, match="object is not JSON serializable"):
+        quiet(model, checkpoints=tmp_path)
+
+
+class Shared(nn.Module):
+    """Two layers register one tensor, a third a view of it, a fourth a row made by `expand`."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.table, self.layers = nn.Embedding(24, 8), nn.ModuleList(nn.Linear(8, 8) for _ in "1234")
+        self.head, count = nn.Linear(8, 24), torch.zeros(4, 2)
+        for layer, t in zip(self.layers, (count, count, count[1:], torch.zeros(1).expand(8))):
+            layer.register_buffer("count", t)
+        self.layers[1].weight = nn.Parameter(self.layers[0].weight.data)  # one memory, two parameters
+
+    def forward(self, ids, attention_mask=None):
+        x = self.table(ids)
+        if self.training:
+            self.layers[0].count += 1
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return self.head(x)
+
+
+def test_what_shares_memory_is_saved_and_put_back(tmp_path):
+    model = Shared()
+    ctrl_c_at_first = model.table.register_forward_hook(
+        lambda *_: signal.raise_signal(signal.SIGINT) if model.layers[0].count[0, 0] == 2 else None)
+    values = iter([1.0, 2.0, 2.0, 2.0, 2.0, 2.0])
+    options = dict(checkpoints=tmp_path, evaluate=lambda model: next(values), every=1)
+    with pytest.raises(Interrupted, match="after step 3"):
+        quiet(model, **options)
+    ctrl_c_at_first.remove()
+    model = Shared()
+    history = quiet(model, resume=True, **options)
+    other, values = Shared(), iter([1.0, 2.0, 2.0, 2.0, 2.0, 2.0])
+    assert losses(history) == losses(quiet(other, evaluate=options["evaluate"], every=1))
+    assert same(model, other) and model.layers[1].count[0, 0] == model.layers[2].count[0, 0] == 1
+    assert model.layers[3].count.tolist() == [0.0] * 8

@@ -85,6 +85,11 @@ def test_held_out_data_stops_the_training_and_the_best_is_saved(run):
                "--log", "log.jsonl")
     steps = logged("log.jsonl")
     assert len(steps) < 400 and "best held-out loss" in said and steps[-1]["best"]["step"] < steps[-1]["step"]
+    assert said.splitlines()[-2:] == [
+        f"stopped by --patience 2 after {len(steps)} steps",
+        f"saved a.safetensors, as the model was after step {steps[-1]['best']['step'] + 1}"]
+    said = run(*TRAIN, "--eval-share", 0.3, "--every", 2, "--patience", 2, "--steps", 4, "--out", "b.safetensors")
+    assert "stopped" not in said and said.endswith("saved b.safetensors, as the model was after step 4\n")
 
 
 def test_the_preview_trains_nothing_without_out(run, tmp_path):

@@ -70,14 +70,18 @@ def interrupted(kind, directory):
     assert [path.name for path in directory.glob("step-*")] == ["step-00000002.safetensors"]
 
 
-CASES = {"full": (), "lora": ("lora",), "lora on int8": ("quant", "lora")}
+CASES = {"full": (), "bfloat16": ("bfloat16",), "lora": ("lora",),
+         "lora on int8": ("quant", "lora")}
 
 
 def wrapped(wraps):
     torch.manual_seed(0)
     model = build("llama")
     for technique in wraps:
-        minillm.techniques()[technique].wrap(model)
+        if technique == "bfloat16":
+            model.bfloat16()
+        else:
+            minillm.techniques()[technique].wrap(model)
     return model
 
 
@@ -105,16 +109,17 @@ def test_two_processes_train_as_one(tmp_path, kind):
     for name, wraps in CASES.items():
         model = wrapped(wraps)
         expected = training(model, **measure(name))
+        rough = 300 if "bfloat16" in wraps else 1  # the processes' gradients are rounded too
         for again in (False, True):
             log = (tmp_path / f"{name}.{again}.jsonl").read_text()
             lines = [json.loads(line) for line in log.splitlines()]
             for key in ("loss", "norm", "tokens", "learnt", "held_out"):
                 found, wanted = ([r[key] for r in h if key in r] for h in (lines, expected))
-                assert found == pytest.approx(wanted, rel=1e-4), (name, again, key)
+                assert found == pytest.approx(wanted, rel=rough * 1e-4), (name, again, key)
             assert lines[-1]["best"]["step"] == expected[-1]["best"]["step"]
         whole = safetensors.torch.load_file(tmp_path / f"{name}.whole")
         for key, p in model.named_parameters():
-            torch.testing.assert_close(whole[key], p.detach(), rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(whole[key], p.detach(), rtol=rough * 1e-3, atol=rough * 1e-4)
         if "lora" in wraps:
             minillm.lora.save(model, tmp_path / "one.safetensors")
             one, two = (read(tmp_path / f"{n}.safetensors")[0] for n in ("one", name))

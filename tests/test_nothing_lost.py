@@ -14,7 +14,7 @@ from small_model import logged, model, run  # noqa: F401
 from test_train import examples, losses, quiet
 
 import minillm
-from minillm import compare, data, files, train
+from minillm import cli, compare, data, files, train
 
 OPTIONS = {"sparse": ["--option", "anyway=true"], "freeze": ["--option", "last=1"]}
 FAST = ["--data", "a.txt", "--length", 64, "--batch-size", 2]
@@ -232,3 +232,75 @@ def test_lengths_beyond_the_model_are_one_line(run, tmp_path):
                    "--out", "b.safetensors", code=1)
         assert message in said
     assert not (tmp_path / "log.jsonl").exists()
+
+
+# --- a write that fails after the last step ------------------------------------------------------
+
+
+def last_line(run, capsys, code, *args):
+    """The error of a training that began, beneath its bar."""
+    args = ["train", "--model", run.model, *FAST, "--steps", 4, *args]
+    assert cli.main([str(arg) for arg in args]) == code
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def failing(monkeypatch, technique, before):
+    """Let `before(path)` run when the technique's file is written for the first time."""
+    save, calls = minillm.techniques()[technique].save, []
+
+    def first(model, path, **options):
+        calls.append(path)
+        if len(calls) == 1:
+            before(path)
+        save(model, path, **options)
+
+    monkeypatch.setattr(minillm.techniques()[technique], "save", first)
+
+
+def interrupt(path):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("what, code", [("a file", 1), ("Ctrl-C", 130)])
+@pytest.mark.parametrize("where", [[], ["--checkpoints", "c"]])
+def test_a_failing_write_costs_no_training(what, code, where, run, tmp_path, capsys, monkeypatch):
+    def appear(path):
+        (tmp_path / path).write_text("mine")
+
+    values = itertools.cycle([2.0, 1.0, 3.0, 3.0])  # another step than the last is the best
+    monkeypatch.setattr(train.loop, "held_out_loss", lambda *_: next(values))
+    more = ["--eval-data", "a.txt", "--every", 1, "--rate", 0.1]
+    learn(run, "lora", *more, "--out", "whole.safetensors")
+    failing(monkeypatch, "lora", appear if what == "a file" else interrupt)
+    more += [*where, "--log", "log.jsonl", "--out", "a.safetensors"]
+    said = last_line(run, capsys, code, *more)
+    path = f"{'c' if where else 'a.safetensors.interrupted'}/step-00000004.safetensors"
+    assert path in said and "--resume goes on from there" in said and os.path.exists(path)
+    assert what == "Ctrl-C" or "a.safetensors exists, and no technique" in said
+    (tmp_path / "a.safetensors").unlink(missing_ok=True)
+    learn(run, "lora", *more, "--resume")
+    a, b = ((tmp_path / f"{name}.safetensors").read_bytes() for name in ("whole", "a"))
+    assert a == b and not os.path.exists("a.safetensors.interrupted")
+
+
+def test_a_training_that_the_disk_has_no_room_for_is_called_lost(run, capsys, monkeypatch):
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    failing(monkeypatch, "lora",
+            lambda path: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1])))
+    try:
+        said = last_line(run, capsys, 1, "--out", "a.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "a.safetensors'; the training is lost: " in said and "step-00000004" in said
+    assert "--resume" not in said and not os.path.exists("a.safetensors.interrupted")
+
+
+def test_resume_with_nothing_to_resume_is_an_error(run, tmp_path):
+    said = learn(run, "lora", "--out", "a.safetensors", "--resume", code=1)
+    assert said == "minillm train: --resume: there is no checkpoint in a.safetensors.interrupted\n"
+    learn(run, "lora", "--out", "b.safetensors", "--checkpoints", "a.safetensors.interrupted")
+    said = learn(run, "lora", "--out", "a.safetensors", "--checkpoints", "typo", "--resume", code=1)
+    assert "no checkpoint in typo; --resume without --checkpoints goes on from a.safe" in said
+    assert "a.safetensors.interrupted/step-00000004.safetensors" in said
+    assert not {"typo", "a.safetensors"} & set(os.listdir())

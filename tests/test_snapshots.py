@@ -60,7 +60,8 @@ def described(action):
             value = list(value)
         lines += [f"    {field}: {value!r}"] if value not in (None, False) else []
     if action.type and action.type.__module__ != "builtins":
-        lines += [f"    {text!r} -> {answer}" for text, answer in zip(PROBES, answers(action.type))]
+        found = zip(PROBES, answers(action.type))
+        lines += [f"    {text!r} -> {answer}" for text, answer in found if answer != repr(text)]
     elif action.type:
         lines.append(f"    type: {action.type.__name__}")
     return lines

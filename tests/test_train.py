@@ -435,6 +435,19 @@ def test_epochs_are_steps_and_a_warm_up_can_be_a_share():
     assert [r["rate"] for r in a] == [r["rate"] for r in b] and a[0]["rate"] < a[1]["rate"] < 1e-2
 
 
+@pytest.mark.parametrize("epochs, batches", [(1, 5), (2, 10), (0.5, 3), (1.4, 7), (1.5, 8)])
+def test_the_last_step_takes_what_is_left_of_the_epochs(epochs, batches, tmp_path):
+    rows = [data.Example([i, i + 1, i + 2], [i, i + 1, i + 2]) for i in range(10)]
+    options = dict(steps=None, epochs=epochs, batch_size=2, accumulate=2)
+    history = quiet(Watched(), rows, checkpoints=tmp_path, **options)
+    assert sum(record["tokens"] for record in history) == batches * 2 * 3
+    assert all(record["tokens"] == 12 for record in history[:-1])
+    if batches % 2:
+        options = {**options, "steps": len(history), "epochs": None}
+        with pytest.raises(ValueError, match="last_accumulate=1 then, None now"):
+            quiet(Watched(), rows, checkpoints=tmp_path, resume=True, **options)
+
+
 # --- the log ----------------------------------------------------------------------------------
 
 

@@ -16,8 +16,8 @@ def main(argv=None):
     except Interrupted as error:
         print(f"\nminillm {args.command}: {said(error)}", file=sys.stderr)
         return 130
-    except KeyboardInterrupt:
-        print(f"\nminillm {args.command}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"\nminillm {args.command}: {said(error, 'interrupted')}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `minillm show | head`
         sys.stderr.close()
@@ -27,9 +27,13 @@ def main(argv=None):
         return 1
 
 
-def said(error):
-    """The error on one line, with the command line's words for arguments."""
-    text = " ".join(str(error).split()) or type(error).__name__
+def said(error, name=None):
+    """The error and its notes on one line, with the command line's words for arguments.
+
+    name: what to call an error that says nothing; by default its type.
+    """
+    text = str(error) or name or type(error).__name__
+    text = " ".join("; ".join([text, *getattr(error, "__notes__", ())]).split())
     for argument, option in (("force=True (--force)", "--force"), ("force=True", "--force"),
                              ("resume=True", "--resume"), ("skip_bad=True", "--skip-bad"),
                              ("any_base=True", "--any-base"),

@@ -192,7 +192,8 @@ def train_arguments(sub):
                             "beside --out")
     where.add_argument("--save-every", type=whole(1), metavar="STEPS")
     where.add_argument("--keep", type=whole(1), help="how many of the last checkpoints stay (2)")
-    where.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    where.add_argument("--resume", action="store_true",
+                       help="go on from the newest checkpoint; an error where there is none")
     where.add_argument("--log", type=path, metavar="FILE", help="a JSON line for each step")
     where.add_argument("--picture", type=path, metavar="FILE",
                        help="the loss and the learning rate, as .png, .svg or .pdf")

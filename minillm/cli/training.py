@@ -1,6 +1,7 @@
 """`minillm train`: every output and option is checked first, then the data is shown, then the model learns."""
 
 import contextlib
+import functools
 import os
 import pathlib
 import sys
@@ -37,13 +38,12 @@ def run(args):
         distributed.shard(model)
     done = False
     try:
-        history = fit(model, examples, held_out, tokenizer, args)
-        write(model, technique, tokenizer, args)
+        history = fit(model, examples, held_out, technique, tokenizer, args)
         done = True
     finally:
         tidy(args, done)
     if distributed.place()[0] == 0:
-        print(f"{train.summary(history)}\nsaved {args.out}")
+        print(f"{train.summary(history)}\n{ending(history, args)}")
         if args.picture:
             train.picture(history, args.picture, args.force)
 
@@ -90,6 +90,18 @@ def check_files(args):
         train.check_log(args.log)
     for path in filter(None, (args.data, args.eval_data)):
         data.check_file(path, args.skip_bad)
+    if args.resume and args.out:
+        check_resume(args)
+
+
+def check_resume(args):
+    """FileNotFoundError where --resume finds no checkpoint: a typo must not train from the start."""
+    beside = of_interruption(args)
+    where = args.checkpoints or beside
+    if train.newest(where) is None:
+        other = train.newest(beside)
+        hint = f"; --resume without --checkpoints goes on from {other}" if other else ""
+        raise FileNotFoundError(f"--resume: there is no checkpoint in {where}{hint}")
 
 
 def wrap_options(technique, args):
@@ -198,7 +210,7 @@ def tidy(args, done):
             train.clear(where)
 
 
-def fit(model, examples, held_out, tokenizer, args):
+def fit(model, examples, held_out, technique, tokenizer, args):
     return train.train(
         model, examples, steps=args.steps or (None if args.epochs else 100), epochs=args.epochs,
         lr=args.rate or compare.usual(args.technique, args.model) or 1e-3, batch_size=args.batch_size, accumulate=args.accumulate,
@@ -206,7 +218,19 @@ def fit(model, examples, held_out, tokenizer, args):
         seed=args.seed, held_out=held_out, every=args.every, patience=args.patience,
         checkpoints=args.checkpoints or of_interruption(args),
         save_every=args.save_every if args.checkpoints else 0, keep=args.keep or 2,
-        resume=args.resume, log=args.log, name=args.technique)
+        resume=args.resume, log=args.log, name=args.technique,
+        write=functools.partial(write, technique=technique, tokenizer=tokenizer, args=args))
+
+
+def ending(history, args):
+    """Why the training ended, if --patience did it, and which step's parameters the file holds."""
+    best = history[-1].get("best")
+    if best is None:
+        return f"saved {args.out}"
+    after = sum("held_out" in record for record in history[best["step"] + 1 :])
+    stopped = f"stopped by --patience {args.patience} after {len(history)} steps\n"
+    return (stopped if args.patience and after >= args.patience else "") + (
+        f"saved {args.out}, as the model was after step {best['step'] + 1}")
 
 
 def write(model, technique, tokenizer, args):

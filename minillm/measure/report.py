@@ -89,7 +89,8 @@ def report(model, batch=1, length=128, repeats=5, vocabulary=None):
     if batch < 1 or length < 2:
         raise ValueError(f"batch={batch}, length={length}: at least one row of two tokens")
     learning = [p for p in model.parameters() if p.requires_grad]
-    gradients = sum(p.numel() * p.element_size() for p in learning)
+    half = 4 * sum(p.numel() for p in learning if p.element_size() < 4)  # float32 copies
+    gradients = half + sum(p.numel() * p.element_size() for p in learning if p.element_size() >= 4)
     vocabulary = vocabulary or size_of_vocabulary(model)
     device = next(model.parameters()).device
     config = getattr(model, "config", None)
@@ -105,7 +106,7 @@ def report(model, batch=1, length=128, repeats=5, vocabulary=None):
         bytes_by_format=bytes_by_format(model),
         weights=total_bytes(model),
         gradients=gradients,
-        optimizer=2 * gradients,
+        optimizer=2 * gradients + half,
         activations=saved_bytes(model, ids) if learning else 0,
         seconds_per_token=seconds(model, ids, repeats) / ids.numel(),
         batch=batch,

@@ -4,6 +4,7 @@
     settings      its arguments, checked
     room          whether the model has the positions and the ids of the examples
     rates         the learning rate over the steps, and for each group of parameters
+    masters       float32 copies of parameters in half precision
     losses        the loss of a batch, and of held-out examples
     history       the log, its summary and its picture
     checkpoints   what a file holds, and how a training goes on from it
@@ -18,7 +19,8 @@
 - Under torchrun each process computes its share of every batch; the losses stay those of
   one process (see `minillm.distributed`).
 - transformers' Trainer does this and far more behind callbacks and 100 arguments. Not
-  included: mixed precision by autocast (a bfloat16 model with float32 adapters needs none).
+  included: mixed precision by autocast (a bfloat16 model needs none: its adapters are float32,
+  or AdamW steps float32 copies of what learns, see `masters`).
 """
 
 from minillm.train.checkpoints import clear, newest, restore, saved

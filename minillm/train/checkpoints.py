@@ -3,7 +3,8 @@
 One safetensors file holds
 
     model.*       what learns                    buffer.*   buffers (BatchNorm's running statistics)
-    optimizer.*   AdamW's two moments and its step, of each parameter that has had a gradient
+    optimizer.*   AdamW's two moments and its step, of each parameter that has had a gradient; the
+                  float32 copy of each parameter that has less (see `masters`)
     best.*        model.* and buffer.* after the best step, where that is not this one
     random.*      the state of each process's random numbers
     metadata      the log, the place in the data, all settings, and what else the training relies on
@@ -13,11 +14,13 @@ and is written beside its name and then renamed, so a name is always a whole che
 Frozen weights are not in it: load the same model and wrap it the same way first.
 """
 
+import contextlib
 import json
 import logging
 import pathlib
 import re
 import shutil
+import signal
 
 import safetensors.torch
 import torch
@@ -26,6 +29,7 @@ from minillm import distributed, files
 from minillm.registry.learning import buffers
 from minillm.train import identity
 from minillm.train.history import measured
+from minillm.train.interrupt import Interrupted
 from minillm.registry.store import read
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, each of the parameter's shape
@@ -83,6 +87,12 @@ def state(run):
     return learning | {f"buffer.{name}": b for name, b in buffers(run.model)}
 
 
+def copies(run):
+    """[(name in the file, float32 copy)] of what learns in half precision."""
+    return [(f"optimizer.master.{name}", run.masters[p]) for name, p in run.learning
+            if p in run.masters]
+
+
 def snapshot(run):
     """A copy of `state`, to come back to."""
     return {name: t.clone() for name, t in state(run).items()}
@@ -92,7 +102,15 @@ def snapshot(run):
 def put_back(run, tensors):
     """Copy tensors, whole or spread over the processes as the model is, into the model."""
     for name, t in state(run).items():
-        t.copy_(tensors[name])
+        if any(step == 0 and n > 1 for step, n in zip(t.stride(), t.shape)):
+            t.data = tensors[name].clone()  # a buffer made by `expand`: its values are one in memory
+        else:
+            t.copy_(tensors[name])
+
+
+def path_of(run):
+    """The checkpoint after the newest step."""
+    return pathlib.Path(run.options.checkpoints) / f"step-{len(run.history):08d}.safetensors"
 
 
 def save(run):
@@ -105,23 +123,21 @@ def save(run):
     if torch.cuda.is_available():
         each = distributed.gathered(torch.cuda.get_rng_state())
         tensors |= {f"random.cuda.{rank}": t for rank, t in enumerate(each)}
-    for name, t in state(run).items():
-        tensors[name] = distributed.whole(t).contiguous()
-    for name, p in run.learning:
+    tensors |= state(run) | dict(copies(run))
+    for name, p in run.stepped.items():
         for key, t in run.optimizer.state.get(p, {}).items():  # none without a gradient
-            tensors[f"optimizer.{key}.{name}"] = distributed.whole(t).contiguous()
+            tensors[f"optimizer.{key}.{name}"] = t
     if keeps_best(run):
-        for name, t in run.best_state.items():
-            tensors[f"best.{name}"] = distributed.whole(t).contiguous()
-    directory = pathlib.Path(run.options.checkpoints)
-    path = directory / f"step-{len(run.history):08d}.safetensors"
+        tensors |= {f"best.{name}": t for name, t in run.best_state.items()}
+    tensors = files.apart({name: distributed.whole(t) for name, t in tensors.items()})
+    path = path_of(run)
     facts = dict(settings=run.compared, identity=run.identity, history=run.history,
                  batches=run.batches.state_dict())
     if distributed.place()[0] == 0:
         with files.atomic(path) as new:
             metadata = {"format": "pt", "training": json.dumps(facts)}
             safetensors.torch.save_file(tensors, new, metadata)
-        for old in saved(directory)[: -run.options.keep]:
+        for old in saved(path.parent)[: -run.options.keep]:
             old.unlink()
     distributed.wait()
     logger.info("saved %s", path)
@@ -131,6 +147,34 @@ def save(run):
 def keeps_best(run):
     """Whether the best parameters so far are others than those of the last step."""
     return run.options.restore_best and run.best and run.best["step"] != len(run.history) - 1
+
+
+@contextlib.contextmanager
+def rescued(run):
+    """An error or a Ctrl-C inside, after the last step, leaves a checkpoint of the whole training.
+
+    The error gets a note that says where. In several processes it is raised as it is: the others
+    are at another place, and cannot be asked for their parts.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        directory = run.options.checkpoints
+        if not run.trained or directory is None or distributed.place()[1] > 1:
+            raise
+        try:
+            with files.lock(directory):
+                path = newest(directory)
+                path = path if path == path_of(run) else save(run)
+        except (OSError, RuntimeError) as second:
+            error.add_note(f"the training is lost: no checkpoint can be written either ({second})")
+            raise error from None
+        steps = len(run.history)
+        if isinstance(error, KeyboardInterrupt):
+            raise Interrupted(path, steps, run.options.steps, signal.SIGINT) from error
+        error.add_note(f"the training is whole, and saved in {path}: resume=True goes on from "
+                       "there, and only writes")
+        raise
 
 
 # --- going on ---------------------------------------------------------------------------------
@@ -154,7 +198,9 @@ def restore(run, path):
         raise ValueError(f"{path}: its random state is none ({error})") from error
     ours = state(run)
     put_back(run, {name: distributed.like(tensors[name], t) for name, t in ours.items()})
-    for name, p in run.learning:
+    for name, copy in copies(run):
+        copy.copy_(distributed.like(tensors[name], copy))
+    for name, p in run.stepped.items():
         if f"optimizer.step.{name}" in tensors:  # not there: it has never had a gradient
             run.optimizer.state[p] = {
                 "step": tensors[f"optimizer.step.{name}"],
@@ -209,7 +255,8 @@ def check(run, path, tensors):
     needed[f"random.{distributed.place()[0]}"] = torch.get_rng_state().shape, torch.uint8
     if keeps_best(run):
         needed |= {f"best.{name}": value for name, value in kind.items()}
-    for name, p in run.learning:
+    needed |= {name: (copy.shape, copy.dtype) for name, copy in copies(run)}
+    for name, p in run.stepped.items():
         moments = {f"optimizer.{key}.{name}": (p.shape, p.dtype) for key in MOMENTS}
         moments[f"optimizer.step.{name}"] = ((), torch.float32)
         if any(key in tensors for key in moments):

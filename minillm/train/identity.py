@@ -19,10 +19,11 @@ from minillm.registry import Format, walk
 def of(model):
     """A dict for JSON that describes all of the model that does not learn."""
     config = getattr(model, "config", None)
+    config = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else None
     return dict(
         model=type(model).__name__,
         dtypes=sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()}),
-        config=dataclasses.asdict(config) if dataclasses.is_dataclass(config) else None,
+        config=json.loads(json.dumps(config, default=str)),  # a torch.dtype becomes its name
         modules=dict(modules(model)),
         techniques=[list(entry) for entry in techniques(model)],
         base=fingerprint.of(model))

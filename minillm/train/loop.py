@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 
 from minillm import data, distributed, files
 from minillm.calling import native
-from minillm.train import identity
-from minillm.train.checkpoints import put_back, ready, restore, save, snapshot
+from minillm.train import identity, masters
+from minillm.train.checkpoints import put_back, ready, rescued, restore, save, snapshot
 from minillm.train.history import journal, measured
 from minillm.train.interrupt import Interrupted, deferred
 from minillm.train.losses import held_out_loss, learnt, loss_sum
@@ -33,12 +33,17 @@ logger = logging.getLogger("minillm")
 def train(model, examples, *, steps=None, epochs=None, lr, batch_size=8, accumulate=1,
           schedule="cosine", warmup=0, weight_decay=0.0, betas=(0.9, 0.999), clip=1.0, rates=None,
           seed=0, pad=0, held_out=None, evaluate=None, every=None, patience=None, restore_best=True,
-          checkpoints=None, save_every=None, keep=2, resume=False, log=None, progress=True,
-          name="train"):
+          checkpoints=None, save_every=None, keep=2, resume=False, write=None, log=None,
+          progress=True, name="train"):
     """Train what learns in the model on a list of `data.Example`; returns the log (see `history`).
 
-    steps, epochs    one of them: optimizer steps, or times through the examples (0.5 is a half)
-    lr, schedule     AdamW's peak rate, and "constant", "linear" or "cosine" after the warm-up
+    Meanwhile the whole model is in train mode, also what was in eval mode: dropout is active, and
+    BatchNorm's statistics move.
+
+    steps, epochs    one of them: optimizer steps, or times through the examples (0.5 is a half);
+                     the last step takes only what is left of the epochs
+    lr, schedule     AdamW's peak rate, and "constant", "linear" or "cosine" after the warm-up. A
+                     parameter of less than float32 costs 10 bytes more (see `masters`)
     warmup           steps in which the rate rises; a number below 1 is a share of all steps
     batch_size, accumulate    examples of a batch padded to one length (`pad`), batches of a step
     weight_decay, betas       AdamW's; the decay is that of matrices alone
@@ -53,30 +58,36 @@ def train(model, examples, *, steps=None, epochs=None, lr, batch_size=8, accumul
     checkpoints      a directory, which gets a file each `save_every` steps (a tenth of all), after
                      the last and on Ctrl-C (0: on Ctrl-C alone); the last `keep` stay. resume=True
                      goes on from the newest, or begins where there is none
+    write            a function that saves the trained model, called with it at the end. Where it
+                     fails, or Ctrl-C ends it, the training is saved in `checkpoints`
     log              a file of JSON lines, the returned log; progress, name: of the bar
 
     ValueError for a setting that makes no sense, for an example beyond the model's positions or
-    vocabulary, where nothing learns, where a checkpoint is of
-    another training, and where the loss is no longer a number; FileExistsError where `checkpoints`
-    holds another training's; Interrupted, a KeyboardInterrupt, after a Ctrl-C that was saved.
+    vocabulary, where nothing learns, where a checkpoint is of another training, and where the loss
+    is no longer a number; FileExistsError where `checkpoints` holds another training's;
+    Interrupted, a KeyboardInterrupt, after a Ctrl-C that was saved.
     """
     given = {key: value for key, value in locals().items() if key not in ("model", "examples")}
     run = Run(model, examples, resolve(examples, given))
-    with contextlib.ExitStack() as stack:
-        note, bar, asked = begin(run, stack)
-        while not run.over():
-            record = update(run)
-            run.history.append(record)
-            if run.due(run.options.every):
-                measure(run, record)
-            note(record)
-            show(bar, record)
-            signal = distributed.largest(asked.signal, run.device)  # to any of the processes
-            if checkpoints is not None and (run.due(run.options.save_every) or signal):
-                path = save(run)
-            if signal:
-                raise Interrupted(path, len(run.history), run.options.steps, signal)
-        finish(run)
+    with rescued(run):
+        with contextlib.ExitStack() as stack:
+            note, bar, asked = begin(run, stack)
+            while not run.over():
+                record = update(run)
+                run.history.append(record)
+                if run.due(run.options.every):
+                    measure(run, record)
+                note(record)
+                show(bar, record)
+                signal = distributed.largest(asked.signal, run.device)  # to any of the processes
+                if checkpoints is not None and (run.due(run.options.save_every) or signal):
+                    path = save(run)
+                if signal:
+                    raise Interrupted(path, len(run.history), run.options.steps, signal)
+            run.trained = True
+            finish(run)
+        if write is not None:
+            write(model)
     return run.history
 
 
@@ -91,26 +102,29 @@ def update(run):
 
     # The gradient: of the sum over all micro-batches, divided by the tokens that all of them learn.
     # (A mean of means would weigh short examples more.)
-    micro = [run.on_device(batch) for batch in itertools.islice(run.batches, o.accumulate)]
+    cut = o.last_accumulate and step == o.steps - 1  # the epochs end within this step
+    parts = o.last_accumulate if cut else o.accumulate
+    micro = [run.on_device(batch) for batch in itertools.islice(run.batches, parts)]
     count = sum(learnt(labels) for _, labels, _ in micro)
     total = 0.0
     for batch in micro:
         part = run.loss(*distributed.rows(batch))
         (part * (distributed.place()[1] / count)).backward()
+        masters.collect(run.masters)
         total += part.item()
     total = distributed.total(total, run.device)
 
     # Clipping: the gradients of all parameters together have at most this norm.
-    parameters = [p for _, p in run.learning]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, o.clip or math.inf)
+    norm = torch.nn.utils.clip_grad_norm_(run.stepped.values(), o.clip or math.inf)
     norm = distributed.whole(norm).item()
     if not math.isfinite(total) or not math.isfinite(norm):
         raise ValueError(f"step {step}: the loss is {total / count} and the gradient's norm "
                          f"{norm}; a lower learning rate than {o.lr} may help")
 
-    # AdamW.
+    # AdamW, of float32 copies where the parameters have less (see `masters`).
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
+    masters.write_back(run.masters)
 
     tokens = sum(ids.numel() if mask is None else int((mask > 0).sum()) for ids, _, mask in micro)
     return dict(step=step, loss=total / count, rate=o.lr * share, norm=norm, learnt=count,
@@ -147,27 +161,34 @@ class Run:
         o = options
         check_room(self.model, examples)
         check_room(self.model, options.held_out or (), "held-out example")
-        self.optimizer = torch.optim.AdamW(groups(self.model, o.lr, o.weight_decay, o.rates),
-                                           betas=o.betas)
-        self.optimizer.zero_grad(set_to_none=True)  # gradients from before are not of this training
-        stepped = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        self.learning = [(n, p) for n, p in self.model.named_parameters() if id(p) in stepped]
+        sets = groups(self.model, o.lr, o.weight_decay, o.rates)
+        self.learning = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        for _, p in self.learning:
+            p.grad = None  # gradients from before are not of this training
+        self.masters = masters.copies(self.learning)
+        self.stepped = {n: self.masters.get(p, p) for n, p in self.learning}  # by the optimizer
+        for group in sets:
+            group["params"] = [self.masters.get(p, p) for p in group["params"]]
+        self.optimizer = torch.optim.AdamW(sets, betas=o.betas)
         self.device = self.learning[0][1].device
         self.batches = data.batches(examples, o.batch_size, o.seed, o.pad)
         self.loss = distributed.spread(model, loss_sum)
-        self.history = []
+        self.history, self.trained = [], False
         self.best, self.best_state, self.waited = None, None, 0  # of the evaluations
         self.identity = self.compared = None  # only checkpoints need them
 
     def describe(self):
-        """Write down all that a resumed training has to have in common with this one."""
+        """Write down all that a resumed training has to have in common with this one.
+
+        As JSON: what has none fails here, before the first step, and not at the first checkpoint.
+        """
         o = self.options
         settings = {key: getattr(o, key) for key in COMPARED}
         settings |= dict(data=identity.examples(self.batches.examples),
                          held_out=o.held_out and identity.examples(o.held_out),
                          processes=distributed.place()[1])
         self.compared = json.loads(json.dumps(settings))
-        self.identity = identity.of(self.model)
+        self.identity = json.loads(json.dumps(identity.of(self.model)))
 
     def count(self, record):
         """Whether the record's evaluation, if there is one, is the best; counts those since."""

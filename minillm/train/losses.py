@@ -42,6 +42,7 @@ def held_out_loss(model, examples, batch_size=8, pad=0):
 
     The model computes as it does when it is used: without dropout.
     """
+    data.check_examples(examples)
     device, modes = next(model.parameters()).device, {m: m.training for m in model.modules()}
     total, count = 0.0, 0
     model.eval()

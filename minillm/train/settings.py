@@ -12,7 +12,8 @@ WHOLE = dict(steps=1, batch_size=1, accumulate=1, every=1, patience=1, save_ever
              pad=0, seed=None)  # whole numbers, and the least that each can be
 OPTIONAL = ("steps", "every", "patience", "save_every")
 COMPARED = ("steps", "lr", "batch_size", "accumulate", "schedule", "warmup", "weight_decay",
-            "betas", "clip", "rates", "seed", "pad", "every", "patience", "restore_best")
+            "betas", "clip", "rates", "seed", "pad", "every", "patience", "restore_best",
+            "last_accumulate")
 
 
 def resolve(examples, given):
@@ -67,14 +68,20 @@ def betas(o):
 
 
 def number_of_steps(o, examples):
-    """As it was given, or as many as `epochs` times through the examples take."""
+    """As it was given, or as many as `epochs` times through the examples take.
+
+    Where these end within the last step, `last_accumulate` is the number of its batches.
+    """
+    o.last_accumulate = None
     if (o.steps is None) == (o.epochs is None):
         raise ValueError(f"steps={o.steps!r} and epochs={o.epochs!r}: give exactly one of the two")
     if o.steps is not None:
         return o.steps
     epochs = number("epochs", o.epochs, lambda x: x > 0, "a number above 0")
     batches = math.ceil(len(examples) / o.batch_size)
-    return max(1, math.ceil(round(epochs * batches / o.accumulate, 6)))
+    batches = max(1, math.ceil(round(epochs * batches, 6)))
+    o.last_accumulate = batches % o.accumulate or None
+    return math.ceil(batches / o.accumulate)
 
 
 def warmup(o):

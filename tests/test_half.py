@@ -1,0 +1,89 @@
+"""Training in half precision: AdamW steps float32 copies, and the model has them rounded."""
+
+import pytest
+import torch
+from models import build
+from test_checkpoints import ctrl_c_at, same
+from test_train import examples, losses, quiet
+
+from minillm import data
+from minillm.registry.store import read
+from minillm.train import Interrupted, held_out_loss, loss_sum, newest
+
+
+def half(dtype):
+    """The same start in every dtype: its weights are of bfloat16."""
+    return build("llama").bfloat16().to(dtype)
+
+
+def fall(dtype):
+    """(how far 40 steps at 1e-5 lower the loss, the share of the weights that moved)."""
+    model = half(dtype)
+    before = [p.detach().clone() for p in model.parameters()]
+    quiet(model, steps=40, lr=1e-5, schedule="constant")
+    moved = sum((p != q).sum().item() for p, q in zip(before, model.parameters()))
+    first, last = (held_out_loss(m.float(), examples()) for m in (half(dtype), model))
+    return first - last, moved / sum(p.numel() for p in before)
+
+
+@pytest.mark.parametrize("dtype, share, near", [(torch.bfloat16, 0.4, 0.3),
+                                                (torch.float16, 0.9, 0.02)])
+def test_a_small_rate_learns_as_in_float32(dtype, share, near):
+    expected, _ = fall(torch.float32)
+    found, moved = fall(dtype)
+    assert expected > 0.005 and found == pytest.approx(expected, rel=near) and moved > share
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_loop_beside_one_with_float32_copies_written_out(dtype):
+    """Equal bit for bit, with micro-batches, whose gradients add up in float32, and clipping."""
+    rows, model, plain = examples(16), half(dtype), half(dtype)
+    history = quiet(model, rows, steps=5, accumulate=2, clip=0.5, schedule="constant", seed=3)
+    copies = [p.detach().float() for p in plain.parameters()]
+    optimizer = torch.optim.AdamW(copies, lr=1e-2, weight_decay=0.0)
+    batches = data.batches(rows, 4, 3)
+    for record in history:
+        micro = [next(batches), next(batches)]
+        count = sum(int((labels[:, 1:] != -100).sum()) for _, labels, _ in micro)
+        for copy in copies:
+            copy.grad = torch.zeros_like(copy)
+        for batch in micro:
+            plain.zero_grad()
+            (loss_sum(plain, *batch) / count).backward()
+            for p, copy in zip(plain.parameters(), copies):
+                copy.grad += p.grad.float()
+        norm = torch.nn.utils.clip_grad_norm_(copies, 0.5)
+        optimizer.step()
+        for p, copy in zip(plain.parameters(), copies):
+            p.data = copy.to(dtype)
+        assert record["norm"] == norm.item() > 0.5
+    assert same(model, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_goes_on_bit_for_bit(dtype, tmp_path):
+    """Also where the best step is not the last: the model ends as after that one."""
+    def options():
+        values = iter([4.0, 2.0, 1.0, 3.0, 3.0, 3.0, 3.0, 3.0])
+        return dict(steps=8, lr=1e-4, evaluate=lambda model: next(values), every=1)
+
+    expected, model = half(dtype), half(dtype)
+    whole = quiet(expected, **options())
+    hook = ctrl_c_at(model, 5)
+    with pytest.raises(Interrupted):
+        quiet(model, checkpoints=tmp_path, save_every=100, **options())
+    hook.remove()
+    tensors = read(newest(tmp_path))[0]
+    for name, p in model.named_parameters():
+        copy = tensors[f"optimizer.master.{name}"]
+        assert copy.dtype == torch.float32 and copy.to(dtype).equal(tensors[f"model.{name}"])
+    model, rest = half(dtype), options()
+    values = iter([3.0] * 3)
+    rest["evaluate"] = lambda model: next(values)
+    rest = quiet(model, checkpoints=tmp_path, save_every=100, resume=True, **rest)
+    assert losses(rest) == losses(whole) and rest[-1]["best"]["step"] == 2 and same(model, expected)
+
+
+def test_float32_has_no_copies(tmp_path):
+    quiet(build("llama"), checkpoints=tmp_path, steps=1)
+    assert not [name for name in read(newest(tmp_path))[0] if "master" in name]
