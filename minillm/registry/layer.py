@@ -21,7 +21,7 @@ several adapters on one layer, switched by name, and costs the reader a dispatch
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
+from torch.nn import UninitializedParameter
 
 from minillm.registry.leaf import kept
 
@@ -238,7 +238,8 @@ def leaf(module):
     if isinstance(module, Format):
         return module.leaf
     kind = kept(module)
-    return kind if kind and "weight" in module._parameters and not is_lazy(module.weight) else None
+    lazy = isinstance(module._parameters.get("weight"), UninitializedParameter)
+    return kind if kind and "weight" in module._parameters and not lazy else None
 
 
 def dense(module):

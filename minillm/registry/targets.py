@@ -3,7 +3,7 @@
 import difflib
 import re
 
-from torch.nn.parameter import is_lazy
+from torch.nn import UninitializedParameter
 
 from minillm.registry.layer import leaf
 from minillm.registry.leaf import kept
@@ -72,7 +72,7 @@ def select(model, targets, accepts, default, what="leaf"):
 
 def computed(site):
     """What to say of a site whose weight is no parameter of its own; else nothing."""
-    if is_lazy(getattr(site.module, "weight", None)):
+    if isinstance(getattr(site.module, "weight", None), UninitializedParameter):
         return ": it has no weight yet; run a batch through the model first"
     if kept(site.module) and not leaf(site.module):
         return (
