@@ -6,8 +6,9 @@ import itertools
 import torch
 
 from minillm.measure.intervals import digits
-from minillm.measure.likelihood import at_least, evaluating
+from minillm.measure.likelihood import at_least
 from minillm.measure.scores import accuracy, bleu, f1, listed, paired, rouge, token_f1
+from minillm.model.generate import evaluating
 from minillm.registry import prepare
 
 

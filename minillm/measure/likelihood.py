@@ -2,8 +2,6 @@
 likeliest of several choices.
 """
 
-import contextlib
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -13,21 +11,7 @@ from minillm.data import check_examples, collate
 from minillm.measure.intervals import score
 from minillm.measure.scores import listed, metric
 from minillm.registry import prepare
-from minillm.model.generate import left_pad
-
-
-@contextlib.contextmanager
-def evaluating(model):
-    """Put the model in eval mode, and every module of it back in its own mode at the
-    end, also after an error.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+from minillm.model.generate import evaluating, left_pad
 
 
 @torch.inference_mode()

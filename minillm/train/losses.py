@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from minillm import data
 from minillm.calling import logits, native
+from minillm.model.generate import evaluating
 from minillm.registry import prepare
 
 
@@ -43,18 +44,13 @@ def held_out_loss(model, examples, batch_size=8, pad=0):
     The model computes as it does when it is used: without dropout.
     """
     data.check_examples(examples)
-    device, modes = next(model.parameters()).device, {m: m.training for m in model.modules()}
-    total, count = 0.0, 0
-    model.eval()
-    try:
+    device, total, count = next(model.parameters()).device, 0.0, 0
+    with evaluating(model):
         for i in range(0, len(examples), batch_size):
             batch = data.collate(examples[i : i + batch_size], pad)
             if n := learnt(batch[1]):
                 batch = (None if t is None else t.to(device) for t in batch)
                 total, count = total + loss_sum(model, *batch).item(), count + n
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     if not count:
         raise ValueError(f"none of the {len(examples)} held-out examples has anything to learn")
     return total / count
