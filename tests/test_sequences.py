@@ -9,7 +9,7 @@ from torch import nn
 
 import minillm
 from minillm.registry import CannotMerge, Format, attached, walk
-from minillm.registry.verbs import merged
+from minillm.registry.past import past
 
 OPTIONS = {
     "freeze": dict(last=1),
@@ -46,9 +46,9 @@ def left(model):
     names = set(attached(model).split(", ")) - {"nothing"}
     for site in walk(model):
         base = site.module
-        while record := merged(base):
-            names.add(record[0])
-            base = record[2]
+        while record := past(base):
+            names.add(record.technique)
+            base = record.kept[1]
     return names | ({"freeze"} if minillm.registry.learning.stopped_by(model, "freeze") else set())
 
 

@@ -9,21 +9,28 @@ import sys
 import torch
 
 from minillm.registry import Format
+from minillm.registry.past import Past
 
 
 def bytes_by_format(model):
     """{format: bytes} of all parameters and buffers, each storage once: the Format's
-    name, else the dtype's.
+    name, else the dtype's; "kept by merge" for what `unmerge` would put back.
     """
     found, seen = collections.Counter(), set()
+
+    def count(name, t):
+        if t is not None and (t.is_meta or t.data_ptr() not in seen):
+            seen.add(t.data_ptr())
+            found[name] += t.numel() * t.element_size()
+
     for module in model.modules():
         for t in (*module._parameters.values(), *module._buffers.values()):
-            if t is not None and (t.is_meta or t.data_ptr() not in seen):
-                seen.add(t.data_ptr())
-                stored = isinstance(module, Format) and t is not module.bias
-                found[module.format_name if stored else str(t.dtype).removeprefix("torch.")] += (
-                    t.numel() * t.element_size()
-                )
+            stored = isinstance(module, Format) and t is not module.bias
+            count(module.format_name if stored else str(t.dtype).removeprefix("torch.")
+                  if t is not None else "", t)
+    for module in model.modules():
+        for t in module.tensors() if isinstance(module, Past) else ():
+            count("kept by merge", t)
     return dict(found)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from minillm.registry.layer import Format, Layer, Patch, dense, leaf
+from minillm.registry.past import Past
 
 
 @dataclasses.dataclass
@@ -68,7 +69,7 @@ def walk(model):
     def visit(parent, prefix):
         base = parent.base if isinstance(parent, Layer) else parent
         for key, child in base._modules.items():  # named_children would show a module that stands in two places only once
-            if child is None or isinstance(child, Patch):
+            if child is None or isinstance(child, (Patch, Past)):
                 continue
             if id(child) in sites:
                 sites[id(child)].places.append((base, key))

@@ -18,17 +18,13 @@ from torch import nn
 
 from minillm.registry import store
 from minillm.registry.attach import attach, put  # noqa: F401
+from minillm.registry.past import Past, past
 from minillm.registry.learning import notes, refreeze, thaw
 from minillm.registry.layer import CannotMerge, Format, Layer, dense, leaf
 from minillm.registry.sites import ties, walk
 from minillm.registry.table import attached, patches_of, register
 
 log = logging.getLogger("minillm")
-
-
-def merged(module):
-    """(technique, patch, old base) of the last merge into this module that was kept, or None."""
-    return module.__dict__.get("merged_from")
 
 
 def unwrap(cls, model):
@@ -44,7 +40,7 @@ def unwrap(cls, model):
             found += 1
             continue
         base = site.module
-        while merged(base) and merged(base)[0] == name:
+        while past(base) and past(base).technique == name:
             base = restore(base)
         here = site.layer is not None and name in site.layer.patches
         if here:
@@ -64,12 +60,12 @@ def refill(stored):
 
     A merge into the Format stays a merge into the leaf, and can be undone.
     """
-    if record := merged(stored):
-        name, patch, old = record
+    if record := past(stored):
+        patch, old = record.kept
         beneath = refill(old)
         leaf_above = twin(beneath)
         fill(leaf_above, stored)
-        leaf_above.__dict__["merged_from"] = (name, patch, beneath)
+        leaf_above.past = Past(record.technique, patch, beneath)
         return leaf_above
     return fill(stored.__dict__["shell"], stored)
 
@@ -85,10 +81,8 @@ def fill(shell, stored):
 
 
 def restore(base):
-    """The module that was there before the last merge into `base`: on its device, in its dtype, learning what it learns."""
-    _, _, old = merged(base)
-    W, _ = dense(base)
-    old.to(device=W.device, dtype=W.dtype)
+    """The module that was there before the last merge into `base`, learning what `base` learns."""
+    _, old = past(base).kept
     for key, p in old.named_parameters(recurse=False):
         if base._parameters.get(key) is not None:
             p.requires_grad_(base._parameters[key].requires_grad)
@@ -121,6 +115,9 @@ def merge(cls, model, keep=True, tolerance=0.5):
                              "them too. minillm.untie(model) first gives each its own")
         changed = not torch.equal(wanted, W) or bias is not b
         base = rebased(site.module, wanted, bias) if changed else twin(site.module)
+        for key, p in base._parameters.items():  # what trains it from now on leaves the old base alone
+            if p is not None and p is site.module._parameters.get(key):
+                base._parameters[key] = nn.Parameter(p.detach().clone(), p.requires_grad)
         if changed and isinstance(base, Format):
             base.pays(site.name)
         error, change = (dense(base)[0].to(W.dtype) - wanted).norm().item(), (wanted - W).norm().item()
@@ -129,9 +126,9 @@ def merge(cls, model, keep=True, tolerance=0.5):
                              f"of the change, more than tolerance={tolerance}. Merge into a dense base (unwrap the format first), or "
                              "keep the patch")
         worst = max(worst, error / change if change else 0.0)
-        base.__dict__.pop("merged_from", None)  # the copy's: of the merges before this one
+        base._modules.pop("past", None)  # the copy's: of the merges before this one
         if keep:
-            base.__dict__["merged_from"] = (name, patch, site.module)
+            base.past = Past(name, patch, site.module)
         plan.append((site, base))
     if not plan:
         raise ValueError(f"there is no {name} in this model to merge; attached: {attached(model)}")
@@ -174,21 +171,20 @@ def unmerge(cls, model):
         raise CannotMerge(f"{cls.technique} is a format: it has nothing to fold, so nothing to put back")
     name, plan = cls.technique, []
     for site in walk(model):
-        record = merged(site.module)
-        if record and record[0] == name:
+        record = past(site.module)
+        if record and record.technique == name:
             if site.layer and name in site.layer.patches:
                 raise ValueError(f"{site.name!r} has another {name} around the merged one: unwrap or merge that first")
             plan.append(site)
-        while record and record[0] != name:
-            over, record = record[0], merged(record[2])
-            if record and record[0] == name:
+        while record and record.technique != name:
+            over, record = record.technique, past(record.kept[1])
+            if record and record.technique == name:
                 raise ValueError(f"{over} was merged into {site.name!r} after {name}: unmerge {over} first")
     if not plan:
         raise ValueError(f"no {name} is merged in this model, or it was merged with keep=False; attached: {attached(model)}")
     for site in plan:
-        _, patch, _ = merged(site.module)
+        patch, _ = past(site.module).kept
         old, others = restore(site.module), dict(site.layer.patches) if site.layer else {}
-        patch.to(next((t.device for t in (*old.parameters(), *old.buffers())), None))
         layer = Layer(old).train(site.module.training)
         for one in (patch, *others.values()):  # it was the innermost, or it could not have been merged
             layer.add(one)
