@@ -45,6 +45,8 @@ class Bottleneck(Patch):
         self.width = site.width if width is None else options.whole("width", width)
         self.down, self.b_down = site.new(size, self.width), site.new(size)
         self.up, self.b_up = site.new(self.width, size), site.new(self.width)
+
+    def fill(self, site):
         nn.init.normal_(self.down, std=self.width**-0.5)
 
     @classmethod
@@ -68,9 +70,6 @@ class Bottleneck(Patch):
                              f"width {h.shape[-1]}")
         down, b_down, up, b_up = (p.to(h.dtype) for p in (self.down, self.b_down, self.up, self.b_up))
         return h + F.linear(F.gelu(F.linear(h, down, b_down)), up, b_up)
-
-    def config(self):
-        return dict(size=self.size, width=self.width)
 
     def extra_repr(self):
         return f"{self.width} -> {self.size} -> {self.width}"

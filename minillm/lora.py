@@ -67,6 +67,8 @@ class LoRA(Patch):
         self.lookup, self.padding = site.leaf.lookup, site.padding
         self.A = site.new(r, into)
         self.B = site.new(out, r)
+
+    def fill(self, site):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     @classmethod
@@ -93,9 +95,6 @@ class LoRA(Patch):
         if self.padding is not None:
             A = A.index_fill(1, torch.tensor(self.padding, device=A.device), 0)
         return W + (self.scale * self.B @ A).to(W.dtype), b
-
-    def config(self):
-        return dict(r=self.r, alpha=self.alpha, rank_stabilized=self.rank_stabilized, dropout=self.dropout)
 
     def extra_repr(self):
         return f"r={self.r}, alpha={self.alpha}"

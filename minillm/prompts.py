@@ -49,9 +49,11 @@ class SoftPrompt(Patch):
         self.length = length = options.whole("length", length)
         width, self.vocabulary = site.shape
         self.P = site.new(length, width)
-        with torch.no_grad():
-            some = torch.randint(self.vocabulary, (length,)).to(self.P.device)
-            self.P.copy_((site.layer or site.module)(some))
+
+    @torch.no_grad()
+    def fill(self, site):
+        some = torch.randint(self.vocabulary, (self.length,)).to(self.P.device)
+        self.P.copy_((site.layer or site.module)(some))
 
     @classmethod
     def accepts(cls, site):
@@ -73,9 +75,6 @@ class SoftPrompt(Patch):
         placeholders = self.vocabulary + torch.arange(self.length, device=ids.device)
         ids = torch.cat([placeholders.expand(len(ids), -1), ids], 1)
         return ids, before(labels, -100), before(mask, True)
-
-    def config(self):
-        return dict(length=self.length)
 
     def extra_repr(self):
         return f"length={self.length}, width={self.P.shape[1]}"

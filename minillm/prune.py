@@ -41,13 +41,12 @@ GROUPS = ("row", "matrix", "model")
 class Mask(Patch):
     not_neutral = "pruned weights are gone"
 
-    def __init__(self, site, sparsity=0.5, group="row", masks=None):
+    def __init__(self, site, sparsity=0.5, group="row"):
         super().__init__()
         self.sparsity = options.share("sparsity", sparsity)
         self.group = options.one_of("group", group, GROUPS)
-        # Without masks it comes from a file, which fills it.
-        mask = masks[site.name] if masks else torch.ones(site.shape, dtype=torch.bool)
-        self.register_buffer("mask", mask.to(site.new(0).device))
+        mask = torch.ones(site.shape, dtype=torch.bool, device=site.new(0).device)
+        self.register_buffer("mask", mask)
 
     def forward(self, below, x):
         W, b = below.dense()
@@ -64,9 +63,6 @@ class Mask(Patch):
 
     def fold(self, W, b):
         return W * self.mask, b
-
-    def config(self):
-        return dict(sparsity=self.sparsity, group=self.group)
 
     def extra_repr(self):
         return f"sparsity={self.sparsity}, group={self.group!r}"
@@ -116,7 +112,11 @@ def wrap(model, targets=None, *, sparsity=0.5, group="row"):
         whole = largest(torch.cat([score.flatten() for score in scores.values()])[None], sparsity)[0]
         parts = whole.split([score.numel() for score in scores.values()])
         masks = {name: part.view(scores[name].shape) for name, part in zip(scores, parts)}
-    return attach(Mask, model, targets, sparsity=sparsity, group=group, masks=masks)
+
+    def fill(patch, site):
+        patch.mask.copy_(masks[site.name])
+
+    return attach(Mask, model, targets, fill=fill, sparsity=sparsity, group=group)
 
 
 unwrap, merge, unmerge, save, load = verbs("prune", Mask)

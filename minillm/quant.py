@@ -49,12 +49,16 @@ class Int8(Format):
     def accepts(cls, site):
         return site.leaf is not None
 
+    def allocate(self, device):
+        rows = self.shape[::-1] if self.leaf.lookup else self.shape
+        self.register_buffer("q", torch.zeros(rows, dtype=torch.int8, device=device))
+        self.register_buffer("scale", torch.ones(rows[0], 1, device=device))
+
     def pack(self, W):
         W = (W.T if self.leaf.lookup else W).float()  # a row is an output channel; of an embedding, a token
         scale = W.abs().amax(1, keepdim=True) / 127  # (out, 1)
         scale = scale.where(scale > 0, 1.0)  # a row of zeros stays one
-        self.register_buffer("q", (W / scale).round().clamp(-127, 127).to(torch.int8))
-        self.register_buffer("scale", scale)
+        self.q, self.scale = (W / scale).round().clamp(-127, 127).to(torch.int8), scale
 
     def dense(self):
         W = (self.q * self.scale).to(self.dtype)

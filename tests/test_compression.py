@@ -239,15 +239,15 @@ def test_csr_reads_only_rows_whose_columns_rise():
     model[0].weight.data.copy_(torch.tensor([[0.0, 2, 3, 0], [1, 0, 0, 4]]))
     leaf = minillm.sparse.wrap(model)[0]
     right = {key: t.clone() for key, t in leaf.named_buffers()}
-    leaf.fill(right, "file")
+    leaf.take(right, "file")
     for col in ([1, 1, 0, 3], [2, 1, 0, 3], [1, 2, 3, 0], [1, 2, 0, 0]):
         with pytest.raises(ValueError, match="file: the columns of a row do not rise"):
-            leaf.fill({**right, "col": torch.tensor(col, dtype=torch.int32)}, "file")
+            leaf.take({**right, "col": torch.tensor(col, dtype=torch.int32)}, "file")
     for wrong in (dict(crow=[0, 3, 2]), dict(crow=[1, 2, 4]), dict(crow=[0, 2, 3]), dict(col=[0, 1, 2, 4]), dict(col=[-1, 1, 0, 3]),
                   dict(col=[0, 1, 3])):
         (key, value), = wrong.items()
         with pytest.raises(ValueError, match=r"contradict each other for a \(2, 4\)"):
-            leaf.fill({**right, key: torch.tensor(value, dtype=torch.int32)}, "file")
+            leaf.take({**right, key: torch.tensor(value, dtype=torch.int32)}, "file")
 
 
 def test_a_merge_that_fills_the_zeros_of_csr_is_refused():

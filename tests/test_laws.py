@@ -281,6 +281,21 @@ def test_save_and_load_in_a_fresh_process(tmp_path):
         law("6 files", True, "")
 
 
+@pytest.mark.parametrize("key", OPTIONS)
+def test_loading_computes_nothing(key, tmp_path, monkeypatch):
+    """No random number is drawn, nothing is packed or ranked: a file brings all that it needs."""
+    model, base = attach(build("llama"), key), build("llama")
+    technique(key).save(model, tmp_path / "a")
+    for cls in set(TECHNIQUES.values()):
+        for verb in ("fill", "pack"):
+            if hasattr(cls, verb):
+                monkeypatch.setattr(cls, verb, lambda *_: pytest.fail("computed while loading"))
+    before = torch.get_rng_state()
+    technique(key).load(base, tmp_path / "a")
+    law("6 loading", torch.equal(torch.get_rng_state(), before), f"{key} drew random numbers")
+    close("6 loading", logits(base), logits(model), key)
+
+
 # --- 7: what PyTorch does with modules ------------------------------------------------------------------------------------------
 
 

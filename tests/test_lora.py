@@ -31,13 +31,17 @@ def test_the_equation():
 def test_the_start():
     """A is uniform within 1/sqrt(in), for every leaf type: a transposed A would read r as its fan-in."""
     for make, shape in ((lambda: nn.Linear(400, 30), (8, 400)), (lambda: nn.Embedding(400, 30), (8, 400))):
-        patch = LoRA(minillm.registry.Site("x", make(), None, []))
+        site = minillm.registry.Site("x", make(), None, [])
+        patch = LoRA(site)
+        patch.fill(site)
         assert patch.A.shape == shape and not patch.B.any()
         assert 0.95 / math.sqrt(400) < patch.A.abs().max() <= 1 / math.sqrt(400)
     hugging_face()
     from transformers.pytorch_utils import Conv1D
 
-    patch = LoRA(minillm.registry.Site("x", Conv1D(30, 400), None, []))
+    site = minillm.registry.Site("x", Conv1D(30, 400), None, [])
+    patch = LoRA(site)
+    patch.fill(site)
     assert patch.A.shape == (8, 400) and 0.95 / 20 < patch.A.abs().max() <= 1 / 20
 
 

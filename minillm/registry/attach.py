@@ -8,16 +8,25 @@ from minillm.registry.sites import layers, ties
 from minillm.registry.targets import hidden_linears, select
 
 
-def attach(cls, model, targets=None, default=hidden_linears, what="leaf", **kwargs):
-    """Wrap what `targets` names (see `registry.select`) with cls(site, **kwargs); in place, returns the model."""
+def attach(cls, model, targets=None, default=hidden_linears, what="leaf", fill=None, **options):
+    """Wrap what `targets` names (see `registry.select`) with cls(site, **options).
+
+    In place; returns the model. fill: what fills the new Patch or Format, called with it and its
+    site; by default its own `fill`.
+    """
+    def make(site):
+        new = cls(site, **options)
+        (fill or cls.fill)(new, site)
+        return new
+
     sites = select(model, targets, cls.accepts, default(model), what)
     if issubclass(cls, Format):
         check_formats(cls, model, sites)
-        return store(model, sites, lambda site: cls(site, **kwargs))
+        return store(model, sites, make)
     for site in sites:
         if site.layer and cls.technique in site.layer.patches:
             raise ValueError(f"{site.name!r} is already wrapped with {cls.technique}: unwrap or merge it first")
-    return ring(model, [(site, cls(site, **kwargs)) for site in sites])
+    return ring(model, [(site, make(site)) for site in sites])
 
 
 def ring(model, pairs):

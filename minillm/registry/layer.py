@@ -19,6 +19,8 @@ peft keeps a tuner class over the model, a config object and dictionaries of act
 several adapters on one layer, switched by name, and costs the reader a dispatch through five files.
 """
 
+import inspect
+
 import torch
 from torch import nn
 from torch.nn import UninitializedParameter
@@ -108,14 +110,29 @@ class CannotMerge(TypeError):
     """A patch that is not a change of the weight."""
 
 
-class Patch(nn.Module):
-    """What is computed around a leaf or a sublayer. A subclass gives `fold`, or `forward`, or both.
+class Kind(nn.Module):
+    """What Patch and Format share: one is built for a Site, and then filled.
 
-    Its constructor takes the Site and keyword arguments; `config()` returns the latter, so that a file can rebuild it.
+    The constructor takes the Site and keyword arguments, the options. It allocates, and computes
+    nothing: `wrap` calls `fill` after it, a file brings the tensors itself. Each option is kept as
+    an attribute of its name.
     """
 
     technique = ""  # its name in the table of techniques
     not_neutral = ""  # why wrapping changes the output at once, if it does
+
+    def fill(self, site):
+        """Compute what it begins with."""
+
+    def config(self):
+        """{option: value}, from which a file builds it again."""
+        names = list(inspect.signature(type(self)).parameters)[1:]  # without the site
+        return {name: getattr(self, name) for name in names}
+
+
+class Patch(Kind):
+    """What is computed around a leaf or a sublayer. A subclass gives `fold`, or `forward`, or both."""
+
     outermost = False  # stays around the patches that are wrapped later
     over = frozenset()  # the techniques that the model had when this one came
     random = False  # whether `forward` draws at random now, as `fold` cannot
@@ -136,15 +153,13 @@ class Patch(nn.Module):
         """What the technique adds to a batch before the model sees it: ids, labels, mask, each (b, t) or None."""
         return ids, labels, mask
 
-    def config(self):
-        return {}
 
+class Format(Kind):
+    """A leaf whose matrix is stored in another way.
 
-class Format(nn.Module):
-    """A leaf whose matrix is stored in another way. A subclass gives `pack` and `dense`; `forward` may be faster than dense."""
+    A subclass gives `allocate`, `pack` and `dense`; its `forward` may be faster than `dense`.
+    """
 
-    technique = ""
-    not_neutral = ""
     variable = ()  # buffers whose size depends on the values of W
     float32 = ()  # buffers that stay float32, whatever the model computes in
 
@@ -153,7 +168,10 @@ class Format(nn.Module):
         W, self.bias = dense(site.module)
         self.leaf, self.shape, self.format_name = site.leaf, tuple(W.shape), self.technique
         self.dtype = W.dtype  # what the model computes in
-        self.pack(W.detach())
+        self.allocate(W.device)
+
+    def fill(self, site):
+        self.pack(dense(site.module)[0].detach())
 
     def _apply(self, fn, recurse=True):
         """`.to()`, `.half()` and the like: a cast changes `dtype`, and leaves the buffers in `float32` exact."""
@@ -168,6 +186,10 @@ class Format(nn.Module):
     @classmethod
     def accepts(cls, site):
         return site.leaf is not None and not site.leaf.lookup
+
+    def allocate(self, device):
+        """Register the buffers, of any values."""
+        raise NotImplementedError
 
     def pack(self, W):
         """Set the buffers from W (out, in), which may be more exact than `dtype`."""
@@ -193,7 +215,7 @@ class Format(nn.Module):
     def forward(self, x):
         return self.leaf.compute(x, self.dense(), self.bias)
 
-    def fill(self, tensors, where):
+    def take(self, tensors, where):
         """Take the buffers that a file holds; ValueError, which says `where`, if they are not this leaf's."""
         ours = dict(self.named_buffers())
         if set(ours) != set(tensors):
@@ -219,9 +241,6 @@ class Format(nn.Module):
 
     def pays(self, where):
         """ValueError if what a merge put into it would need fewer bytes dense."""
-
-    def config(self):
-        return {}
 
     def extra_repr(self):
         return f"{self.shape[1]} -> {self.shape[0]}, bias={self.bias is not None}"

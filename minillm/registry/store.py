@@ -262,7 +262,7 @@ def remake(cls, site, config, tensors, where):
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {cls.technique} does not take the settings {config} ({error})") from error
     if isinstance(new, Format):
-        new.fill(tensors, where)
+        new.take(tensors, where)
         return new
     for key, t in tensors.items():
         if t.is_floating_point() and not torch.isfinite(t).all():

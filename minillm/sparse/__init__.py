@@ -43,13 +43,17 @@ class CSR(Format):
         self.anyway = options.flag("anyway", anyway)
         super().__init__(site)
 
+    def allocate(self, device):
+        for key, n, dtype in (("crow", self.shape[0] + 1, torch.int32), ("col", 0, torch.int32),
+                              ("values", 0, self.dtype)):
+            self.register_buffer(key, torch.zeros(n, dtype=dtype, device=device))
+
     def pack(self, W):
         W = W.to(self.dtype)
         crow = torch.cat([W.new_zeros(1, dtype=torch.long), (W != 0).sum(1).cumsum(0)])
         rows, columns = W.nonzero(as_tuple=True)  # sorted by row
-        self.register_buffer("crow", crow.to(torch.int32))
-        self.register_buffer("col", columns.to(torch.int32))
-        self.register_buffer("values", W[rows, columns])
+        self.crow, self.col = crow.to(torch.int32), columns.to(torch.int32)
+        self.values = W[rows, columns]
 
     def rows(self):
         """The row of each value, (nnz,)."""
@@ -85,9 +89,6 @@ class CSR(Format):
         zeros = 1 - self.values.numel() / (self.shape[0] * self.shape[1])
         if not self.anyway:
             smaller(where, zeros, self.dtype, "Unwrap sparse first, or wrap it with anyway=True")
-
-    def config(self):
-        return dict(anyway=self.anyway)
 
 
 def smaller(where, zeros, dtype, remedy):
