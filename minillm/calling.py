@@ -59,6 +59,13 @@ def logits(model, ids, mask=None, alone=True):
     return every
 
 
+def logits_at(model, ids, mask, keep):
+    """The logits (n, vocab) in the n places of ids[:, :-1] where keep (b, t - 1) is True."""
+    if native(model):
+        return model.lm_head(model.hidden(ids, mask)[:, :-1][keep])
+    return logits(model, ids, mask, alone=False)[:, :-1][keep]
+
+
 def logits_of(output):
     """The logits in what a model returns: itself, or, of a Hugging Face model, its `logits`."""
     found = getattr(output, "logits", output)

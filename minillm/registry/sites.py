@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from torch import nn
 
-from minillm.registry.layer import Format, Layer, Patch, dense, leaf
+from minillm.registry.layer import Below, Format, Layer, Patch, dense, leaf
 from minillm.registry.past import Past
 
 
@@ -22,9 +22,13 @@ class Site:
     def leaf(self):
         return leaf(self.module)
 
-    def dense(self):
-        """(W, b) of a leaf as the model uses it, with all patches folded in."""
-        return self.layer.dense() if self.layer else dense(self.module)
+    def dense(self, below=None):
+        """(W, b) of a leaf as the model uses it, with all patches folded in, or those below one."""
+        if self.layer is None:
+            return dense(self.module)
+        names = list(self.layer.patches)
+        depth = names.index(below) if below in names else len(names)
+        return Below(self.layer, depth).dense()
 
     @property
     def shape(self):

@@ -6,6 +6,8 @@
     rates         the learning rate over the steps, and for each group of parameters
     masters       float32 copies of parameters in half precision
     losses        the loss of a batch, and of held-out examples
+    openings      what `loss=` and `on_step=` may be
+    distill       a loss: learn from a teacher's probabilities
     history       the log, its summary and its picture
     checkpoints   what a file holds, and how a training goes on from it
     identity      the model, techniques and data that a checkpoint belongs to

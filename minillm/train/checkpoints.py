@@ -5,6 +5,7 @@ One safetensors file holds
     model.*       what learns                    buffer.*   buffers (BatchNorm's running statistics)
     optimizer.*   AdamW's two moments and its step, of each parameter that has had a gradient; the
                   float32 copy of each parameter that has less (see `masters`)
+    patch.*       buffers of patches (masks), where `on_step` may change them
     best.*        model.* and buffer.* after the best step, where that is not this one
     random.*      the state of each process's random numbers
     metadata      the log, the place in the data, all settings, and what else the training relies on
@@ -26,6 +27,7 @@ import safetensors.torch
 import torch
 
 from minillm import distributed, files
+from minillm.registry import layers
 from minillm.registry.learning import buffers
 from minillm.train import identity
 from minillm.train.history import measured
@@ -83,8 +85,18 @@ def ready(directory, resume):
 
 def state(run):
     """{name: tensor} of what the training changes in the model."""
-    learning = {f"model.{name}": p.detach() for name, p in run.learning}
-    return learning | {f"buffer.{name}": b for name, b in buffers(run.model)}
+    found = {f"model.{name}": p.detach() for name, p in run.learning}
+    found |= {f"buffer.{name}": b for name, b in buffers(run.model)}
+    if run.options.on_step is not None:  # it may change a mask, for example
+        found |= {f"patch.{name}": b for name, b in patch_buffers(run.model)}
+    return found
+
+
+def patch_buffers(model):
+    """(name, buffer) of what the patches keep beside their parameters."""
+    for where, layer in layers(model).items():
+        for name, patch in layer.patches.items():
+            yield from ((f"{where}.{name}.{key}", b) for key, b in patch.named_buffers())
 
 
 def copies(run):

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from minillm import data, distributed, files
 from minillm.calling import native
-from minillm.train import identity, masters
+from minillm.train import identity, masters, openings
 from minillm.train.checkpoints import put_back, ready, rescued, restore, save, snapshot
 from minillm.train.history import journal, measured
 from minillm.train.interrupt import Interrupted, deferred
@@ -33,8 +33,8 @@ logger = logging.getLogger("minillm")
 def train(model, examples, *, steps=None, epochs=None, lr, batch_size=8, accumulate=1,
           schedule="cosine", warmup=0, weight_decay=0.0, betas=(0.9, 0.999), clip=1.0, rates=None,
           seed=0, pad=0, held_out=None, evaluate=None, every=None, patience=None, restore_best=True,
-          checkpoints=None, save_every=None, keep=2, resume=False, write=None, log=None,
-          progress=True, name="train"):
+          checkpoints=None, save_every=None, keep=2, resume=False, write=None, loss=None,
+          on_step=None, log=None, progress=True, name="train"):
     """Train what learns in the model on a list of `data.Example`; returns the log (see `history`).
 
     Meanwhile the whole model is in train mode, also what was in eval mode: dropout is active, and
@@ -60,6 +60,9 @@ def train(model, examples, *, steps=None, epochs=None, lr, batch_size=8, accumul
                      goes on from the newest, or begins where there is none
     write            a function that saves the trained model, called with it at the end. Where it
                      fails, or Ctrl-C ends it, the training is saved in `checkpoints`
+    loss             loss(model, ids, labels, mask): the summed loss of a batch (None: `loss_sum`)
+    on_step          on_step(model, step, steps), called when the gradients are there and before
+                     they are used: see `openings`
     log              a file of JSON lines, the returned log; progress, name: of the bar
 
     ValueError for a setting that makes no sense, for an example beyond the model's positions or
@@ -113,6 +116,10 @@ def update(run):
         masters.collect(run.masters)
         total += part.item()
     total = distributed.total(total, run.device)
+
+    if o.on_step is not None:
+        with masters.shown(run.masters):
+            o.on_step(run.model, step, o.steps)
 
     # Clipping: the gradients of all parameters together have at most this norm.
     norm = torch.nn.utils.clip_grad_norm_(run.stepped.values(), o.clip or math.inf)
@@ -172,7 +179,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(sets, betas=o.betas)
         self.device = self.learning[0][1].device
         self.batches = data.batches(examples, o.batch_size, o.seed, o.pad)
-        self.loss = distributed.spread(model, loss_sum)
+        self.loss = distributed.spread(model, o.loss or loss_sum)
         self.history, self.trained = [], False
         self.best, self.best_state, self.waited = None, None, 0  # of the evaluations
         self.identity = self.compared = None  # only checkpoints need them
@@ -186,6 +193,7 @@ class Run:
         settings = {key: getattr(o, key) for key in COMPARED}
         settings |= dict(data=identity.examples(self.batches.examples),
                          held_out=o.held_out and identity.examples(o.held_out),
+                         loss=openings.named(o.loss), on_step=openings.named(o.on_step),
                          processes=distributed.place()[1])
         self.compared = json.loads(json.dumps(settings))
         self.identity = json.loads(json.dumps(identity.of(self.model)))

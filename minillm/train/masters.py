@@ -16,6 +16,8 @@ AdamW's moments 8). Without the copy it would be 8, and float32 throughout needs
 float32 or float64 has no copy.
 """
 
+import contextlib
+
 import torch
 
 
@@ -30,6 +32,17 @@ def collect(masters):
         if p.grad is not None:
             copy.grad = p.grad.float() if copy.grad is None else copy.grad.add_(p.grad)
             p.grad = None
+
+
+@contextlib.contextmanager
+def shown(masters):
+    """Each parameter has its gradient inside, for code that reads it or sets it to None."""
+    for p, copy in masters.items():
+        p.grad = None if copy.grad is None else copy.grad.to(p.dtype)
+    yield
+    for p, copy in masters.items():
+        copy.grad = copy.grad if p.grad is not None else None
+        p.grad = None
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ is kept. In file size it is the dearest: all the weights of the layers that lear
 Freezing adds no module: it says which of the model's own parameters learn (their `requires_grad`). What another technique added
 is never frozen by it. transformers and peft leave this to the user's loop over `named_parameters`. A tied embedding
 counts as frozen if either of its names is.
-Not included: unfreezing layer by layer while training (ULMFiT's gradual unfreezing): call `unwrap` and `wrap(last=n + 1)`.
+`gradual` unfreezes block by block while the model trains.
 
 >>> import minillm
 >>> model = minillm.Transformer(minillm.Config(vocab_size=50, width=8, layers=4, heads=2))
@@ -54,13 +54,17 @@ def wrap(model, targets=None, *, last=2):
     return model
 
 
-def lowest(model, last):
-    """The names of all modules up to the last `last` blocks; the blocks are the longest ModuleList."""
-    sites = walk(model)
-    lists = [site for site in sites if isinstance(site.module, nn.ModuleList)]
+def blocks_of(model):
+    """The site of the blocks, the longest ModuleList; ValueError where there is none."""
+    lists = [site for site in walk(model) if isinstance(site.module, nn.ModuleList)]
     if not lists:
         raise ValueError(f"this {type(model).__name__} has no list of blocks: name what to freeze in targets=")
-    blocks = max(lists, key=lambda site: len(site.module))
+    return max(lists, key=lambda site: len(site.module))
+
+
+def lowest(model, last):
+    """The names of all modules up to the last `last` blocks."""
+    sites, blocks = walk(model), blocks_of(model)
     n = len(blocks.module)
     if not 0 < last < n:
         raise ValueError(f"last={last}: {blocks.name!r} has {n} blocks, so last lies between 1 and {n - 1}")

@@ -9,14 +9,15 @@
 
 A mask is a Patch: the weight beneath stays whole, `unwrap` gives it back, and training goes
 on through the mask, so that what is pruned stays pruned (the paper's retraining; wrapping
-freezes nothing). `merge` writes the zeros into the weight. Zeros alone save no memory and
-no time: that takes a sparse format (`minillm.sparse`) or the removal of whole rows.
+freezes nothing). `gradual` prunes step by step while the model trains. `merge` writes the
+zeros into the weight. Zeros alone save no memory and no time: that takes a sparse format
+(`minillm.sparse`) or the removal of whole rows.
 
 Which weights to zero is the whole difference between pruning methods: one mask with another
 score. The score here is |W|; Sun et al. 2023 ("Wanda", arXiv 2306.11695) multiply it by the
 norm of the input, and compare by row. torch.nn.utils.prune recomputes weight_orig *
 weight_mask before each forward in a hook; here it is the patch's own formula. Not included:
-schedules that prune step by step, and patterns such as 2:4.
+patterns such as 2:4.
 
 >>> from torch import nn; import torch, minillm
 >>> model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(2, 8)
@@ -68,9 +69,9 @@ class Mask(Patch):
         return f"sparsity={self.sparsity}, group={self.group!r}"
 
 
-def magnitude(site):
-    """|W| (out, in), as the patches beneath leave it."""
-    W = site.dense()[0].detach()
+def magnitude(site, below=None):
+    """|W| (out, in), as all patches leave it, or those beneath the technique `below`."""
+    W = site.dense(below)[0].detach()
     if W.isnan().any():
         raise ValueError(f"the weight of {site.name!r} holds nan: prune cannot say how large it is")
     return W.abs().contiguous()
@@ -93,6 +94,18 @@ def largest(scores, sparsity):
     return ~(less | equal & (count <= left))
 
 
+def masks_of(scores, sparsity, group):
+    """{site: mask (out, in)} from {site: scores (out, in)}."""
+    if group == "row":
+        return {name: largest(score, sparsity) for name, score in scores.items()}
+    if group == "matrix":
+        return {name: largest(score.view(1, -1), sparsity).view(score.shape)
+                for name, score in scores.items()}
+    whole = largest(torch.cat([score.flatten() for score in scores.values()])[None], sparsity)[0]
+    parts = whole.split([score.numel() for score in scores.values()])
+    return {name: part.view(scores[name].shape) for name, part in zip(scores, parts)}
+
+
 def wrap(model, targets=None, *, sparsity=0.5, group="row"):
     """Put a mask on the leaves that `targets` names (see `registry.select`); in place, returns the model.
 
@@ -102,16 +115,7 @@ def wrap(model, targets=None, *, sparsity=0.5, group="row"):
     options.share("sparsity", sparsity)
     options.one_of("group", group, GROUPS)
     sites = select(model, targets, Mask.accepts, hidden_linears(model))
-    scores = {site.name: magnitude(site) for site in sites}
-    if group == "row":
-        masks = {name: largest(score, sparsity) for name, score in scores.items()}
-    elif group == "matrix":
-        masks = {name: largest(score.view(1, -1), sparsity).view(score.shape)
-                 for name, score in scores.items()}
-    else:
-        whole = largest(torch.cat([score.flatten() for score in scores.values()])[None], sparsity)[0]
-        parts = whole.split([score.numel() for score in scores.values()])
-        masks = {name: part.view(scores[name].shape) for name, part in zip(scores, parts)}
+    masks = masks_of({site.name: magnitude(site) for site in sites}, sparsity, group)
 
     def fill(patch, site):
         patch.mask.copy_(masks[site.name])

@@ -1,0 +1,55 @@
+"""Gradual unfreezing: the top block learns first, and one more block joins at a time.
+
+    block L - k learns from step  t_k = k / L * until * steps  on, k = 0, ..., L - 1
+
+                             Howard & Ruder 2018, "ULMFiT", arXiv 1801.06146, section 3.3: one more
+                             block each epoch
+
+What the model knows generally lies low. At the start the gradient is large and knows the task
+badly, so it should not reach the low blocks yet. What comes after the blocks learns from the start,
+and what comes before them, the embedding, joins with the lowest block.
+
+    train(model, examples, ..., on_step=Unfreezing(until=0.5))
+
+A block that waits has no gradient in that step, so AdamW neither moves nor decays it. Its own
+moments start when it joins. Cost: that of full fine-tuning; `freeze.wrap` is what saves compute. It
+follows from the step alone, so a training that was interrupted goes on bit for bit.
+
+>>> import minillm
+>>> model = minillm.Transformer(minillm.Config(vocab_size=50, width=8, layers=4, heads=2))
+>>> for step in (0, 10, 20, 30):
+...     waiting = Unfreezing(until=0.5).waiting(model, step, 80)
+...     print(step, [name for name in waiting if name.startswith("layers.") and name.count(".") == 1])
+0 ['layers.0', 'layers.1', 'layers.2']
+10 ['layers.0', 'layers.1']
+20 ['layers.0']
+30 []
+"""
+
+import dataclasses
+
+from minillm import options
+from minillm.freeze import blocks_of, lowest
+from minillm.registry import parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Unfreezing:
+    """An `on_step` for `train`. until: the share of the steps after which all blocks learn."""
+
+    until: float = 0.5
+
+    def __post_init__(self):
+        options.real("until", self.until, lambda x: 0 < x <= 1, "a share of the steps, above 0")
+
+    def waiting(self, model, step, steps):
+        """The names of the modules that do not learn yet."""
+        n = len(blocks_of(model).module)
+        joined = min(n, 1 + int(step * n / (self.until * steps)))
+        return [] if joined == n else lowest(model, joined)
+
+    def __call__(self, model, step, steps):
+        waiting = tuple(f"{name}." for name in self.waiting(model, step, steps))
+        for name, _, _, p in parameters(model):
+            if name.startswith(waiting):
+                p.grad = None

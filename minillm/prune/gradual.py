@@ -1,0 +1,80 @@
+"""Gradual pruning: a little more is pruned every few steps, and the model trains in between.
+
+    s_t = s_f + (s_i - s_f) (1 - (t - t_0) / (t_n - t_0))^3       t_0 <= t <= t_n
+
+                              Zhu & Gupta 2017, "To prune, or not to prune", arXiv 1710.01878, eq. 1
+    code       paper     meaning
+    sparsity   s_f       the share of zeros at the end
+    first      s_i       the share at t_0
+    begin      t_0       as a share of all steps
+    end        t_n       as a share of all steps; the rest of the training repairs what was pruned
+    every      Delta t   steps from one pruning to the next
+
+The cube prunes fast at first, when many weights are of no use, and slowly at the end. The mask of
+step t keeps the largest weights of each group, as `prune.wrap` does. A pruned weight gets no
+gradient, so it comes back only if others become smaller than it was.
+
+    prune.wrap(model, sparsity=0.0)
+    train(model, examples, ..., on_step=Gradual(sparsity=0.5))
+
+Cost: a ranking of all weights at every pruning. It follows from the step and the weights alone, so
+a training that was interrupted goes on bit for bit.
+
+>>> schedule = Gradual(sparsity=0.8, begin=0.0, end=1.0)
+>>> [round(schedule.at(t, 101), 3) for t in (0, 25, 50, 100)]
+[0.0, 0.39, 0.7, 0.8]
+"""
+
+import dataclasses
+
+import torch
+
+from minillm import options
+from minillm.prune import magnitude, masks_of
+from minillm.registry import patches_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Gradual:
+    """An `on_step` for `train`. ValueError for numbers out of range."""
+
+    sparsity: float = 0.5
+    first: float = 0.0
+    begin: float = 0.0
+    end: float = 0.75
+    every: int = 10
+
+    def __post_init__(self):
+        options.share("sparsity", self.sparsity)
+        options.share("first", self.first)
+        options.whole("every", self.every)
+        if not 0 <= self.begin < self.end <= 1:
+            raise ValueError(f"begin={self.begin!r}, end={self.end!r}: shares of the steps, "
+                             "0 <= begin < end <= 1")
+
+    def at(self, step, steps):
+        """The sparsity of a step, from the last pruning before it."""
+        begin, end = round(self.begin * (steps - 1)), round(self.end * (steps - 1))
+        if step >= end:
+            return self.sparsity
+        t = max(0, step - begin) // self.every * self.every
+        return self.sparsity + (self.first - self.sparsity) * (1 - t / (end - begin)) ** 3
+
+    @torch.no_grad()
+    def __call__(self, model, step, steps):
+        found = patches_of("prune", model)
+        if not found:
+            raise ValueError("gradual pruning changes masks, and this model has none: "
+                             "minillm.prune.wrap(model, sparsity=0.0) first")
+        now = self.at(step, steps)
+        if step > 0 and now == self.at(step - 1, steps):
+            for _, patch in found:
+                patch.sparsity = now
+            return
+        for group in {patch.group for _, patch in found}:
+            sites = [(site, patch) for site, patch in found if patch.group == group]
+            scores = {site.name: magnitude(site, below="prune") for site, _ in sites}
+            masks = masks_of(scores, now, group)
+            for site, patch in sites:
+                patch.mask.copy_(masks[site.name])
+                patch.sparsity = now

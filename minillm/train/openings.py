@@ -1,0 +1,43 @@
+"""The two openings of the training loop, `loss=` and `on_step=`.
+
+    loss(model, ids, labels, mask)     the loss of a batch, summed over the tokens that it learns
+    on_step(model, step, steps)        called for each step, counted from 0, between the backward
+                                       pass and the optimizer's step
+
+What `on_step` may do:
+
+    read gradients       p.grad; in half precision they are rounded to the parameter's dtype
+    leave a parameter    p.grad = None: the optimizer neither moves nor decays it in this step
+    change buffers       a patch's mask, for example
+
+A training that was interrupted goes on bit for bit if what it does follows from `step`, `steps`,
+the weights and the buffers alone. So it keeps no count of its own. Checkpoints hold the patches'
+buffers, and a resumed training has to be given the same functions: a dataclass is compared with
+its fields, a function by its name.
+"""
+
+import dataclasses
+
+from torch import nn
+
+from minillm.registry import fingerprint
+
+
+def named(function):
+    """What a checkpoint writes down of a function, to know it again; None for None."""
+    if function is None:
+        return None
+    if not dataclasses.is_dataclass(function):
+        module = getattr(function, "__module__", type(function).__module__)
+        return f"{module}.{getattr(function, '__qualname__', type(function).__qualname__)}"
+    fields = {f.name: getattr(function, f.name) for f in dataclasses.fields(function)}
+    shown = ", ".join(f"{name}={text_of(value)}" for name, value in fields.items())
+    return f"{type(function).__name__}({shown})"
+
+
+def text_of(value):
+    """The value; of a model, its name and a digest of its weights."""
+    if not isinstance(value, nn.Module):
+        return repr(value)
+    found = fingerprint.of(value, without=())
+    return f"{fingerprint.name_of(value)} ({fingerprint.digest(found['samples'])})"
