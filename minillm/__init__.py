@@ -9,7 +9,7 @@ Fine-tuning, simplest first; every one is wrapped in place with `minillm.NAME.wr
 
 Making it small:
 
-    quant       int8 weights, a scale for each row          Dettmers et al. 2022, arXiv 2208.07339
+    quant       integers of 2 to 8 bits and a scale         Dettmers et al. 2022, arXiv 2208.07339
     prune       the smallest weights become zero            Han et al. 2015, arXiv 1506.02626
     sparse      store only what is not zero (CSR)           Saad 2003
 

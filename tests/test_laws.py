@@ -28,7 +28,9 @@ OPTIONS = {  # NAME/VARIANT: other options of the same technique, for the laws o
     "freeze": dict(last=1), "freeze/two": dict(last=2), "prompts": dict(length=3),
     "lora": dict(r=4), "lora/stable": dict(r=2, alpha=3.0, rank_stabilized=True), "lora/dropout": dict(r=3, dropout=0.5),
     "adapters": dict(size=4), "adapters/mlp": dict(targets="mlp", size=2),
-    "quant": {}, "prune": {}, "prune/matrix": dict(sparsity=0.25, group="matrix"), "prune/model": dict(sparsity=0.4, group="model"),
+    "quant": {}, "quant/int4": dict(bits=4, group=4), "quant/zero": dict(bits=4, zero_point=True),
+    "quant/two": dict(bits=2, group=8), "quant/int8 zero": dict(group=8, zero_point=True),
+    "prune": {}, "prune/matrix": dict(sparsity=0.25, group="matrix"), "prune/model": dict(sparsity=0.4, group="model"),
     "sparse": dict(anyway=True),
 }
 ALONE = [(key,) for key in OPTIONS]

@@ -63,8 +63,8 @@ def store(model, sites, make):
 
     The emptied leaf waits in it as `shell`, outside the module tree, for unwrap.
     """
-    for site in sites:
-        shell, new = site.module, make(site)
+    for site, new in [(site, make(site)) for site in sites]:  # none is replaced before all are made
+        shell = site.module
         stopped = notes(shell)
         new.__dict__.update(shell=shell, _frozen_by=stopped,
                             learns=shell.weight.requires_grad or bool(stopped.get("weight")))

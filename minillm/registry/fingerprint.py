@@ -97,7 +97,7 @@ def sample_stored(form):
     _, _, distances = sample(off.T if form.leaf.transposed else off)  # in the places of the values
     return [
         *sample(form.weight),
-        form.technique,
+        form.called(),
         [d if math.isfinite(d) else None for d in distances],
     ]
 

@@ -199,6 +199,10 @@ class Format(Kind):
         """W (out, in), in `dtype`."""
         raise NotImplementedError
 
+    def called(self):
+        """What a fingerprint calls it: formats that may round differently have different names."""
+        return self.technique
+
     def rounding(self):
         """How far each weight of `dense()` may be from what was packed; it expands to (out, in).
 

@@ -1,0 +1,157 @@
+"""Integers for weights: each weight is a code of a few bits, and a row or a group shares a scale.
+
+    1. s = max |w| / 127        by row: the row's largest weight gets the largest code
+    2. q = round(w / s)         from -127 to 127, one byte each
+    3. W ~ s q                  so that W x ~ s (q x)
+
+                                Dettmers et al. 2022, "LLM.int8()", arXiv 2208.07339, section 2:
+                                symmetric absmax quantization, here of the weight alone
+    code     paper              shape                        dtype
+    q        X_i8               (out, in), packed (out, k)   int8, packed uint8
+    scale    s; theirs is 1/s   (out, groups)                float32, also after a cast of the model
+    zero                        (out, groups)                uint8, with zero_point=True
+
+`grid` has the same for any number of bits, for groups and for zero points, and says why 127 and
+not 128.
+
+Since s belongs to a row, it moves out of the sum: W x ~ s * (q x). The dense W is not made,
+and training keeps neither it nor q in floats for the backward pass, which turns q into
+floats again (see `ops`). Rounding moves a weight by at most s / 2, which is 1/254 of the
+largest weight of its row: the row's largest weight sets the error of all others, and that
+is why one scale a row is used and not one a matrix. With 4 bits it is 1/15, and most rows
+have a weight that is far larger than the others. So with few bits 32 or 64 neighbours share
+a scale, and W x is a sum over groups: s stays inside.
+
+q x is up to 127 times larger than W x, and the largest float16 is 65,504: so where x is
+float16 the sum is taken in float32. bfloat16 has the range of float32, and q fits its 8
+bits exactly: its sums stay in bfloat16, which costs no more error than a dense bfloat16
+matrix has.
+
+Cost: 1 byte a weight and one scale a row: a quarter of float32. 4 bits in groups of 64 take
+0.5 + 0.0625 bytes. The model computes in its own float type; on a CPU a token is faster
+where reading the weights is what takes the time, once the conversion is fused (see
+`benchmarks/`). LLM.int8() also quantizes x, row by row, and leaves the columns of x with
+outliers in 16 bits; bitsandbytes does this on CUDA. Not included: that, and calibration.
+
+>>> from torch import nn; import torch, minillm
+>>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+>>> W = model[0].weight.clone()
+>>> q = minillm.quant.wrap(model)[0]
+>>> q.q.dtype, bool((abs(q.dense() - W) <= q.scale / 2 * 1.0001).all())
+(torch.int8, True)
+>>> q4 = minillm.quant.wrap(nn.Sequential(nn.Linear(64, 64)), bits=4, group=32)[0]
+>>> q4.q.shape, q4.scale.shape                                          # two codes share a byte
+(torch.Size([64, 32]), torch.Size([64, 2]))
+"""
+
+import torch
+
+from minillm import ops
+from minillm.quant.grid import Grid, pack, unpack
+from minillm.registry import Format
+from minillm.registry.attach import attach
+from minillm.registry.verbs import verbs
+
+
+class Integer(Format):
+    not_neutral = "rounding to a few bits"
+    float32 = ("scale",)
+
+    def __init__(self, site, bits=8, group=None, zero_point=False):
+        self.grid = Grid(bits, group, zero_point)
+        self.bits, self.group, self.zero_point = bits, group, zero_point
+        self.width = next(width for width in (2, 4, 8) if width >= bits)  # bits that a code takes
+        m = site.shape[0 if site.leaf.lookup else 1]
+        if m % (group or 1) or m % (8 // self.width):
+            raise ValueError(f"bits={bits}, group={group} at {site.name!r}: a row has {m} weights, "
+                             "which fill no whole number of groups and of bytes")
+        super().__init__(site)
+
+    @classmethod
+    def accepts(cls, site):
+        return site.leaf is not None
+
+    def allocate(self, device):
+        n, m = self.shape[::-1] if self.leaf.lookup else self.shape
+        plain = self.width == 8 and not self.zero_point
+        k, groups = m * self.width // 8, m // (self.group or m)
+        dtype = torch.int8 if plain else torch.uint8
+        self.register_buffer("q", torch.zeros(n, k, dtype=dtype, device=device))
+        self.register_buffer("scale", torch.ones(n, groups, device=device))
+        if self.zero_point:
+            self.register_buffer("zero", torch.zeros(n, groups, dtype=torch.uint8, device=device))
+
+    def pack(self, W):
+        W = (W.T if self.leaf.lookup else W).float()  # a row is an output channel, or a token
+        scale, zero = self.grid.fit(W)
+        q = self.grid.round(W, scale, zero)
+        self.q = q.to(torch.int8) if self.q.dtype == torch.int8 else pack(q - self.grid.ends[0], self.width)
+        self.scale = scale
+        if zero is not None:
+            self.zero = zero.to(torch.uint8)
+
+    def codes(self, places=slice(None), dtype=torch.float32):
+        """The codes (n, m) of the rows in these places, in floats, which hold them exactly."""
+        q = self.q[places]
+        if q.dtype == torch.int8:
+            return q.to(dtype)
+        return unpack(q, self.width).to(dtype) + self.grid.ends[0]
+
+    def rows(self, places=slice(None)):
+        """The numbers (n, m) that the codes stand for."""
+        zero = self.zero[places].float() if self.zero_point else None
+        return self.grid.dense(self.codes(places), self.scale[places], zero)
+
+    def dense(self):
+        W = self.rows().to(self.dtype)
+        return W.T if self.leaf.lookup else W
+
+    def rounding(self):
+        """Half a step, and nothing in a group of zeros."""
+        some = self.grid.groups(self.rows()).any(-1)  # (n, groups)
+        half = (self.scale / 2).where(some, 0.0)
+        half = half.repeat_interleave(self.group, 1) if self.group else half
+        return half.T if self.leaf.lookup else half
+
+    def check(self, where):
+        if not (self.scale > 0).all():
+            raise ValueError(f"{where}: a scale is not a number above 0")
+        low, high = self.grid.ends
+        codes = self.codes()
+        if not ((codes >= low) & (codes <= high)).all() or self.zero_point and (self.zero > high).any():
+            raise ValueError(f"{where}: a code is not from {low} to {high}")
+
+    def forward(self, x):
+        if self.leaf.lookup:
+            return self.rows(x.flatten()).to(self.dtype).unflatten(0, x.shape)  # (b, t, width)
+        x = ops.in_autocast(x)
+        sums = torch.float32 if x.dtype == torch.float16 else x.dtype
+
+        def make():
+            if self.group is not None:
+                return self.rows().to(sums)
+            return self.codes(dtype=sums) - (self.zero.to(sums) if self.zero_point else 0)
+
+        with ops.without_autocast(x):
+            y = ops.remade_linear(x.to(sums), make)
+        y = y * self.scale[:, 0] if self.group is None else y  # s has moved out of the sum
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+    def called(self):
+        if self.config() == dict(bits=8, group=None, zero_point=False):
+            return self.technique
+        return f"{self.technique} {self.config()}"
+
+
+def wrap(model, targets=None, *, bits=8, group=None, zero_point=False):
+    """Store the leaves that `targets` names (see `registry.select`) as integers; returns the model.
+
+    By default every linear leaf but the output head and tied matrices. bits: 2 to 8; a code takes
+    2, 4 or 8. group: so many neighbours in a row share a scale (None: the whole row). zero_point:
+    the codes begin at the least weight, and not as far below 0 as above. ValueError where the
+    weights of a row fill no whole number of groups and of bytes.
+    """
+    return attach(Integer, model, targets, bits=bits, group=group, zero_point=zero_point)
+
+
+unwrap, merge, unmerge, save, load = verbs("quant", Integer)

@@ -1,0 +1,99 @@
+"""The grid: which real numbers a code of a few bits stands for.
+
+    symmetric      w ~ s q              q from -2^(b-1) to 2^(b-1) - 1; with 8 bits from -127
+    zero point     w ~ s (q - z)        q and z from 0 to 2^b - 1
+
+    code       meaning                                  shape
+    bits       b
+    group      how many neighbours in a row share s     (None: the whole row)
+    scale      s, the distance of two codes             (n, groups)
+    zero       z, the code of the number 0              (n, groups); None where symmetric
+
+`fit` chooses scale and zero for a matrix, `round` gives the codes, `dense` the matrix that the
+codes stand for. A Format stores the codes. Quantization-aware training can round with the same
+three functions, and a solver such as GPTQ changes the order of rounding and nothing else.
+
+- 0 is always on the grid, for a pruned weight has to stay 0.
+- s is the least for which no weight is beyond the ends: max |w| / 127 with 8 bits. The code -128
+  would gain 0.4% of range on one side, and then -q would not be a code for every q. With 4 bits the
+  sixteenth code is 6% of all, so there -8 is used.
+- The zero point is an integer. A real z fits a little better, but then no code means 0.
+
+torchao calls these grids SYMMETRIC_NO_CLIPPING_ERR and ASYMMETRIC; the second half of Jacob et al.
+2018, arXiv 1712.05877, section 2.1, is the zero point.
+"""
+
+import dataclasses
+
+import torch
+
+from minillm import options
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """A map between numbers and codes. ValueError for bits outside 2 to 8 and a group below 2."""
+
+    bits: int = 8
+    group: int | None = None
+    zero_point: bool = False
+
+    def __post_init__(self):
+        options.whole("bits", self.bits, 2, 8)
+        options.flag("zero_point", self.zero_point)
+        if self.group is not None:
+            options.whole("group", self.group, 2)
+
+    @property
+    def ends(self):
+        """The least and the largest code."""
+        if self.zero_point:
+            return 0, 2**self.bits - 1
+        most = 2 ** (self.bits - 1) - 1
+        return (-most if self.bits == 8 else -most - 1), most
+
+    def groups(self, W):
+        """(n, m) -> (n, groups, m / groups)"""
+        return W.unflatten(1, (-1, self.group or W.shape[1]))
+
+    def fit(self, W):
+        """(scale, zero) for a matrix W (n, m): the finest grid that has no weight beyond its ends."""
+        low, high = self.ends
+        W = self.groups(W)
+        least, most = W.amin(-1).clamp(max=0), W.amax(-1).clamp(min=0)  # (n, groups)
+        if self.zero_point:
+            scale = (most - least) / high
+        else:
+            scale = torch.maximum(most / high, least / low)
+        scale = scale.where(scale > 0, 1.0)  # a group of zeros stays one
+        return scale, (-least / scale).round() if self.zero_point else None
+
+    def round(self, W, scale, zero=None):
+        """The codes (n, m) of a matrix W (n, m), whole numbers in its dtype."""
+        q = (self.groups(W) / scale[..., None]).round()
+        return (q if zero is None else q + zero[..., None]).clamp(*self.ends).flatten(1)
+
+    def dense(self, q, scale, zero=None):
+        """The matrix (n, m) that the codes q (n, m) stand for, in the dtype of q and scale."""
+        q = self.groups(q)
+        return ((q if zero is None else q - zero[..., None]) * scale[..., None]).flatten(1)
+
+
+def pack(codes, bits):
+    """Codes from 0 to 2^bits - 1, (n, m), in bytes: (n, m * bits / 8) of uint8; bits: 2, 4 or 8.
+
+    Byte i holds the codes i, i + k, i + 2 k, ... (k bytes a row), the first in its lowest bits. So
+    a part of the row is one shift of all its bytes.
+    """
+    parts = codes.to(torch.uint8).chunk(8 // bits, 1)  # each (n, k)
+    packed = torch.zeros_like(parts[0])
+    for i, part in enumerate(parts):
+        packed |= part << (bits * i)
+    return packed
+
+
+def unpack(packed, bits):
+    """What `pack` packed: (n, k) of uint8 -> (n, k * 8 / bits)."""
+    if bits == 8:
+        return packed
+    return torch.cat([packed >> i & (2**bits - 1) for i in range(0, 8, bits)], 1)
