@@ -278,3 +278,11 @@ def test_compare_writes_the_table(run, model, tmp_path):
     assert [row["technique"] for row in told["rows"]] == ["none", "lora"] and "lora: learning rate" in said
     assert (tmp_path / "r" / "table.md").read_text().count("|") > 20
     assert (tmp_path / "r" / "table.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("command", [("generate", "x"), ("generate", "--chat", "x"), ("chat",), ("eval", "--task", "language"),
+                                     ("train", "--data", "a.txt", "--out", "x.safetensors")])
+def test_a_model_without_a_tokenizer_is_one_line(run, tmp_path, command):
+    minillm.save(minillm.Transformer(minillm.Config(500, 16, 1, 2)), tmp_path / "bare")
+    said = run(command[0], "--model", "bare", *command[1:], code=1)
+    assert "bare has no tokenizer (tokenizer.json or tokenizer.model), which" in said and command[0] in said

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import pathlib
 import resource
 import signal
 import subprocess
@@ -278,3 +279,13 @@ def test_only_linux_is_asked_to_exchange(tmp_path, monkeypatch):
     a, b = made(tmp_path / "a", x="a"), made(tmp_path / "b", x="b")
     monkeypatch.setattr(swap.sys, "platform", "darwin")
     assert not swap.exchange(a, b)
+
+
+def test_names_that_are_relative_are_exchanged(tmp_path, monkeypatch):
+    """From the directory in which the program runs, which AT_FDCWD says."""
+    made(tmp_path / "a", own_txt="a"), made(tmp_path / "b", own_txt="b")
+    if not swap.exchange(tmp_path / "a", tmp_path / "b"):
+        pytest.skip("this file system cannot exchange two directories in one step")
+    monkeypatch.chdir(tmp_path)
+    assert swap.exchange(pathlib.Path("a"), pathlib.Path("b"))
+    assert (tmp_path / "a" / "own.txt").read_text() == "a", "twice is as before"

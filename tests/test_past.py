@@ -90,3 +90,12 @@ def test_a_merge_that_changes_nothing_keeps_weights_of_its_own():
             p.mul_(2)
     after = dict(minillm.lora.unwrap(model).named_parameters())
     assert all(after[name].equal(p) for name, p in before.items())
+
+
+def test_a_format_gives_its_own_bias_back():
+    """Merging over int8 makes a bias of its own, which may train before the format is unwrapped."""
+    model = merged(minillm.quant.wrap(two()))
+    with torch.no_grad():
+        model[0].bias.add_(1.0)
+    bias = model[0].bias.clone()
+    assert minillm.quant.unwrap(model)[0].bias.equal(bias)

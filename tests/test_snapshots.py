@@ -6,6 +6,7 @@ Each test writes one thing out as text and compares it with a file in tests/snap
 """
 
 import argparse
+import dataclasses
 import hashlib
 import inspect
 import json
@@ -83,11 +84,12 @@ def test_the_signatures():
     calls = {f"{name}.wrap": module.wrap for name, module in minillm.techniques().items()}
     calls |= {f"{name}.save": module.save for name, module in minillm.techniques().items()}
     calls |= {f"{name}.load": module.load for name, module in minillm.techniques().items()}
-    calls |= {"lora.merge": minillm.lora.merge, "train": train.train, "compare": compare.compare,
-              "load": minillm.load, "save": minillm.save, "generate": minillm.Transformer.generate,
-              "Config": minillm.Config, "report": report.report, "perplexity": minillm.measure.perplexity,
-              "task": minillm.data.task, "read": minillm.data.read, "pack": minillm.data.pack,
-              "answers": minillm.measure.answers, "generate_text": minillm.measure.generate_text}
+    calls |= {"lora.merge": minillm.lora.merge, "generate": minillm.Transformer.generate, "report": report.report}
+    for home in (minillm, minillm.checkpoints, compare, minillm.data, minillm.measure, minillm.registry, train, minillm.zoo):
+        for name in getattr(home, "__all__", ["load", "save", "check_save"]):
+            call = getattr(home, name)
+            if callable(call) and not inspect.isclass(call) or dataclasses.is_dataclass(call):
+                calls[f"{home.__name__}.{name}"] = call
     check("signatures.txt", "".join(f"{name}{inspect.signature(call)}\n" for name, call in calls.items()))
 
 
