@@ -172,7 +172,8 @@ def record(files, tests, path):
 def candidates(mutant, notes):
     """{test: seconds} of the tests that could notice a mutant, in the order in which they run."""
     file, change = mutant.file, mutant.change
-    names = file, f"test_{pathlib.Path(file).stem}"  # its own doctest, and the file that mirrors it
+    stem = pathlib.Path(file).stem.replace("__main__", "cli")  # which only runs in other processes
+    names = file, f"test_{stem}"  # its own doctest, and the file that mirrors it
     own = {t for t in notes if file_of(t) == names[0] or pathlib.Path(file_of(t)).stem == names[1]}
     lines = {test: note["lines"].get(file, ()) for test, note in notes.items()}
     hit = {t for t in notes if any(change.first <= line <= change.last for line in lines[t])}

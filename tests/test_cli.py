@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -286,3 +287,13 @@ def test_a_model_without_a_tokenizer_is_one_line(run, tmp_path, command):
     minillm.save(minillm.Transformer(minillm.Config(500, 16, 1, 2)), tmp_path / "bare")
     said = run(command[0], "--model", "bare", *command[1:], code=1)
     assert "bare has no tokenizer (tokenizer.json or tokenizer.model), which" in said and command[0] in said
+
+
+def test_chat_takes_a_template_that_joins_texts(run, model, tmp_path, monkeypatch):
+    """Such a template fails on a message without content: the check before the first line has to give one."""
+    shutil.copytree(model, tmp_path / "joins")
+    (tmp_path / "joins" / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}")
+    lines = iter(["hello", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
+    run("chat", "--model", "joins", "--max-new-tokens", 2)

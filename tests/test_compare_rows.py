@@ -155,3 +155,10 @@ def test_a_file_of_the_user_is_split_by_hash(model, records, tmp_path):
     few.write_text("\n".join(records.read_text().splitlines()[:9]))
     with pytest.raises(ValueError, match="few.jsonl has 9 different examples"):
         compare.compare(model, data=few, length=32)
+
+
+def test_a_task_has_all_three_splits_and_the_limit_is_of_what_is_measured(model):
+    _, tokenizer = minillm.load(model)
+    found = row.parts(tokenizer, dict(data=None, task="package", limit=5, length=200))
+    assert list(found) == ["train", "validation", "test"]
+    assert len(found["validation"].examples) == len(found["test"].examples) == 5 < len(found["train"].examples)
