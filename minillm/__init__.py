@@ -35,6 +35,8 @@ from minillm.model.transformer import Cache, Config, Transformer, compile
 from minillm import freeze, prompts, lora, adapters
 from minillm import quant, prune, sparse
 from minillm import data, distributed, train, measure, checkpoints, zoo, compare
+import minillm.freeze.gradual
+import minillm.prune.gradual
 from minillm.measure import report
 from minillm.measure.show import show
 from minillm.checkpoints import save

@@ -145,6 +145,20 @@ def whole(t):
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
+def apart(tensors):
+    """{name: tensor}, each whole, contiguous and in memory of its own, as safetensors wants them.
+
+    Every process has to ask.
+    """
+    seen, found = set(), {}
+    for name, t in tensors.items():
+        t = whole(t).contiguous()
+        memory = t.device, t.untyped_storage().data_ptr()
+        found[name] = t.clone() if memory in seen else t
+        seen.add(memory)
+    return found
+
+
 def like(t, parameter):
     """A whole tensor, spread as the parameter is."""
     if isinstance(parameter, DTensor):

@@ -214,17 +214,6 @@ def read_json(path):
     return told
 
 
-def apart(tensors):
-    """{name: tensor}, contiguous and none in the memory of another: safetensors wants it so."""
-    seen, out = set(), {}
-    for name, t in tensors.items():
-        t = t.contiguous()
-        start = t.device, t.untyped_storage().data_ptr()
-        out[name] = t.clone() if start in seen else t
-        seen.add(start)
-    return out
-
-
 def sort_metadata(path):
     """Put the metadata of a safetensors file in the order of its keys, in place.
 

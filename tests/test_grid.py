@@ -135,6 +135,9 @@ def test_an_embedding_gives_rows_of_what_is_stored(options):
     model = minillm.quant.wrap(nn.Sequential(nn.Embedding(10, 16)), ["0"], **options)
     W, ids = model[0].dense().T, torch.tensor([[3, 1, 4], [1, 5, 9]])
     torch.testing.assert_close(model(ids), W[ids], rtol=0, atol=0)
+    for wrong in (-1, 10):
+        with pytest.raises(IndexError):
+            model(torch.tensor([[wrong]]))
     half = (model[0].scale / 2).repeat_interleave(16 // model[0].scale.shape[1], 1).T
     torch.testing.assert_close(model[0].rounding().expand(16, 10), half)
 

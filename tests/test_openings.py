@@ -146,6 +146,17 @@ def test_blocks_join_from_the_top():
     assert moved[5] == ["0", "1", "2", "embed_tokens", *after]
 
 
+def test_what_a_technique_added_waits_with_its_block():
+    model, unfreeze, had = minillm.lora.wrap(build("llama"), r=2), Unfreezing(until=0.75), []
+
+    def watched(model, step, steps):
+        unfreeze(model, step, steps)
+        had.append({name.split(".")[1] for name, p in model.named_parameters() if p.grad is not None})
+
+    quiet(model, steps=8, on_step=watched)
+    assert had == [{"2"}] * 2 + [{"1", "2"}] * 2 + [{"0", "1", "2"}] * 4
+
+
 def test_unfreezing_wants_blocks_and_a_share():
     with pytest.raises(ValueError, match="no list of blocks"):
         Unfreezing()(torch.nn.Sequential(torch.nn.Linear(2, 2)), 0, 4)

@@ -11,7 +11,8 @@ and what comes before them, the embedding, joins with the lowest block.
 
     train(model, examples, ..., on_step=Unfreezing(until=0.5))
 
-A block that waits has no gradient in that step, so AdamW neither moves nor decays it. Its own
+What a technique added to a block, such as LoRA, waits with it. A head that shares its matrix with
+the embedding waits with the embedding. A block that waits has no gradient in that step, so AdamW neither moves nor decays it. Its own
 moments start when it joins. Cost: that of full fine-tuning; `freeze.wrap` is what saves compute. It
 follows from the step alone, so a training that was interrupted goes on bit for bit.
 
@@ -30,7 +31,7 @@ import dataclasses
 
 from minillm import options
 from minillm.freeze import blocks_of, lowest
-from minillm.registry import parameters
+from minillm.registry import layers, parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,9 @@ class Unfreezing:
 
     def __call__(self, model, step, steps):
         waiting = tuple(f"{name}." for name in self.waiting(model, step, steps))
-        for name, _, _, p in parameters(model):
+        every = [(name, p) for name, _, _, p in parameters(model)]
+        for where, layer in layers(model).items():
+            every += [(f"{where}.", p) for p in layer.patches.parameters()]
+        for name, p in every:
             if name.startswith(waiting):
                 p.grad = None

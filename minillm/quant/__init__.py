@@ -45,6 +45,7 @@ outliers in 16 bits; bitsandbytes does this on CUDA. Not included: that, and cal
 """
 
 import torch
+import torch.nn.functional as F
 
 from minillm import ops
 from minillm.quant.grid import Grid, pack, unpack
@@ -90,17 +91,17 @@ class Integer(Format):
         if zero is not None:
             self.zero = zero.to(torch.uint8)
 
-    def codes(self, places=slice(None), dtype=torch.float32):
-        """The codes (n, m) of the rows in these places, in floats, which hold them exactly."""
-        q = self.q[places]
+    def codes(self, pick=lambda t: t, dtype=torch.float32):
+        """The codes (n, m) of the rows that `pick` takes, in floats, which hold them exactly."""
+        q = pick(self.q)
         if q.dtype == torch.int8:
             return q.to(dtype)
         return unpack(q, self.width).to(dtype) + self.grid.ends[0]
 
-    def rows(self, places=slice(None)):
-        """The numbers (n, m) that the codes stand for."""
-        zero = self.zero[places].float() if self.zero_point else None
-        return self.grid.dense(self.codes(places), self.scale[places], zero)
+    def rows(self, pick=lambda t: t):
+        """The numbers (n, m) that the codes stand for, of the rows that `pick` takes."""
+        zero = pick(self.zero).float() if self.zero_point else None
+        return self.grid.dense(self.codes(pick), pick(self.scale), zero)
 
     def dense(self):
         W = self.rows().to(self.dtype)
@@ -123,7 +124,8 @@ class Integer(Format):
 
     def forward(self, x):
         if self.leaf.lookup:
-            return self.rows(x.flatten()).to(self.dtype).unflatten(0, x.shape)  # (b, t, width)
+            rows = self.rows(lambda t: F.embedding(x.flatten(), t))  # (b * t, width)
+            return rows.to(self.dtype).unflatten(0, x.shape)
         x = ops.in_autocast(x)
         sums = torch.float32 if x.dtype == torch.float16 else x.dtype
 

@@ -92,7 +92,7 @@ def write(path, technique, model, tensors, own, kept, force=False, **metadata):
     told = {key: json.dumps(value) for key, value in dict(metadata, base=base, over=needs, shared=shared).items()}
     every = tensors | {LEARNED + name: p.detach() for name, p in own.items()}
     every |= {BUFFER + name: b for name, b in kept.items()}
-    every = files.apart({key: distributed.whole(t) for key, t in every.items()})
+    every = distributed.apart(every)
     if distributed.place()[0] == 0:
         with files.atomic(path) as new:
             safetensors.torch.save_file(every, new, dict(told, format="pt", technique=technique))

@@ -25,6 +25,7 @@
   or AdamW steps float32 copies of what learns, see `masters`).
 """
 
+from minillm.train import distill
 from minillm.train.checkpoints import clear, newest, restore, saved
 from minillm.train.history import Summary, check_log, check_picture, picture, summary
 from minillm.train.interrupt import Interrupted
@@ -35,6 +36,6 @@ from minillm.train.room import check_room
 
 __all__ = [
     "SCHEDULES", "Interrupted", "Summary", "check_log", "check_picture", "check_room", "clear",
-    "groups", "held_out_loss", "loss_sum", "newest", "picture", "rate", "restore", "saved",
-    "summary", "train",
+    "distill", "groups", "held_out_loss", "loss_sum", "newest", "picture", "rate", "restore",
+    "saved", "summary", "train",
 ]

@@ -141,7 +141,7 @@ def save(run):
             tensors[f"optimizer.{key}.{name}"] = t
     if keeps_best(run):
         tensors |= {f"best.{name}": t for name, t in run.best_state.items()}
-    tensors = files.apart({name: distributed.whole(t) for name, t in tensors.items()})
+    tensors = distributed.apart(tensors)
     path = path_of(run)
     facts = dict(settings=run.compared, identity=run.identity, history=run.history,
                  batches=run.batches.state_dict())

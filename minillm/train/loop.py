@@ -37,8 +37,7 @@ def train(model, examples, *, steps=None, epochs=None, lr, batch_size=8, accumul
           on_step=None, log=None, progress=True, name="train"):
     """Train what learns in the model on a list of `data.Example`; returns the log (see `history`).
 
-    Meanwhile the whole model is in train mode, also what was in eval mode: dropout is active, and
-    BatchNorm's statistics move.
+    Meanwhile the whole model is in train mode: dropout is active, BatchNorm's statistics move.
 
     steps, epochs    one of them: optimizer steps, or times through the examples (0.5 is a half);
                      the last step takes only what is left of the epochs
@@ -61,8 +60,7 @@ def train(model, examples, *, steps=None, epochs=None, lr, batch_size=8, accumul
     write            a function that saves the trained model, called with it at the end. Where it
                      fails, or Ctrl-C ends it, the training is saved in `checkpoints`
     loss             loss(model, ids, labels, mask): the summed loss of a batch (None: `loss_sum`)
-    on_step          on_step(model, step, steps), called when the gradients are there and before
-                     they are used: see `openings`
+    on_step          on_step(model, step, steps), called between backward and step: see `openings`
     log              a file of JSON lines, the returned log; progress, name: of the bar
 
     ValueError for a setting that makes no sense, for an example beyond the model's positions or
