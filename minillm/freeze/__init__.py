@@ -23,7 +23,7 @@ from torch import nn
 
 from minillm.registry.learned import check_learned, put_back
 from minillm.registry.learning import buffers, freeze, frozen, slots, stopped_by, thaw
-from minillm.registry import CannotMerge, parameters, register, select, walk
+from minillm.registry import CannotMerge, method, parameters, register, select, walk
 from minillm.registry.store import check_base, field, learned_of, opened, sorted_out, write
 
 
@@ -130,3 +130,5 @@ def load(model, path, replace=False, any_base=False):
 
 register("freeze", Freeze)
 Freeze.__module__ = __name__
+method("freeze", wrap, does="trains the last blocks only", paper="Howard & Ruder 2018, arXiv 1801.06146",
+       rates=dict(tiny=1.5e-3, smollm2=3e-4), small={"": dict(last=1), "two": dict(last=2)})

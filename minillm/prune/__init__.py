@@ -34,6 +34,7 @@ import torch
 from minillm import ops, options
 from minillm.registry import Patch, hidden_linears, select
 from minillm.registry.attach import attach
+from minillm.registry.table import method
 from minillm.registry.verbs import verbs
 
 GROUPS = ("row", "matrix", "model")
@@ -124,3 +125,5 @@ def wrap(model, targets=None, *, sparsity=0.5, group="row"):
 
 
 unwrap, merge, unmerge, save, load = verbs("prune", Mask)
+method("prune", wrap, does="zeroes the smallest weights", paper="Han et al. 2015, arXiv 1506.02626",
+       small={"": {}, "matrix": dict(sparsity=0.25, group="matrix"), "model": dict(sparsity=0.4, group="model")})

@@ -19,13 +19,13 @@ from minillm.registry.layer import (
 from minillm.registry.leaf import LEAVES, Leaf, kept
 from minillm.registry.sites import Site, layers, parameters, ties, untie, walk
 from minillm.registry.table import (
-    TECHNIQUES, attached, formats_of, patches_of, register, techniques,
+    METHODS, TECHNIQUES, attached, formats_of, method, patches_of, register, techniques,
 )
 from minillm.registry.targets import computed, hidden_linears, hint, select
 
 __all__ = [
-    "Below", "CannotMerge", "Format", "LEAVES", "Layer", "Leaf", "Patch", "Site", "TECHNIQUES",
+    "Below", "CannotMerge", "Format", "LEAVES", "Layer", "Leaf", "METHODS", "Patch", "Site", "TECHNIQUES",
     "attached", "computed", "dense", "formats_of", "hidden_linears", "hint", "kept", "layers",
-    "leaf", "parameters", "patches_of", "prepare", "register", "same_shape", "select",
+    "leaf", "method", "parameters", "patches_of", "prepare", "register", "same_shape", "select",
     "techniques", "ties", "untie", "walk",
 ]

@@ -33,6 +33,7 @@ from minillm import ops, options
 from minillm.sparse.csr import csr_matmul
 from minillm.registry import Format, dense, hidden_linears, select
 from minillm.registry.attach import attach
+from minillm.registry.table import method
 from minillm.registry.verbs import verbs
 
 
@@ -115,3 +116,4 @@ def wrap(model, targets=None, *, anyway=False):
 
 
 unwrap, merge, unmerge, save, load = verbs("sparse", CSR)
+method("sparse", wrap, does="stores only what is not zero (CSR)", paper="Saad 2003", small={"": dict(anyway=True)})

@@ -49,6 +49,7 @@ from torch import nn
 from minillm import options
 from minillm.registry import Patch
 from minillm.registry.attach import attach
+from minillm.registry.table import method
 from minillm.registry.verbs import verbs
 
 
@@ -112,3 +113,6 @@ def wrap(model, targets=None, *, r=8, alpha=16.0, rank_stabilized=False, dropout
 
 
 unwrap, merge, unmerge, save, load = verbs("lora", LoRA)
+method("lora", wrap, does="learns a low-rank change of each weight",
+       paper="Hu et al. 2021, arXiv 2106.09685", rates=dict(tiny=6e-3, smollm2=2e-3),
+       small={"": dict(r=4), "stable": dict(r=2, alpha=3.0, rank_stabilized=True), "dropout": dict(r=3, dropout=0.5)})

@@ -33,6 +33,7 @@ from torch import nn
 from minillm import options
 from minillm.registry import Patch
 from minillm.registry.attach import attach
+from minillm.registry.table import method
 from minillm.registry.verbs import verbs
 
 SUBLAYERS = ("self_attn", "attn", "attention", "mlp", "feed_forward")
@@ -89,3 +90,6 @@ def named_sublayers(model):
 
 
 unwrap, merge, unmerge, save, load = verbs("adapters", Bottleneck)
+method("adapters", wrap, does="puts a small network after each sublayer",
+       paper="Houlsby et al. 2019, arXiv 1902.00751", rates=dict(tiny=5e-3, smollm2=2e-3),
+       small={"": dict(size=4), "mlp": dict(targets="mlp", size=2)})

@@ -38,6 +38,7 @@ import torch.nn.functional as F
 from minillm import options
 from minillm.registry import Patch, walk
 from minillm.registry.attach import attach
+from minillm.registry.table import method
 from minillm.registry.verbs import verbs
 
 
@@ -95,3 +96,5 @@ def first_embedding(model):
 
 
 unwrap, merge, unmerge, save, load = verbs("prompts", SoftPrompt)
+method("prompts", wrap, does="learns vectors that come before the text",
+       paper="Lester et al. 2021, arXiv 2104.08691", rates=dict(tiny=3e-2, smollm2=1e-2), small={"": dict(length=3)})
