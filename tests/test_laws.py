@@ -19,49 +19,75 @@ from conftest import close, law
 from models import IDS, MODELS, build, logits
 
 import minillm
-from minillm.registry import CannotMerge, Format, Patch, TECHNIQUES, leaf, parameters, walk
+from minillm.registry import CannotMerge, Format, KINDS, METHODS, Patch, leaf, parameters, walk
+from minillm.registry.learning import claimed_by, noted
 
-NAMES = list(minillm.techniques())
-FORMATS = [name for name, cls in TECHNIQUES.items() if issubclass(cls, Format)]
-PAIRS = [pair for pair in itertools.permutations(NAMES, 2) if not set(pair) <= set(FORMATS)]  # two formats: an error, tested below
-OPTIONS = {  # NAME/VARIANT: other options of the same technique, for the laws of one technique alone
-    "freeze": dict(last=1), "freeze/two": dict(last=2), "prompts": dict(length=3),
-    "lora": dict(r=4), "lora/stable": dict(r=2, alpha=3.0, rank_stabilized=True), "lora/dropout": dict(r=3, dropout=0.5),
-    "adapters": dict(size=4), "adapters/mlp": dict(targets="mlp", size=2),
-    "quant": {}, "quant/int4": dict(bits=4, group=4), "quant/zero": dict(bits=4, zero_point=True),
-    "quant/two": dict(bits=2, group=8), "quant/int8 zero": dict(group=8, zero_point=True),
-    "prune": {}, "prune/matrix": dict(sparsity=0.25, group="matrix"), "prune/model": dict(sparsity=0.4, group="model"),
-    "sparse": dict(anyway=True),
+NAMES = [name for name, method in METHODS.items() if method.kind == name]  # one method of each kind
+OPTIONS = {  # NAME/VARIANT: options of the methods, for the laws of one alone
+    f"{name}/{variant}".rstrip("/"): small for name, method in METHODS.items() for variant, small in method.small.items()
 }
+FORMATS = [name for name in NAMES if issubclass(KINDS[name], Format)]
+PAIRS = [pair for pair in itertools.permutations(NAMES, 2) if not set(pair) <= set(FORMATS)]  # two formats: an error, tested below
 ALONE = [(key,) for key in OPTIONS]
-LOSSY = [name for name in FORMATS if TECHNIQUES[name].not_neutral]
+LOSSY = [name for name in FORMATS if KINDS[name].not_neutral]
 
 every_model = pytest.mark.parametrize("kind", MODELS)
 
 
-def technique(key):
-    return minillm.techniques()[key.split("/")[0]]
+class technique:
+    """The family's verbs on what one method has put into the model."""
+
+    def __init__(self, key):
+        self.method = METHODS[key.split("/")[0]]
+        self.verbs, self.name = minillm.techniques()[self.method.family], self.method.kind
+
+    def wrap(self, model, options):
+        return self.method.wrap(model, *([EXAMPLES] if self.method.calibrated else []), **options)
+
+    def unwrap(self, model):
+        return self.verbs.unwrap(model, self.name)
+
+    def merge(self, model):
+        return self.verbs.merge(model, self.name)
+
+    def unmerge(self, model):
+        return self.verbs.unmerge(model, self.name)
+
+    def save(self, model, path):
+        return self.verbs.save(model, path, self.name)
+
+    def load(self, model, path):
+        return self.verbs.load(model, path)
+
+
+EXAMPLES = [minillm.data.Example(row.tolist(), row.tolist()) for row in IDS]
+
+
+def declared(key):
+    """The class that the table of kinds has for a key."""
+    return KINDS[technique(key).name]
 
 
 def kind_of(key):
-    name = key.split("/")[0]
-    return Format if issubclass(TECHNIQUES[name], Format) else Patch if issubclass(TECHNIQUES[name], Patch) else None
+    cls = declared(key)
+    return Format if issubclass(cls, Format) else Patch if issubclass(cls, Patch) else None
 
 
 def wrap(model, key):
     """Wrap with the options of the key, from a seed of its own."""
     torch.manual_seed(sum(map(ord, key)))
-    return technique(key).wrap(model, **OPTIONS[key])
+    return technique(key).wrap(model, OPTIONS[key])
 
 
 @torch.no_grad()
-def learn(model, name):
+def learn(model, key):
     """Move all that the technique has to learn, as training would."""
-    torch.manual_seed(sum(map(ord, name)) + 1)
-    name = name.split("/")[0]
-    own = [p for layer in minillm.layers(model).values() if name in layer.patches for p in layer.patches[name].parameters()]
-    if name == "freeze":
-        own = [p for *_, p in parameters(model) if p.requires_grad]
+    torch.manual_seed(sum(map(ord, key)) + 1)
+    name = technique(key).name
+    own = [p for patch in patches(model, key) for p in patch.parameters()]
+    if name in noted(model):
+        own = {id(p): p for slot, *_, p in parameters(model) if p.requires_grad and (name == "freeze" or slot in claimed_by(model, name))}
+        own = list(own.values())
     for p in own:
         p.add_(torch.randn_like(p) * 0.1)
     return model
@@ -100,6 +126,13 @@ def test_neutral_at_birth_and_frozen_below(kind):
         if not declared(names[-1]).not_neutral:
             close("1 neutral", logits(model, ids), before, what)
         owned = {id(p) for n in names for m in patches(model, n) for p in m.parameters()}
+        if owned or "bitfit" in names:  # of the model's own what is claimed learns too, where freeze does not forbid it
+            frozen = minillm.registry.learning.stopped_by(model, "freeze")
+            claimed = claimed_by(model, "bitfit")
+            groups = {}
+            for slot, *_, p in parameters(model):
+                groups.setdefault(id(p), set()).add(slot)
+            owned |= {i for i, slots in groups.items() if slots & claimed and not slots & frozen}
         if owned:
             learning = {id(p) for p in model.parameters() if p.requires_grad}
             law("2 frozen", learning == owned, f"{what}: not just what it added learns")
@@ -110,22 +143,17 @@ def test_neutral_at_birth_and_frozen_below(kind):
             law("2 frozen", not moved, f"{what}: the base moved")
 
 
-def declared(key):
-    """The class that the table has for a key."""
-    return TECHNIQUES[key.split("/")[0]]
-
-
 def patches(model, key):
-    name = key.split("/")[0]
+    name = technique(key).name
     return [layer.patches[name] for layer in minillm.layers(model).values() if name in layer.patches]
 
 
 def test_what_is_not_neutral_says_why():
-    for name, cls in TECHNIQUES.items():
-        model = build("Linear")
+    for name in METHODS:
+        model, why = build("Linear"), declared(name).not_neutral
         before = logits(model)
         after = logits(wrap(model, name), IDS)
-        law("1 neutral", torch.allclose(before, after, atol=1e-6) == (not cls.not_neutral), f"{name} declares {cls.not_neutral!r}")
+        law("1 neutral", torch.allclose(before, after, atol=1e-6) == (not why), f"{name} declares {why!r}")
 
 
 @every_model
@@ -215,7 +243,7 @@ def test_merge_equals_forward_and_unmerge_gives_it_back(kind):
         verbs, what = technique(name), f"merge of {names} on {kind}"
         model = attach(build(kind), *names)
         wrapped, before = logits(model), state(model)
-        plain = name.split("/")[0]
+        plain = verbs.name
         stands_below = any(list(layer.patches)[0] != plain for layer in minillm.layers(model).values() if plain in layer.patches)
         try:
             verbs.merge(model)
@@ -224,7 +252,7 @@ def test_merge_equals_forward_and_unmerge_gives_it_back(kind):
             law("5 merge", same(state(model), before), f"{what}: a refused merge changes nothing")
             continue
         except ValueError as error:
-            law("5 merge", stands_below and beneath in str(error), f"{what}: {error}")
+            law("5 merge", stands_below and technique(beneath).name in str(error), f"{what}: {error}")
             continue
         close("5 merge", logits(model), wrapped, what, 0.05 if forgets(*names) else 1e-5)
         law("5 merge", not patches(model, name), f"{what}: the patch is gone")
@@ -248,9 +276,10 @@ for kind, files, expected, order in pickle.load(open(sys.argv[1], "rb")):
     model = build(kind)
     try:
         for name, path in files:
-            minillm.techniques()[name].load(model, path)
+            family = minillm.registry.store.holds(path)[0]
+            minillm.techniques()[family].load(model, path)
     except ValueError as error:
-        assert order == "error" and f"made over {files[1][0]}" in str(error), (kind, files, error)
+        assert order and f"made over {files[1][0]}" in str(error), (kind, files, error)
         continue
     assert order != "error", (kind, files)
     assert torch.allclose(logits(model), expected, rtol=0, atol=1e-6), (kind, files)
@@ -268,11 +297,12 @@ def test_save_and_load_in_a_fresh_process(tmp_path):
             model = attach(build(kind), *names)
             files = []
             for name in names:
-                files.append((name.split("/")[0], str(tmp_path / f"{len(jobs)}-{len(files)}.safetensors")))
+                files.append((technique(name).name, str(tmp_path / f"{len(jobs)}-{len(files)}.safetensors")))
                 technique(name).save(model, files[-1][1])
             jobs.append((kind, files, logits(model).detach(), ""))
             if len(files) > 1:  # the other order: equal with a format, an error where one was made over the other
-                order = "" if any(kind_of(name) is Format for name in names) else "error"
+                kinds = [kind_of(name) for name in names]
+                order = "" if Format in kinds or kinds == [None, None] else "error"
                 jobs.append((kind, files[::-1], jobs[-1][2], order))
     (tmp_path / "jobs").write_bytes(pickle.dumps(jobs))
     here = pathlib.Path(__file__).parent
@@ -288,7 +318,7 @@ def test_loading_computes_nothing(key, tmp_path, monkeypatch):
     """No random number is drawn, nothing is packed or ranked: a file brings all that it needs."""
     model, base = attach(build("llama"), key), build("llama")
     technique(key).save(model, tmp_path / "a")
-    for cls in set(TECHNIQUES.values()):
+    for cls in set(KINDS.values()):
         for verb in ("fill", "pack"):
             if hasattr(cls, verb):
                 monkeypatch.setattr(cls, verb, lambda *_: pytest.fail("computed while loading"))
@@ -412,7 +442,7 @@ def test_every_technique_is_registered():
             continue
         for _, cls in inspect.getmembers(importlib.import_module(module.name), inspect.isclass):
             if issubclass(cls, (Patch, Format)) and cls not in (Patch, Format):
-                assert cls in TECHNIQUES.values(), f"{cls.__name__} of {module.name} is not registered: its file ends with verbs(...)"
+                assert cls in KINDS.values(), f"{cls.__name__} of {module.name} is not registered: its file ends with verbs(...)"
     for name, module in minillm.techniques().items():
         for verb in ("wrap", "unwrap", "merge", "unmerge", "save", "load"):
             assert callable(getattr(module, verb)) and getattr(module, verb).__doc__, f"{name}.{verb}"

@@ -40,6 +40,9 @@ SUBLAYERS = ("self_attn", "attn", "attention", "mlp", "feed_forward")
 
 
 class Bottleneck(Patch):
+    touches = "output"
+    reads = False
+
     def __init__(self, site, size=32, width=None):
         super().__init__()
         self.size = size = options.whole("size", size)
@@ -76,13 +79,13 @@ class Bottleneck(Patch):
         return f"{self.width} -> {self.size} -> {self.width}"
 
 
-def wrap(model, targets=None, *, size=32, width=None):
+def wrap(model, targets=None, *, name=None, size=32, width=None):
     """Put a bottleneck of `size` units after each sublayer that `targets` names; in place, returns the model.
 
     By default the modules named self_attn, attn, attention, mlp or feed_forward. `width` is the size of their output,
     found by looking at the last leaf in each; give it where that is wrong. Only the adapters learn afterwards.
     """
-    return attach(Bottleneck, model, targets, default=named_sublayers, what="sublayer", size=size, width=width)
+    return attach(Bottleneck, model, targets, default=named_sublayers, what="sublayer", name=name, size=size, width=width)
 
 
 def named_sublayers(model):

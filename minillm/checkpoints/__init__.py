@@ -161,15 +161,15 @@ def attached(model):
     found = {}
     for site in walk(model):
         if isinstance(site.module, Format):
-            name = site.module.technique
-            found[name] = f"minillm.{name}.unwrap(model) gives the dense weights back"
+            name = site.module.kind
+            found[name] = f"minillm.{site.module.family}.unwrap(model) gives the dense weights back"
         for patch in site.layer.patches.values() if site.layer else ():
-            name = patch.technique
-            alone = f"minillm.{name}.save(model, path) writes it alone, to a file of its own"
+            name, verbs = patch.name, f"minillm.{patch.family}"
+            alone = f"{verbs}.save(model, path) writes it alone, to a file of its own"
             if patch.__class__.fold is Patch.fold:
                 found[name] = f"cannot be merged; {alone}, and .unwrap(model) takes it away"
             else:
-                found[name] = f"minillm.{name}.merge(model) or .unwrap(model) first; {alone}"
+                found[name] = f"{verbs}.merge(model) or .unwrap(model) first; {alone}"
     return found
 
 

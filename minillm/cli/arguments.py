@@ -8,7 +8,7 @@ import sys
 
 from minillm import compare, data, train
 from minillm.cli import comparing, training, using
-from minillm.registry import techniques
+from minillm.registry import METHODS
 
 
 class Parser(argparse.ArgumentParser):
@@ -167,7 +167,7 @@ def train_arguments(sub):
     what.add_argument("--preview", nargs="?", type=whole(1), const=3, metavar="N",
                       help="show N examples with what is learnt in green; without --out, train nothing")
     how = sub.add_argument_group("how to learn it")
-    how.add_argument("--technique", default="lora", choices=["full", *techniques()], help="what to wrap the model with")
+    how.add_argument("--technique", default="lora", choices=["full", *METHODS], help="what to wrap the model with")
     how.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="an argument of its wrap, such as r=16")
     how.add_argument("--steps", type=whole(1), help="optimizer steps (100, unless --epochs says otherwise)")
     how.add_argument("--epochs", type=above_0, help="or times through the data")

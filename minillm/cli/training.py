@@ -16,7 +16,7 @@ from minillm.cli.using import given, load, needs_tokenizer, refuse_second
 
 def run(args):
     check(args)
-    technique = registry.techniques().get(args.technique)  # None: full fine-tuning
+    technique = registry.METHODS.get(args.technique)  # None: full fine-tuning
     keywords = wrap_options(technique, args)
     if not args.out and not args.preview:
         args.parser.error("--out is missing: where to save what is learnt (or --preview, to see the data alone)")
@@ -26,9 +26,11 @@ def run(args):
     needs_tokenizer(tokenizer, args)
     if args.out and technique is None:
         checkpoints.check_save(model, args.out, tokenizer, force=args.force)
-    if args.out:
-        wrap(model, technique, keywords, args)
+    if args.out and technique is not None and not technique.calibrated:
+        args.name = wrap(model, technique, keywords, args)
     examples, held_out = read(args, tokenizer)
+    if args.out and technique is not None and technique.calibrated:
+        args.name = wrap(model, technique, dict(keywords, examples=examples), args)
     if args.preview and distributed.place()[0] == 0:
         print(data.preview(examples, tokenizer, args.preview, color=sys.stdout.isatty()))
     if not args.out:
@@ -122,28 +124,29 @@ def wrap_options(technique, args):
 
 
 def wrap(model, technique, keywords, args):
-    """Attach the technique, unless --adapter has brought it: then it learns on.
+    """Attach the technique, unless --adapter has brought it: then it learns on. Returns its name.
 
-    What files of other techniques have brought stays as it is, for --out holds one technique alone.
+    What the other files have brought stays as it is, for --out holds one adapter alone.
     """
-    here = technique and (registry.patches_of(args.technique, model) or registry.formats_of(args.technique, model))
-    if args.technique == "freeze":
-        here = any(store.holds(path) == "freeze" for path in args.adapter)
-    if here and keywords:
+    brought = [store.holds(path)[1] for path in args.adapter if store.holds(path)[0] == technique.family]
+    name = keywords.get("name")
+    if name is None and len(brought) > 1:
+        raise ValueError(f"--adapter brings {', '.join(map(repr, brought))} of {technique.family}: which one goes on learning? "
+                         f"--option name={brought[0]}, or another name for one more")
+    name = name or (brought or [technique.kind])[0]
+    if name in brought and set(keywords) - {"name", "examples"}:
         raise ValueError(f"--option {args.option[0]}: the adapter that goes on learning has its own settings")
-    if technique is None:
-        return
-    others = [(name, patch) for layer in registry.layers(model).values()
-              for name, patch in layer.patches.items() if name != args.technique]
-    for _, patch in others:
-        patch.requires_grad_(False)
+    for other in learning.patches(model):
+        if other.name != name:
+            other.fixed = True
+            other.requires_grad_(False)
     torch.manual_seed(args.seed)  # for what the technique draws at its start
-    if not here:
+    if name not in brought:
         technique.wrap(model, **keywords)
-    for name in {name for name, _ in others}:
-        learning.thaw(model, name)  # a technique that does not learn stops nobody
-    check_saved(model, args.technique)
+    learning.settle(model)  # what does not learn any more claims nothing
+    check_saved(model, technique.family, name)
     try_out(model)
+    return name
 
 
 @torch.no_grad()
@@ -152,9 +155,9 @@ def try_out(model):
     model(torch.zeros(1, 1, dtype=torch.long, device=model.norm.weight.device))
 
 
-def check_saved(model, name):
+def check_saved(model, family, name):
     """ValueError where something learns that the technique's file (see `store.save`) lacks."""
-    held = {id(p) for _, patch in registry.patches_of(name, model) for p in patch.parameters()}
+    held = {id(p) for _, patch in registry.patches_of(family, model, name) for p in patch.parameters()}
     held |= {id(p) for p in store.learned_of(name, model).values()}
     lost = [key for key, p in model.named_parameters() if p.requires_grad and id(p) not in held]
     if lost:
@@ -237,4 +240,4 @@ def write(model, technique, tokenizer, args):
     if technique is None:
         checkpoints.save(model, args.out, tokenizer=tokenizer, force=args.force)
     else:
-        technique.save(model, args.out, force=args.force)
+        registry.techniques()[technique.family].save(model, args.out, args.name, force=args.force)

@@ -19,15 +19,16 @@ def load(args):
     if args.any_base and not args.adapter:
         args.parser.error("--any-base is for --adapter FILE, and there is none")
     for path in args.adapter:
-        name = holds(path)
-        if name not in registry.techniques():
+        family, name = holds(path)
+        if family not in registry.techniques():
             raise ValueError(f"{path} is not a file that a technique of minillm saved")
         if name in names:
-            raise ValueError(f"{names[name]} and {path} are both files of {name}, of which a model takes one")
+            raise ValueError(f"{names[name]} and {path} both hold {name!r}, and a model takes one of a name. "
+                             "minillm train --option name=NAME gives an adapter its own")
         names[name] = path
     model, tokenizer = zoo.load(args.model, dtype=args.dtype, device=place(args.device))
-    for name, path in names.items():
-        registry.techniques()[name].load(model, path, any_base=args.any_base)
+    for path in names.values():
+        registry.techniques()[holds(path)[0]].load(model, path, any_base=args.any_base)
     return model, tokenizer
 
 
@@ -223,29 +224,29 @@ def run_show(args):
 def run_export(args):
     """Formats give their dense weights back, patches are merged, and what freeze trained is the model already."""
     check_paths(args, {"--out": args.out})
-    classes = registry.TECHNIQUES
     for path in args.adapter:
-        name = holds(path)
-        if name in classes and issubclass(classes[name], registry.Patch) and classes[name].fold is registry.Patch.fold:
-            raise ValueError(f"{path} holds {name}, which is no change of a weight: it cannot be merged into the model, and the "
-                             "formats of other programs have no place for it")
+        kind = registry.KINDS.get(holds(path)[0])
+        if kind and issubclass(kind, registry.Patch) and kind.fold is registry.Patch.fold:
+            raise ValueError(f"{path} holds {kind.kind}, which is no change of a weight: it cannot be merged into the model, "
+                             "and the formats of other programs have no place for it")
     model, tokenizer = load(args)
     checkpoints.check_save(model.config, args.out, tokenizer, args.type, args.force)
-    for name in (name for name in registry.techniques() if issubclass(classes[name], registry.Format)):
-        if registry.formats_of(name, model):
-            registry.techniques()[name].unwrap(model)
+    for name, verbs in registry.techniques().items():
+        for one in {site.module.name for site in registry.formats_of(name, model)}:
+            verbs.unwrap(model, one)
     while registry.layers(model):
-        registry.techniques()[innermost(model)].merge(model, keep=False)
+        patch = innermost(model)
+        registry.techniques()[patch.family].merge(model, patch.name, keep=False)
     checkpoints.save(model, args.out, tokenizer=tokenizer, type=args.type, force=args.force)
     print(f"wrote {args.out}")
 
 
 def innermost(model):
-    """A technique that has no other beneath it, wherever it is."""
-    stacks = [list(layer.patches) for layer in registry.layers(model).values()]
-    outer = {name for stack in stacks for name in stack[1:]}
+    """A patch whose name has no other beneath it, wherever it is."""
+    stacks = [list(layer.patches.values()) for layer in registry.layers(model).values()]
+    outer = {patch.name for stack in stacks for patch in stack[1:]}
     lowest = [stack[0] for stack in stacks]
-    return next((name for name in lowest if name not in outer), lowest[0])  # merge says why not
+    return next((patch for patch in lowest if patch.name not in outer), lowest[0])  # merge says why not
 
 
 def run_fetch(args):

@@ -21,16 +21,14 @@ counts as frozen if either of its names is.
 
 from torch import nn
 
-from minillm.registry.learned import check_learned, put_back
-from minillm.registry.learning import buffers, freeze, frozen, slots, stopped_by, thaw
-from minillm.registry import CannotMerge, method, parameters, register, select, walk
-from minillm.registry.store import check_base, field, learned_of, opened, sorted_out, write
+from minillm.registry import method, parameters, select, walk
+from minillm.registry.claiming import VERBS, Claim, say_of
+from minillm.registry.learning import slots, stopped_by
+from minillm.registry.verbs import verbs
 
 
-class Freeze:
-    """The entry in the table of techniques; there is no module to add."""
-
-    not_neutral = ""
+class Freeze(Claim):
+    """Forbids parameters to learn."""
 
 
 def wrap(model, targets=None, *, last=2):
@@ -50,8 +48,7 @@ def wrap(model, targets=None, *, last=2):
     shared = {id(p) for name, *_, p in parameters(model) if name in names}
     if all(id(p) in shared for *_, p in parameters(model)):
         raise ValueError(f"targets={targets!r} with last={last} freezes every parameter: nothing would be left to learn")
-    freeze(model, "freeze", lambda name: name in names)
-    return model
+    return say_of(model, Freeze, lambda name: name in names)
 
 
 def blocks_of(model):
@@ -73,62 +70,8 @@ def lowest(model, last):
     return [name for name in below if not f"{blocks.name}.".startswith(f"{name}.")]  # not what holds the list itself
 
 
-def unwrap(model):
-    """Let everything learn again that `wrap` froze; returns the model."""
-    check_frozen(model)
-    thaw(model, "freeze")
-    return model
-
-
-def check_frozen(model):
-    """The names of what is frozen; ValueError where nothing is."""
-    names = stopped_by(model, "freeze")
-    if not names:
-        raise ValueError("nothing is frozen in this model: minillm.freeze.wrap(model) first")
-    return names
-
-
-def merge(model, **_):
-    """CannotMerge: there is nothing beside the model's own parameters."""
-    raise CannotMerge("freeze cannot be merged: what it trained is the model itself")
-
-
-unmerge = merge
-
-
-def save(model, path, force=False):
-    """Write the parameters that were left to learn, and the names of the frozen ones, to a safetensors file.
-
-    A weight that a format stores by now is written dense. FileExistsError as for every technique's `save`.
-    """
-    check_frozen(model)
-    write(path, "freeze", model, {}, learned_of("freeze", model), dict(buffers(model)), force,
-          frozen=sorted(frozen(model)))
-
-
-def load(model, path, replace=False, any_base=False):
-    """Copy the parameters of the file into the model and freeze the others; returns the model.
-
-    ValueError where something is frozen already, unless `replace`; where the file was made for another
-    model, unless `any_base`.
-    """
-    tensors, metadata = opened(path, "freeze")
-    if stopped_by(model, "freeze") and not replace:
-        raise ValueError(f"the model has freeze already, and {path} would take its place: unwrap it first, or say replace=True")
-    _, own, kept = sorted_out(tensors, {}, path)
-    stopped, shared = set(field(metadata, "frozen", path, list)), field(metadata, "shared", path)
-    missing = stopped - {name for name, *_ in slots(model)}
-    if missing:
-        raise ValueError(f"{path} freezes {sorted(missing)[0]!r}, which this model lacks ({len(missing)} such)")
-    check_learned(model, own, kept, shared, path)
-    check_base(model, metadata, path, any_base)
-    put_back(model, own, kept, shared)
-    thaw(model, "freeze")
-    freeze(model, "freeze", lambda name: name in stopped)
-    return model
-
-
-register("freeze", Freeze)
-Freeze.__module__ = __name__
+unwrap, merge, unmerge, save, load = verbs("freeze", Freeze, VERBS)
 method("freeze", wrap, does="trains the last blocks only", paper="Howard & Ruder 2018, arXiv 1801.06146",
        rates=dict(tiny=1.5e-3, smollm2=3e-4), small={"": dict(last=1), "two": dict(last=2)})
+
+from minillm.freeze import bitfit  # noqa: E402, F401

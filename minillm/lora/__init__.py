@@ -54,6 +54,9 @@ from minillm.registry.verbs import verbs
 
 
 class LoRA(Patch):
+    additive = True
+    reads = False
+
     def __init__(self, site, r=8, alpha=16.0, rank_stabilized=False, dropout=0.0):
         super().__init__()
         out, into = site.shape
@@ -101,7 +104,7 @@ class LoRA(Patch):
         return f"r={self.r}, alpha={self.alpha}"
 
 
-def wrap(model, targets=None, *, r=8, alpha=16.0, rank_stabilized=False, dropout=0.0):
+def wrap(model, targets=None, *, name=None, r=8, alpha=16.0, rank_stabilized=False, dropout=0.0):
     """Put LoRA around the leaves that `targets` names (see `registry.select`); in place, returns the model.
 
     By default every linear leaf but the output head and tied matrices. Only A and B learn
@@ -109,7 +112,7 @@ def wrap(model, targets=None, *, r=8, alpha=16.0, rank_stabilized=False, dropout
     copy of x for each leaf. ValueError for an r that is no rank of one of the leaves, an alpha that
     is not above 0, and a dropout outside of 0 <= d < 1.
     """
-    return attach(LoRA, model, targets, r=r, alpha=alpha, rank_stabilized=rank_stabilized, dropout=dropout)
+    return attach(LoRA, model, targets, name=name, r=r, alpha=alpha, rank_stabilized=rank_stabilized, dropout=dropout)
 
 
 unwrap, merge, unmerge, save, load = verbs("lora", LoRA)

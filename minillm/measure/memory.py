@@ -9,7 +9,7 @@ import sys
 import torch
 
 from minillm.registry import Format
-from minillm.registry.past import Past
+from minillm.registry.past import Aside
 
 
 def bytes_by_format(model):
@@ -26,10 +26,10 @@ def bytes_by_format(model):
     for module in model.modules():
         for t in (*module._parameters.values(), *module._buffers.values()):
             stored = isinstance(module, Format) and t is not module.bias
-            count(module.format_name if stored else str(t.dtype).removeprefix("torch.")
+            count(module.kind if stored else str(t.dtype).removeprefix("torch.")
                   if t is not None else "", t)
     for module in model.modules():
-        for t in module.tensors() if isinstance(module, Past) else ():
+        for t in module.tensors() if isinstance(module, Aside) else ():
             count("kept by merge", t)
     return dict(found)
 

@@ -85,9 +85,9 @@ def line(name, text, learn, total, size):
 
 
 def describe(site, shared):
-    kind = type(site.module.__dict__.get("shell", site.module)).__name__
+    kind = type(site.module.shell.kept[0] if isinstance(site.module, Format) else site.module).__name__
     kind += f" {site.shape[0]}x{site.shape[1]}" if leaf(site.module) else ""
-    stored = f" [{site.module.technique}]" if isinstance(site.module, Format) else ""
+    stored = f" [{site.module.kind}]" if isinstance(site.module, Format) else ""
     patches = "".join(
         f" + {name}({patch.extra_repr()})"
         for name, patch in (site.layer.patches.items() if site.layer else ())

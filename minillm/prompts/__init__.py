@@ -43,7 +43,7 @@ from minillm.registry.verbs import verbs
 
 
 class SoftPrompt(Patch):
-    outermost = True  # the placeholders are not rows of the table: a patch of the table never sees them
+    touches = "ids"  # the placeholders are not rows of the table: a patch of the table never sees them
 
     def __init__(self, site, length=20):
         super().__init__()
@@ -81,13 +81,13 @@ class SoftPrompt(Patch):
         return f"length={self.length}, width={self.P.shape[1]}"
 
 
-def wrap(model, targets=None, *, length=20):
+def wrap(model, targets=None, *, name=None, length=20):
     """Give the model's token embedding `length` learnt rows; in place, returns the model. Only they learn afterwards.
 
     `targets` names the token embedding; by default it is the first embedding of the model. The start is drawn with torch's
     global generator: torch.manual_seed makes it the same again.
     """
-    return attach(SoftPrompt, model, targets, default=first_embedding, what="embedding", length=length)
+    return attach(SoftPrompt, model, targets, default=first_embedding, what="embedding", name=name, length=length)
 
 
 def first_embedding(model):

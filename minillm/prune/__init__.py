@@ -107,7 +107,7 @@ def masks_of(scores, sparsity, group):
     return {name: part.view(scores[name].shape) for name, part in zip(scores, parts)}
 
 
-def wrap(model, targets=None, *, sparsity=0.5, group="row"):
+def wrap(model, targets=None, *, name=None, sparsity=0.5, group="row"):
     """Put a mask on the leaves that `targets` names (see `registry.select`); in place, returns the model.
 
     `sparsity` of the weights in each group become zero. By default every linear leaf but the output head and tied
@@ -121,7 +121,7 @@ def wrap(model, targets=None, *, sparsity=0.5, group="row"):
     def fill(patch, site):
         patch.mask.copy_(masks[site.name])
 
-    return attach(Mask, model, targets, fill=fill, sparsity=sparsity, group=group)
+    return attach(Mask, model, targets, name=name, fill=fill, sparsity=sparsity, group=group)
 
 
 unwrap, merge, unmerge, save, load = verbs("prune", Mask)

@@ -73,7 +73,7 @@ class Gradual:
             return
         for group in {patch.group for _, patch in found}:
             sites = [(site, patch) for site, patch in found if patch.group == group]
-            scores = {site.name: magnitude(site, below="prune") for site, _ in sites}
+            scores = {site.name: magnitude(site, below=patch.name) for site, patch in sites}
             masks = masks_of(scores, now, group)
             for site, patch in sites:
                 patch.mask.copy_(masks[site.name])

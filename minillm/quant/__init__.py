@@ -142,8 +142,8 @@ class Integer(Format):
 
     def called(self):
         if self.config() == dict(bits=8, group=None, zero_point=False):
-            return self.technique
-        return f"{self.technique} {self.config()}"
+            return self.kind
+        return f"{self.kind} {self.config()}"
 
 
 def wrap(model, targets=None, *, bits=8, group=None, zero_point=False):

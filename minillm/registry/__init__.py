@@ -7,6 +7,7 @@
     table        the techniques that there are
     batch        what they add to a batch
     learning     which of the model's own parameters learn
+    names        which adapters take part
     attach       how a patch or a format takes its place
     verbs        unwrap, merge, unmerge
     store        save, load; with `learned` and `fingerprint`
@@ -17,15 +18,16 @@ from minillm.registry.layer import (
     Below, CannotMerge, Format, Layer, Patch, dense, leaf,
 )
 from minillm.registry.leaf import LEAVES, Leaf, kept
+from minillm.registry.names import use
 from minillm.registry.sites import Site, layers, parameters, ties, untie, walk
 from minillm.registry.table import (
-    METHODS, TECHNIQUES, attached, formats_of, method, patches_of, register, techniques,
+    KINDS, METHODS, attached, formats_of, method, patches_of, register, techniques,
 )
 from minillm.registry.targets import computed, hidden_linears, hint, select
 
 __all__ = [
-    "Below", "CannotMerge", "Format", "LEAVES", "Layer", "Leaf", "METHODS", "Patch", "Site", "TECHNIQUES",
+    "Below", "CannotMerge", "Format", "KINDS", "LEAVES", "Layer", "Leaf", "METHODS", "Patch", "Site",
     "attached", "computed", "dense", "formats_of", "hidden_linears", "hint", "kept", "layers",
     "leaf", "method", "parameters", "patches_of", "prepare", "register", "same_shape", "select",
-    "techniques", "ties", "untie", "walk",
+    "techniques", "ties", "untie", "use", "walk",
 ]

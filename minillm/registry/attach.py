@@ -2,17 +2,20 @@
 
 import torch
 
-from minillm.registry.learning import came, notes, refreeze, stopped_by
+from minillm.registry.hooks import take_hooks
 from minillm.registry.layer import Format, Layer
-from minillm.registry.sites import layers, ties
+from minillm.registry.learning import came, say
+from minillm.registry.names import check_name, follow, names_of, taking_part, version
+from minillm.registry.past import Aside
+from minillm.registry.sites import ties
 from minillm.registry.targets import hidden_linears, select
 
 
-def attach(cls, model, targets=None, default=hidden_linears, what="leaf", fill=None, **options):
+def attach(cls, model, targets=None, default=hidden_linears, what="leaf", name=None, fill=None, **options):
     """Wrap what `targets` names (see `registry.select`) with cls(site, **options).
 
-    In place; returns the model. fill: what fills the new Patch or Format, called with it and its
-    site; by default its own `fill`.
+    In place; returns the model. name: of the new patch, by default its kind. fill: what fills the new
+    Patch or Format, called with it and its site; by default its own `fill`.
     """
     def make(site):
         new = cls(site, **options)
@@ -23,25 +26,30 @@ def attach(cls, model, targets=None, default=hidden_linears, what="leaf", fill=N
     if issubclass(cls, Format):
         check_formats(cls, model, sites)
         return store(model, sites, make)
+    name = check_name(name, cls.kind, model)
     for site in sites:
-        if site.layer and cls.technique in site.layer.patches:
-            raise ValueError(f"{site.name!r} is already wrapped with {cls.technique}: unwrap or merge it first")
-    return ring(model, [(site, make(site)) for site in sites])
+        if site.layer and name in site.layer.patches:
+            again = "" if name != cls.kind else f", or give the new one a name: wrap(model, name={cls.kind + '-2'!r})"
+            raise ValueError(f"{site.name!r} is already wrapped with {name}: unwrap or merge it first{again}")
+    pairs = [(site, make(site)) for site in sites]
+    over = taking_part(model) - {name} if fill or cls.reads else ()
+    return surround(model, name, pairs, over)
 
 
-def ring(model, pairs):
-    """Put each patch around its site, in place of one of its own technique if that stands there; returns the model."""
-    names = {name for layer in layers(model).values() for name in layer.patches}
-    names |= {"freeze"} if stopped_by(model, "freeze") else set()
+def surround(model, name, pairs, over):
+    """Put each patch around its site, in place of one of its own name; returns the model.
+
+    over: the names over which the patches were filled, or trained.
+    """
+    follow(model)
+    before = frozenset(names_of(model))
     for site, patch in pairs:
-        patch.over = frozenset(names - {patch.technique}) | patch.over
+        patch.name, patch.before, patch.over = name, before - {name}, frozenset(over)
+        patch.version = version(patch)
         if site.layer is None:
-            site.replace(Layer(site.module).train(site.module.training))
+            site.replace(Layer(site.module))
         site.layer.add(patch)
-    for technique in {patch.technique for _, patch in pairs}:
-        came(model, technique)
-    refreeze(model)
-    return model
+    return came(model, name)
 
 
 def check_formats(cls, model, sites):
@@ -49,30 +57,30 @@ def check_formats(cls, model, sites):
     tied = ties(model)
     for site in sites:
         if isinstance(site.module, Format):
-            raise ValueError(f"{site.name!r} is already stored as {site.module.technique}: minillm."
-                             f"{site.module.technique}.unwrap(model) first gives its dense weight back")
+            raise ValueError(f"{site.name!r} is already stored as {site.module.kind}: minillm."
+                             f"{site.module.family}.unwrap(model) first gives its dense weight back")
         if site.name in tied:
             raise ValueError(f"{site.name!r} shares its matrix with {', '.join(tied[site.name])}: stored as "
-                             f"{cls.technique} it would be a second matrix. minillm.untie(model) first gives each its own")
+                             f"{cls.kind} it would be a second matrix. minillm.untie(model) first gives each its own")
         if not torch.isfinite(site.module.weight).all():
-            raise ValueError(f"the weight of {site.name!r} holds nan or infinity, which {cls.technique} cannot store")
+            raise ValueError(f"the weight of {site.name!r} holds nan or infinity, which {cls.kind} cannot store")
 
 
 def store(model, sites, make):
     """Replace leaves by the Format that `make` gives for each site; in place, returns the model.
 
-    The emptied leaf waits in it as `shell`, outside the module tree, for unwrap.
+    The emptied leaf waits in it as `shell`, for unwrap.
     """
     for site, new in [(site, make(site)) for site in sites]:  # none is replaced before all are made
-        shell = site.module
-        stopped = notes(shell)
-        new.__dict__.update(shell=shell, _frozen_by=stopped,
-                            learns=shell.weight.requires_grad or bool(stopped.get("weight")))
-        shell.weight = None
-        put(site, new.train(shell.training))
-    if sites:
-        came(model, new.technique)
-    return model
+        leaf = site.module
+        for key, p in leaf.named_parameters(recurse=False):
+            say(leaf, key, p)
+        new.says = leaf.says  # of the weight too, which is no parameter for now
+        leaf.weight = None
+        new.shell = Aside(leaf)
+        put(site, new.train(leaf.training))
+        name = new.name
+    return came(model, name) if sites else model
 
 
 def put(site, base):
@@ -80,5 +88,7 @@ def put(site, base):
     if site.layer is not None and len(site.layer.patches):
         site.layer.base = base
     else:
+        if (old := site.layer or site.module) is not base:
+            take_hooks(base, old)
         site.replace(base)
     site.module = base

@@ -17,6 +17,6 @@ def prepare(model, ids, labels=None, mask=None):
     """
     same_shape(ids, labels=labels, mask=mask)
     for layer in layers(model).values():
-        for patch in layer.patches.values():
+        for patch in layer.stack():
             ids, labels, mask = patch.prepare(ids, labels, mask)
     return ids, labels, mask

@@ -103,7 +103,7 @@ def sample_stored(form):
 
 
 def patches(model, names):
-    """{technique: {site: {tensor: its sample}}} of the patches of these techniques."""
+    """{name: {site: {tensor: its sample}}} of the patches that have these names."""
     found = {}
     for site in walk(model):
         for name, patch in site.layer.patches.items() if site.layer else ():
@@ -174,25 +174,37 @@ def differs(model, then):
     )
 
 
-def lacks(model, needs):
-    """A sentence, if the model lacks one of the techniques `needs` (see `patches`); else None.
+def match(model, needs):
+    """({name in `needs` (see `patches`): name here}, a sentence if the model lacks one, else None).
 
-    ValueError where `needs` is no such dict.
+    What has the name here is looked at first, then all others: an adapter may be loaded under another
+    name. ValueError where `needs` is no such dict.
     """
-    here = patches(model, set(needs))
+    here, found = patches(model, all_names(model)), {}
     for name, sites in needs.items():
+        order = sorted(here, key=lambda one: one != name)
         try:
-            same = sites.keys() == here.get(name, {}).keys() and all(
-                tensors.keys() == here[name][where].keys()
-                and all(agree_cast(here[name][where][key], entry) for key, entry in tensors.items())
-                for where, tensors in sites.items()
-            )
+            fits = [one for one in order if same(here[one], sites)]
         except (AttributeError, TypeError, ValueError, LookupError) as error:
             raise ValueError(f"what it says of the {name} beneath it is not whole ({error})") from error
-        if not same:
+        if not fits:
             has = f"another one ({digest(here[name])})" if name in here else "none"
-            return f"it was made over {name} ({digest(sites)}), and this model has {has}"
-    return None
+            return found, f"it was made over {name} ({digest(sites)}), and this model has {has}"
+        found[name] = fits[0]
+    return found, None
+
+
+def same(ours, theirs):
+    """Whether two entries of `patches` can be of one adapter, up to a cast."""
+    return ours.keys() == theirs.keys() and all(
+        tensors.keys() == ours[where].keys()
+        and all(agree_cast(ours[where][key], entry) for key, entry in tensors.items())
+        for where, tensors in theirs.items()
+    )
+
+
+def all_names(model):
+    return {name for site in walk(model) if site.layer for name in site.layer.patches}
 
 
 def agree_cast(ours, theirs):

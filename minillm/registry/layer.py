@@ -1,4 +1,4 @@
-"""Where the techniques meet: formats swap the leaf, patches ring the leaf.
+"""Where the techniques meet: a format replaces how a leaf stores its weight, a patch wraps what the leaf computes.
 
 A *leaf* is a module with one weight matrix W (out, in). A technique that touches a leaf is one of two things:
 
@@ -7,16 +7,21 @@ A *leaf* is a module with one weight matrix W (out, in). A technique that touche
 
     Layer(base, patches)               base: the leaf, in whatever format; patches: innermost first
 
-The two commute, for a patch sees only `below`: `below(x)` is the output beneath it, `below.dense()` the weight beneath it.
-A patch may also ring a sublayer (an attention, an MLP), which has an output but no matrix.
+The two commute, because a patch sees only `below`: `below(x)` is the output beneath it, `below.dense()`
+the weight beneath it. A patch may also wrap a sublayer (an attention, an MLP), which has an output but
+no matrix.
 
-The module tree is the only state. A technique that is wrapped is a module in the tree; what it froze is noted on the
-module that owns the parameter. A *site* is a place in the tree under the name that the model's author gave it: `walk` skips
-the `Layer`s and never enters a `Patch`, so an adapter's own matrices are never wrapped, and files written with one set of
+Each patch has a name, and says what it changes: the weight, the input, the output. A change of the
+weight lies inside a change of the input, and that inside a change of the output. Among equals the
+order is that of the `wrap` calls.
+
+The module tree is the only state. A technique that is wrapped is a module in the tree. A *site* is a
+place in the tree under the name that the model's author gave it: `walk` skips the `Layer`s and never
+enters a `Patch`, so an adapter's own matrices are never wrapped, and files written with one set of
 techniques attached are read with another.
 
-peft keeps a tuner class over the model, a config object and dictionaries of active adapters for each layer; that buys
-several adapters on one layer, switched by name, and costs the reader a dispatch through five files.
+peft keeps a tuner class over the model, a config object and dictionaries of active adapters for each
+layer, and dispatches through five files. Here the named patches of a leaf are one ModuleDict.
 """
 
 import inspect
@@ -25,40 +30,55 @@ import torch
 from torch import nn
 from torch.nn import UninitializedParameter
 
+from minillm.registry.hooks import no_shortcut, take_hooks
 from minillm.registry.leaf import kept
+
+TOUCHES = ("weight", "input", "output", "ids")  # innermost first
 
 
 class Layer(nn.Module):
-    """`base` (a leaf or a sublayer) and the patches around it, innermost first."""
+    """`base` (a leaf or a sublayer) and the patches around it, innermost first, by name."""
 
     def __init__(self, base):
         super().__init__()
         self.base = base
         self.patches = nn.ModuleDict()
+        take_hooks(self, base)  # a hook on the leaf sees what the site computes
         # In eval nn.TransformerEncoderLayer reads its modules' weights and calls none of them, unless one has a hook.
         self.register_forward_pre_hook(no_shortcut)
+        self.training = base.training
 
     def forward(self, *args, **kwargs):
         return Below(self, len(self.patches))(*args, **kwargs)
 
-    def add(self, patch):
-        """Put the patch around what is there, but inside of those that stay outermost."""
-        self.patches[patch.technique] = patch.train(self.base.training)
-        for name in [name for name, other in self.patches.items() if other.outermost]:
-            self.patches[name] = self.patches.pop(name)
+    def add(self, patch, place=None):
+        """Put the patch around what is there, or at a place among the patches, counted from the inside."""
+        names = [name for name in self.patches if name != patch.name]
+        names.insert(len(names) if place is None else place, patch.name)
+        every = dict(self.patches) | {patch.name: patch.train(self.base.training)}
+        self.patches.clear()
+        for name in sorted(names, key=lambda name: TOUCHES.index(every[name].touches)):  # a stable sort
+            self.patches[name] = every[name]
+
+    def stack(self):
+        """The active patches, innermost first."""
+        return [patch for patch in self.patches.values() if patch.active]
 
     def dense(self):
         """The folded (W, b): what a plain leaf would hold to compute the same."""
-        return Below(self, len(self.patches)).dense()
+        return folded(self.base, self.stack())
 
     @property
     def weight(self):
-        """The folded weight as the base would keep it, for code that reads `.weight` (nn.MultiheadAttention does)."""
+        """The folded weight as the base would keep it, for code that reads `.weight` (nn.MultiheadAttention does).
+
+        What is done to ids, as by a soft prompt, is no part of it.
+        """
         kind = leaf(self.base)
         if kind is None:
             return self.base.weight
         try:
-            W, _ = self.dense()
+            W, _ = folded(self.base, [patch for patch in self.stack() if patch.touches != "ids"])
         except CannotMerge as error:
             raise CannotMerge(f"the model reads the weight of a leaf instead of calling it, and {error}. nn.TransformerEncoder "
                               "reads it for padded rows in eval: set its use_nested_tensor = False") from error
@@ -74,9 +94,13 @@ class Layer(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("base"), name)
 
-
-def no_shortcut(layer, inputs):
-    """Changes nothing: that the Layer has a hook is what counts."""
+    def __setattr__(self, name, value):  # and what is set on the Layer, the base gets
+        base = self.__dict__.get("_modules", {}).get("base")
+        own = base is None or name in self.__dict__ or name in self._modules or hasattr(type(self), name)
+        if name in ("weight", "bias") or not own and hasattr(base, name):
+            setattr(base, name, value)
+        else:
+            super().__setattr__(name, value)
 
 
 class Below:
@@ -88,22 +112,30 @@ class Below:
     def __call__(self, *args, **kwargs):
         if self.depth == 0:
             return self.layer.base(*args, **kwargs)
-        patch = list(self.layer.patches.values())[self.depth - 1]
-        return patch(Below(self.layer, self.depth - 1), *args, **kwargs)
+        patch, below = self.patches()[-1], Below(self.layer, self.depth - 1)
+        return patch(below, *args, **kwargs) if patch.active else below(*args, **kwargs)
+
+    def patches(self):
+        return list(self.layer.patches.values())[: self.depth]
 
     def dense(self):
-        """(W, b), W (out, in), with what lies beneath folded in."""
-        W, b = dense(self.layer.base)
-        for patch in list(self.layer.patches.values())[: self.depth]:
-            if patch.random:
-                raise ValueError(f"{patch.technique} has a dropout that no folded weight has, and what is around it (a mask, "
-                                 f"nn.MultiheadAttention) computes with the folded weight: wrap {patch.technique} with dropout=0")
-            W, b = patch.fold(W, b)
-        return W, b
+        """(W, b), W (out, in), with the changes of the weight that lie beneath."""
+        return folded(self.layer.base, [patch for patch in self.patches() if patch.active and patch.touches == "weight"])
 
     def compute(self, x, W, b=None):
         """What the leaf would compute with another matrix W (out', in) and bias b."""
         return leaf(self.layer.base).compute(x, W, b)
+
+
+def folded(base, patches):
+    """(W, b) of the base with these patches folded in, innermost first."""
+    W, b = dense(base)
+    for patch in patches:
+        if patch.random:
+            raise ValueError(f"{patch.name} has a dropout that no folded weight has, and what is around it (a mask, "
+                             f"nn.MultiheadAttention) computes with the folded weight: wrap {patch.name} with dropout=0")
+        W, b = patch.fold(W, b)
+    return W, b
 
 
 class CannotMerge(TypeError):
@@ -118,7 +150,9 @@ class Kind(nn.Module):
     an attribute of its name.
     """
 
-    technique = ""  # its name in the table of techniques
+    kind = ""  # its name in the table of kinds
+    family = ""  # the module that has its verbs
+    name = ""  # of this one; by default its kind
     not_neutral = ""  # why wrapping changes the output at once, if it does
 
     def fill(self, site):
@@ -133,9 +167,16 @@ class Kind(nn.Module):
 class Patch(Kind):
     """What is computed around a leaf or a sublayer. A subclass gives `fold`, or `forward`, or both."""
 
-    outermost = False  # stays around the patches that are wrapped later
-    over = frozenset()  # the techniques that the model had when this one came
+    touches = "weight"  # what it changes: one of TOUCHES
+    additive = False  # whether `fold` adds something that does not depend on W and b
+    reads = True  # whether `fill` looks at the model, and not at random numbers alone
+    active = True  # whether it takes part: `minillm.use` switches it
+    fixed = False  # whether it is not to be trained any more; then it claims nothing
     random = False  # whether `forward` draws at random now, as `fold` cannot
+
+    before = frozenset()  # the names that the model had before it
+    over = frozenset()  # of those, the ones over which it was filled or trained (see `names`)
+    version = 0  # of its parameters, when `over` was brought up to date
 
     @classmethod
     def accepts(cls, site):
@@ -147,7 +188,7 @@ class Patch(Kind):
 
     def fold(self, W, b):
         """(W, b) -> (W', b') such that the leaf with W', b' computes what `forward` does. W is (out, in)."""
-        raise CannotMerge(f"{self.technique} cannot be merged: what it computes is no change of a weight")
+        raise CannotMerge(f"{self.name} cannot be merged: what it computes is no change of a weight")
 
     def prepare(self, ids, labels, mask):
         """What the technique adds to a batch before the model sees it: ids, labels, mask, each (b, t) or None."""
@@ -166,7 +207,7 @@ class Format(Kind):
     def __init__(self, site):
         super().__init__()
         W, self.bias = dense(site.module)
-        self.leaf, self.shape, self.format_name = site.leaf, tuple(W.shape), self.technique
+        self.leaf, self.shape, self.name = site.leaf, tuple(W.shape), self.kind
         self.dtype = W.dtype  # what the model computes in
         self.allocate(W.device)
 
@@ -201,7 +242,7 @@ class Format(Kind):
 
     def called(self):
         """What a fingerprint calls it: formats that may round differently have different names."""
-        return self.technique
+        return self.kind
 
     def rounding(self):
         """How far each weight of `dense()` may be from what was packed; it expands to (out, in).
@@ -216,6 +257,12 @@ class Format(Kind):
         W = self.dense()
         return W.T if self.leaf.transposed else W
 
+    def __setattr__(self, name, value):
+        if name == "weight":
+            raise AttributeError(f"the weight is stored as {self.kind} and cannot be set: minillm.{self.family}.unwrap(model) "
+                                 "gives a dense one back first")
+        super().__setattr__(name, value)
+
     def forward(self, x):
         return self.leaf.compute(x, self.dense(), self.bias)
 
@@ -223,7 +270,7 @@ class Format(Kind):
         """Take the buffers that a file holds; ValueError, which says `where`, if they are not this leaf's."""
         ours = dict(self.named_buffers())
         if set(ours) != set(tensors):
-            raise ValueError(f"{where}: {self.technique} keeps {sorted(ours)}, the file has {sorted(tensors)}")
+            raise ValueError(f"{where}: {self.kind} keeps {sorted(ours)}, the file has {sorted(tensors)}")
         for key, old in ours.items():
             new = tensors[key]
             cast = (

@@ -7,7 +7,7 @@ once. They are checked before the model is touched, and then copied into it.
 import torch
 
 from minillm import distributed
-from minillm.registry.learning import buffers, notes
+from minillm.registry.learning import buffers, said, settle
 from minillm.registry.layer import Format
 from minillm.registry.sites import parameters, walk
 
@@ -101,10 +101,10 @@ def put_back(model, tensors, kept, shared):
             site.module.pack(t.T if site.module.leaf.transposed else t)
 
 
-def let_learn(model, names, technique):
-    """Parameters that learned together with the patches of a file learn again."""
-    for name, owner, key, p in parameters(model):
-        if name in names:
-            stopped = notes(owner)
-            stopped[key] = stopped.get(key, frozenset()) - {technique}
-            p.requires_grad_(not stopped[key])
+def let_learn(model, names):
+    """Parameters that learned together with the patches of a file learn again, as if the user said so."""
+    for name, p, one in said(model):
+        if name in names and p is not None:
+            p.requires_grad_(True)
+            one.user, one.firm = True, True
+    settle(model)

@@ -1,22 +1,41 @@
-"""Which of the model's own parameters learn, and which technique stopped the others.
+"""Which of the model's own parameters learn: what is said of each, and one rule.
 
-A technique that trains parameters of its own stops the model's; `freeze` stops those that its user
-names. Each parameter's owner notes who stopped it. It learns again when nobody is left who did, and
-only if it learned before.
+    a technique claims     the parameters that it trains: its own (LoRA), or some of the model's (BitFit)
+    a technique forbids    some of the model's (freeze), and never what another technique added
+    the user sets          `requires_grad`
 
-The weight of a leaf that a Format stores is no parameter while it is stored. Its note waits on the
-Format, so that `unwrap` of the format gives back a weight that learns, or not, as it should.
+A parameter of the model learns if nothing forbids it, and if something claims it or nothing claims
+anything. What the user sets while techniques have a say is kept, until a technique names that very
+parameter. Where no technique has a say, the user's `requires_grad` is what holds.
+
+`settle` computes this anew at the end of each verb, so the order of the verbs does not matter. What is
+said of a parameter is kept on the module that owns it, as `says`: it goes with the module into a copy
+and into a pickle. A tied parameter has a Say for each of its names, and all of them count. The weight
+that a Format stores is no parameter meanwhile. Its Say waits on the Format.
 
 What learned beside a mask and is stopped later, by LoRA for example, still belongs into the mask's
-file. So each owner also notes the version of a parameter (torch counts every change of it in place)
-when a technique came. Whoever stops the parameter sees whether it has changed since.
+file. So a Say also notes the version of a parameter (torch counts every change of it in place) when a
+technique comes, and whether it has changed by the time at which it stops learning.
 """
+
+import dataclasses
 
 from minillm.registry.layer import Format, Layer
 from minillm.registry.sites import parameters, walk
 
-
 CHANGED = -1  # no version
+
+
+@dataclasses.dataclass
+class Say:
+    """What is said of one parameter."""
+
+    user: bool  # what the user set
+    last: bool  # what the last `settle` computed
+    firm: bool = False  # whether the user set it while techniques had a say
+    claims: set = dataclasses.field(default_factory=set)  # the names that claim it
+    forbids: set = dataclasses.field(default_factory=set)
+    since: dict = dataclasses.field(default_factory=dict)  # {name: version when it came, or CHANGED}
 
 
 def slots(model):
@@ -46,89 +65,139 @@ def buffers(model):
     ]
 
 
-def notes(owner):
-    """{key: the techniques that stopped this parameter of `owner`}; writing to it is noting."""
-    return owner.__dict__.setdefault("_frozen_by", {})
+def say(owner, key, p=None):
+    """The Say of a parameter of `owner`. p: the parameter, None while a Format stores it."""
+    says = owner.__dict__.setdefault("says", {})
+    if key not in says:
+        says[key] = Say(p.requires_grad, p.requires_grad)
+    return says[key]
 
 
-def freeze(model, technique, which=lambda name: True):
-    """Stop the model's own parameters, of those whose name `which` says yes to."""
-    for name, owner, key, p in slots(model):
-        stopped = notes(owner)
-        learns = owner.__dict__["learns"] if p is None else p.requires_grad
-        if which(name) and learns and p is not None:
-            seen = since(owner, key)
-            seen.update({other: CHANGED for other, version in seen.items() if version != p._version})
-        if which(name) and (learns or stopped.get(key)):
-            stopped[key] = stopped.get(key, frozenset()) | {technique}
-            if p is not None:
-                p.requires_grad_(False)
+def said(model):
+    """[(name, parameter or None, Say)] of the model's own parameters."""
+    return [(name, p, say(owner, key, p)) for name, owner, key, p in slots(model)]
 
 
-def since(owner, key):
-    """{technique: the parameter's version when it came, or CHANGED}; writing to it is noting."""
-    return owner.__dict__.setdefault("_since", {}).setdefault(key, {})
+def settle(model):
+    """Compute which of the model's own parameters learn; returns the model."""
+    every, groups = said(model), {}
+    for i, (name, p, one) in enumerate(every):
+        if p is not None and p.requires_grad != one.last:  # since the last time the user has set it
+            one.user, one.firm = p.requires_grad, True
+        groups.setdefault(i if p is None else id(p), (p, []))[1].append(one)
+    claimed = any(one.claims for *_, one in every) or any(claims(patch) for patch in patches(model))
+    busy = claimed or any(one.forbids for *_, one in every)
+    for p, says in groups.values():
+        learns = decided(says, claimed)
+        if p is not None and p.requires_grad and not learns:
+            note_changes(p, says)
+        if p is not None and p.requires_grad != learns:
+            p.requires_grad_(learns)
+        for one in says:
+            one.last, one.firm = learns, one.firm and busy
+            one.user = one.user if busy else learns
+    return model
 
 
-def came(model, technique):
-    """Note that a technique has come: what changes from now on changes beside it."""
-    for _, owner, key, p in parameters(model):
-        since(owner, key).setdefault(technique, p._version)
+def decided(says, claimed):
+    """Whether a parameter learns. says: one Say for each of its names; claimed: whether anything is."""
+    firm = [one.user for one in says if one.firm]
+    if firm:
+        return firm[0]
+    if any(one.forbids for one in says):
+        return False
+    if claimed:
+        return any(one.claims for one in says)
+    return all(one.user for one in says)
 
 
-def changed_beside(model, technique):
-    """{name: parameter} of what learned beside a technique before another one stopped it."""
-    return {name: p for name, owner, key, p in parameters(model)
-            if since(owner, key).get(technique) == CHANGED}
+def note_changes(p, says):
+    for one in says:
+        one.since.update({name: CHANGED for name, version in one.since.items() if version != p._version})
 
 
-def thaw(model, technique):
-    """Let learn what `technique` alone had stopped; it has gone."""
-    for _, owner, key, p in slots(model):
-        since(owner, key).pop(technique, None)
-        stopped = notes(owner)
-        if technique in stopped.get(key, ()):
-            stopped[key] -= {technique}
-            if not stopped[key] and p is not None:
-                p.requires_grad_(True)
+def patches(model):
+    return [patch for site in walk(model) if site.layer for patch in site.layer.patches.values()]
 
 
-def refreeze(model):
-    """Stop the model below every attached technique that has parameters of its own."""
-    for name in {name for site in walk(model) if site.layer
-                 for name, patch in site.layer.patches.items() if learns(patch)}:
-        freeze(model, name)
+def claims(patch):
+    """Whether a patch has parameters of its own to train."""
+    return not patch.fixed and any(True for _ in patch.parameters())
 
 
-def learns(patch):
-    return any(True for _ in patch.parameters())
+def note(model, name, which, claim):
+    """Claim (or forbid) the parameters whose name `which` says yes to; returns the model."""
+    for slot, _, one in said(model):
+        if which(slot):
+            (one.claims if claim else one.forbids).add(name)
+            one.firm = False  # this is said later than what the user set
+    return settle(model)
 
 
-def stopped_by(model, technique):
-    """The names of the parameters that `technique` stopped, also those that others stopped as well."""
-    return {name for name, owner, key, _ in slots(model) if technique in notes(owner).get(key, ())}
+def came(model, name):
+    """Note that a technique has come: what changes from now on changes beside it; returns the model."""
+    for _, p, one in said(model):
+        if p is not None:
+            one.since.setdefault(name, p._version)
+    return settle(model)
 
 
-def frozen(model):
-    """The names of the parameters that `freeze` stopped, without what the user has let learn again."""
-    again = {name for name, _, _, p in slots(model) if p is not None and p.requires_grad}
-    return stopped_by(model, "freeze") - again
+def gone(model, name):
+    """Forget what a technique said; returns the model."""
+    for *_, one in said(model):
+        one.claims.discard(name)
+        one.forbids.discard(name)
+        one.since.pop(name, None)
+    return settle(model)
+
+
+def noted(model):
+    """The names of the techniques that claim or forbid parameters of the model's own."""
+    return {name for *_, one in said(model) for name in one.claims | one.forbids}
+
+
+def changed_beside(model, name):
+    """{parameter's name: parameter} of what learned beside a technique before another one stopped it."""
+    return {slot: p for slot, p, one in said(model) if p is not None and one.since.get(name) == CHANGED}
+
+
+def stopped_by(model, name):
+    """The names of the parameters that a technique forbids."""
+    return {slot for slot, _, one in said(model) if name in one.forbids}
+
+
+def claimed_by(model, name):
+    """The names of the parameters that a technique claims."""
+    return {slot for slot, _, one in said(model) if name in one.claims}
+
+
+def frozen(model, name="freeze"):
+    """The names of the parameters that `freeze` forbids, without what the user has let learn again."""
+    again = {slot for slot, p, _ in said(model) if p is not None and p.requires_grad}
+    return stopped_by(model, name) - again
 
 
 def left_to_learn(model):
     """{name: tensor} of what `freeze`, where it is attached, left to learn; {} where it is not.
 
     A tied parameter counts as stopped if either of its names is; one that the user has let learn
-    again does not. The weight that a Format stores is given
-    dense, in the layout of its leaf.
+    again does not. The weight that a Format stores is given dense, in the layout of its leaf.
     """
-    stopped, every = frozen(model), slots(model)
-    if not stopped:
-        return {}
-    seen, found = {id(p) for name, _, _, p in every if name in stopped and p is not None}, {}
-    for name, owner, _, p in every:
-        if name in stopped or p is not None and id(p) in seen:
-            continue
-        seen.add(id(p))
-        found[name] = owner.weight if p is None else p
-    return found
+    stopped = frozen(model)
+    return of_names(model, lambda names: not names & stopped) if stopped else {}
+
+
+def held_by(model, name):
+    """{name: tensor} of the model's own parameters that are in the file of `name`, which claims or forbids."""
+    if stopped_by(model, name):
+        return left_to_learn(model)
+    claimed = claimed_by(model, name)
+    return of_names(model, lambda names: bool(names & claimed))
+
+
+def of_names(model, which):
+    """{first name: tensor} of the parameters for whose set of names `which` says yes, as their leaf keeps them."""
+    every = {}
+    for name, owner, _, p in slots(model):
+        every.setdefault(id(owner if p is None else p), (owner, p, []))[2].append(name)
+    return {names[0]: owner.weight if p is None else p for owner, p, names in every.values() if which(set(names))}

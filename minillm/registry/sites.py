@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from minillm.registry.layer import Below, Format, Layer, Patch, dense, leaf
-from minillm.registry.past import Past
+from minillm.registry.past import Aside
 
 
 @dataclasses.dataclass
@@ -38,7 +38,7 @@ class Site:
     @property
     def padding(self):
         """The id whose row an embedding neither changes nor learns, or None."""
-        return getattr(self.module.__dict__.get("shell", self.module), "padding_idx", None)
+        return getattr(self.module.shell.kept[0] if isinstance(self.module, Format) else self.module, "padding_idx", None)
 
     @property
     def width(self):
@@ -73,7 +73,7 @@ def walk(model):
     def visit(parent, prefix):
         base = parent.base if isinstance(parent, Layer) else parent
         for key, child in base._modules.items():  # named_children would show a module that stands in two places only once
-            if child is None or isinstance(child, (Patch, Past)):
+            if child is None or isinstance(child, (Patch, Aside)):
                 continue
             if id(child) in sites:
                 sites[id(child)].places.append((base, key))

@@ -24,12 +24,15 @@ import torch
 
 from minillm import distributed, files
 from minillm.registry import fingerprint
-from minillm.registry.attach import check_formats, ring, store
+from minillm.registry.attach import check_formats, store, surround
 from minillm.registry.learned import check_learned, let_learn, put_back, shapes, tied_names
-from minillm.registry.learning import buffers, changed_beside, learns, left_to_learn
+from minillm.registry.learning import (
+    buffers, changed_beside, claims, held_by, left_to_learn, noted, patches,
+)
 from minillm.registry.layer import Format, Patch
-from minillm.registry.sites import layers, walk
-from minillm.registry.table import attached, formats_of, patches_of
+from minillm.registry.names import check_name, follow, names_of
+from minillm.registry.sites import walk
+from minillm.registry.table import KINDS, attached, formats_of, patches_of
 from minillm.registry.targets import computed, hint
 
 LEARNED, BUFFER = "learned:", "buffer:"
@@ -38,37 +41,44 @@ LEARNED, BUFFER = "learned:", "buffer:"
 # --- saving -----------------------------------------------------------------------------------------
 
 
-def save(cls, model, path, learned=True, force=False):
+def save(family, model, path, name=None, *, learned=True, force=False):
     """Write the technique to a safetensors file: what it added, and what of the model's own learns.
 
-    learned=False leaves the model's own parameters and buffers out. What `freeze` left to learn is
-    in freeze's own file. FileExistsError where `path` is a file that no technique of minillm wrote,
-    unless `force`. The old file stays until the new one is whole.
+    name: of the one to be written, where the model has several of the technique. learned=False leaves
+    the model's own parameters and buffers out. What `freeze` left to learn, or claimed, is in its own
+    file. FileExistsError where `path` is a file that no technique of minillm wrote, unless `force`. The
+    old file stays until the new one is whole.
     """
-    name = cls.technique
-    modules = {site.name: patch for site, patch in patches_of(name, model)}
-    modules |= {site.name: site.module for site in formats_of(name, model)}
-    if not modules:
-        raise ValueError(f"there is no {name} in this model to save; attached: {attached(model)}")
+    found = [(site, patch) for site, patch in patches_of(family, model, name)]
+    found += [(site, site.module) for site in formats_of(family, model, name)]
+    if not found:
+        called = family if name is None else f"{family} called {name!r}"
+        raise ValueError(f"there is no {called} in this model to save; attached: {attached(model)}")
+    names = sorted({module.name for _, module in found})
+    if len(names) > 1:
+        raise ValueError(f"the model has {family} under {len(names)} names, {', '.join(map(repr, names))}, and a file holds one: "
+                         f"save(model, path, name={names[0]!r})")
+    (name,), kind = names, found[0][1].kind
+    modules = {site.name: module for site, module in found}
     own = learned_of(name, model) if learned else {}
     tensors = {f"{where}.{key}": t for where, module in modules.items() for key, t in added(module).items()}
     kept = dict(buffers(model)) if learned else {}
-    write(path, name, model, tensors, own, kept, force,
+    write(path, family, kind, name, model, tensors, own, kept, force,
           sites={where: module.config() for where, module in modules.items()})
 
 
-def learned_of(technique, model):
-    """{name: parameter} of the model's own that the technique's file holds.
+def learned_of(name, model):
+    """{parameter's name: parameter} of the model's own that the file of a technique holds.
 
     These are the ones that learn, and those that learned beside it before another technique stopped
-    them. What `freeze` left to learn is in freeze's own file, whatever else is attached.
+    them. What a technique claims, or `freeze` left to learn, is in its own file, whatever else is attached.
     """
-    left = left_to_learn(model)
-    if technique == "freeze":
-        return left
-    before = changed_beside(model, technique)
-    return {name: p for name, p in fingerprint.own(model).items()
-            if name in before and name not in left or p.requires_grad and not left}
+    if name in noted(model):
+        return held_by(model, name)
+    others = {slot for other in noted(model) for slot in held_by(model, other)}
+    before, left = changed_beside(model, name), left_to_learn(model)
+    return {slot: p for slot, p in fingerprint.own(model).items()
+            if slot not in others and (slot in before or p.requires_grad and not left)}
 
 
 def added(module):
@@ -76,40 +86,41 @@ def added(module):
     return dict(module.state_dict()) if isinstance(module, Patch) else dict(module.named_buffers())
 
 
-def write(path, technique, model, tensors, own, kept, force=False, **metadata):
+def write(path, family, kind, name, model, tensors, own, kept, force=False, **metadata):
     """Write `tensors`, the learned parameters `own`, the buffers `kept`, and the metadata as JSON.
 
     Of several processes the first writes.
     """
     check_writable(path, force)
-    beneath = over(technique, model)
-    held = {f"{site.name}.weight" for site in formats_of(technique, model)} | own.keys()
-    if "freeze" not in beneath:  # frozen later: what it left to learn is in its own file
-        held |= left_to_learn(model).keys()
+    beneath = over(name, model)
+    held = {f"{site.name}.weight" for site in formats_of(family, model, name)} | own.keys()
+    for other in noted(model) - beneath:  # it came later: what it lets learn is in its own file
+        held |= held_by(model, other).keys()
     base = fingerprint.of(model, held)
-    needs = {name: {} for name in sorted(beneath)} | fingerprint.patches(model, beneath)
-    shared = {name: others for name, others in tied_names(model).items() if name in own}
-    told = {key: json.dumps(value) for key, value in dict(metadata, base=base, over=needs, shared=shared).items()}
-    every = tensors | {LEARNED + name: p.detach() for name, p in own.items()}
-    every |= {BUFFER + name: b for name, b in kept.items()}
+    needs = {one: {} for one in sorted(beneath)} | fingerprint.patches(model, beneath)
+    shared = {slot: others for slot, others in tied_names(model).items() if slot in own}
+    fields = dict(metadata, base=base, over=needs, shared=shared)
+    fields = {key: json.dumps(value) for key, value in fields.items()}
+    every = tensors | {LEARNED + slot: p.detach() for slot, p in own.items()}
+    every |= {BUFFER + slot: b for slot, b in kept.items()}
     every = distributed.apart(every)
     if distributed.place()[0] == 0:
         with files.atomic(path) as new:
-            safetensors.torch.save_file(every, new, dict(told, format="pt", technique=technique))
+            safetensors.torch.save_file(every, new, dict(fields, format="pt", technique=family, kind=kind, name=name))
             files.sort_metadata(new)
     distributed.wait()
 
 
-def over(technique, model):
-    """The names of the techniques that the model had before this one, and still has.
+def over(name, model):
+    """The names over which a technique was filled or trained, and which the model still has.
 
     Formats are not among them: the fingerprint of the base allows for their rounding.
     """
-    every = [(name, patch) for layer in layers(model).values() for name, patch in layer.patches.items()]
-    if technique == "freeze":
-        return {name for name, patch in every if "freeze" not in patch.over}
-    here = {name for name, _ in every} | ({"freeze"} if left_to_learn(model) else set())
-    return here & {one for name, patch in every if name == technique for one in patch.over}
+    follow(model)
+    if name in noted(model):
+        return {patch.name for patch in patches(model) if name not in patch.before}
+    here = names_of(model)
+    return here & {one for patch in patches(model) if patch.name == name for one in patch.over}
 
 
 def check_writable(path, force=False):
@@ -134,14 +145,15 @@ def check_writable(path, force=False):
 # --- loading ----------------------------------------------------------------------------------------
 
 
-def load(cls, model, path, replace=False, any_base=False):
+def load(family, model, path, name=None, *, replace=False, any_base=False):
     """Attach what `save` wrote; in place, returns the model. Everything is checked before the model is touched.
 
-    ValueError where the technique is already attached, unless `replace`: then the file's takes its place.
-    ValueError where the file was made for another model, unless `any_base`.
+    name: what it is to be called here, by default as it was when it was saved. ValueError where the
+    model has one of this name already, unless `replace`: then the file's takes its place. ValueError
+    where the file was made for another model, unless `any_base`.
     """
-    name = cls.technique
-    tensors, metadata = opened(path, name)
+    tensors, metadata = opened(path, family)
+    cls = kind_of(metadata, path)
     configs, sites = field(metadata, "sites", path), {site.name: site for site in walk(model)}
     if not all(isinstance(config, dict) for config in configs.values()):
         raise ValueError(f"{path} does not say where its tensors belong: settings are objects")
@@ -150,27 +162,28 @@ def load(cls, model, path, replace=False, any_base=False):
             possible = [site for site in sites.values() if cls.accepts(site)]
             why = computed(sites[where]) if where in sites else ""
             raise ValueError(
-                f"{path} has {name} for {where!r}, which this model lacks{why}; "
+                f"{path} has {family} for {where!r}, which this model lacks{why}; "
                 f"{hint(where, possible)}"
             )
-    check_free(cls, model, configs, path, replace)
+    a_format = issubclass(cls, Format)
+    if a_format and name not in (None, cls.kind):
+        raise ValueError(f"name={name!r}: {path} holds the format {cls.kind}, and a format has no other name")
+    name = cls.kind if a_format else check_name(name or metadata.get("name"), cls.kind, model)
+    check_free(family, name, model, configs, path, replace)
     parts, own, kept = sorted_out(tensors, configs, path)
-    made = {where: remake(cls, sites[where], config, parts[where], f"{path}, {where!r}")
+    made = {where: remake(cls, name, sites[where], config, parts[where], f"{path}, {where!r}")
             for where, config in configs.items()}
-    check_base(model, metadata, path, any_base)
+    over = check_base(model, metadata, path, any_base)
     shared = field(metadata, "shared", path)
     check_learned(model, own, kept, shared, path)
     new = [site for where, site in sites.items() if where in made and not isinstance(site.module, cls)]
-    if issubclass(cls, Format):
+    if a_format:
         check_formats(cls, model, new)
     put_back(model, own, kept, shared)
-    if not issubclass(cls, Format):
-        beneath = frozenset(field(metadata, "over", path)) if "over" in metadata else frozenset()
-        for patch in made.values():
-            patch.over = beneath
-        ring(model, [(sites[where], patch) for where, patch in made.items()])
-        if any(learns(patch) for patch in made.values()):
-            let_learn(model, own, name)
+    if not a_format:
+        surround(model, name, [(sites[where], patch) for where, patch in made.items()], over)
+        if any(claims(patch) for patch in made.values()):
+            let_learn(model, own)
         return model
     for where, form in made.items():
         if isinstance(sites[where].module, cls):
@@ -178,13 +191,22 @@ def load(cls, model, path, replace=False, any_base=False):
     return store(model, new, lambda site: made[site.name])
 
 
-def opened(path, technique):
+def kind_of(metadata, path):
+    """The class of the kind that a file holds."""
+    kind = metadata.get("kind", metadata["technique"])  # a file of an earlier minillm has the base kind
+    if kind not in KINDS or KINDS[kind].family != metadata["technique"]:
+        known = [name for name, cls in KINDS.items() if cls.family == metadata["technique"]]
+        raise ValueError(f"{path} holds the kind {kind!r}, which this minillm lacks; known: {', '.join(known)}")
+    return KINDS[kind]
+
+
+def opened(path, family):
     """(tensors, metadata) of a file of this technique."""
     tensors, metadata = read(path)
     holds = metadata.get("technique")
-    if holds != technique:
+    if holds != family:
         remedy = f"it holds {holds}: use minillm.{holds}.load" if holds else "it names no technique: did minillm write it?"
-        raise ValueError(f"{path} is not a file of {technique}; {remedy}")
+        raise ValueError(f"{path} is not a file of {family}; {remedy}")
     return tensors, metadata
 
 
@@ -210,8 +232,10 @@ def read(path):
 
 
 def holds(path):
-    """The name of the technique that wrote a file; None where none did."""
-    return read(path)[1].get("technique")
+    """(technique, name) of what a file holds; (None, None) where no technique of minillm wrote it."""
+    metadata = read(path)[1]
+    family = metadata.get("technique")
+    return family, metadata.get("name", family)
 
 
 def field(metadata, key, path, kind=dict):
@@ -225,16 +249,16 @@ def field(metadata, key, path, kind=dict):
     return value
 
 
-def check_free(cls, model, configs, path, replace):
-    """ValueError where the technique is attached already, and is not to be replaced as a whole."""
-    here = [site.name for site, _ in patches_of(cls.technique, model)]
-    here += [site.name for site in formats_of(cls.technique, model)]
+def check_free(family, name, model, configs, path, replace):
+    """ValueError where one of this name is attached already, and is not to be replaced as a whole."""
+    here = [site.name for site, _ in patches_of(family, model, name)]
+    here += [site.name for site in formats_of(family, model, name)]
     if here and not replace:
-        raise ValueError(f"the model has {cls.technique} already, at {here[0]!r} ({len(here)} such), and {path} would take "
-                         f"its place: unwrap or merge it first, or say replace=True")
+        raise ValueError(f"the model has {name} already, at {here[0]!r} ({len(here)} such), and {path} would take "
+                         f"its place: unwrap or merge it first, load it under another name=, or say replace=True")
     extra = [where for where in here if where not in configs]
     if extra:
-        raise ValueError(f"the model has {cls.technique} at {extra[0]!r} ({len(extra)} such), which {path} lacks: unwrap it first")
+        raise ValueError(f"the model has {name} at {extra[0]!r} ({len(extra)} such), which {path} lacks: unwrap it first")
 
 
 def sorted_out(tensors, configs, path):
@@ -252,7 +276,7 @@ def sorted_out(tensors, configs, path):
     return parts, own, kept
 
 
-def remake(cls, site, config, tensors, where):
+def remake(cls, name, site, config, tensors, where):
     """The Patch or Format that a file holds for a site, which is not touched."""
     most = max([1 << 16, *(t.numel() for t in tensors.values())])
     if any(type(value) is int and value > most for value in config.values()):  # ask for memory only where the file has as much
@@ -260,7 +284,7 @@ def remake(cls, site, config, tensors, where):
     try:
         new = copy.deepcopy(site.module) if isinstance(site.module, cls) else cls(site, **config)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {cls.technique} does not take the settings {config} ({error})") from error
+        raise ValueError(f"{where}: {name} does not take the settings {config} ({error})") from error
     if isinstance(new, Format):
         new.take(tensors, where)
         return new
@@ -275,26 +299,27 @@ def remake(cls, site, config, tensors, where):
 
 
 def check_base(model, metadata, path, any_base=False):
-    """ValueError where the file was made for another model, unless any model will do.
+    """The names, as they are here, over which the file's technique was trained.
 
-    Another model is also one that lacks an adapter over which this one was trained.
+    ValueError where the file was made for another model, unless any model will do. Another model is also
+    one that lacks an adapter over which this one was trained.
     """
-    if any_base:
-        return
     try:
         then = field(metadata, "base", path)
         needs = field(metadata, "over", path) if "over" in metadata else {}
-    except ValueError as error:
-        raise ValueError(f"{error}; any_base=True loads it all the same") from error
-    try:
-        freeze = {name: needs.pop(name) for name in ("freeze",) if name in needs}
+        claiming = {name for name, sites in needs.items() if not sites}  # freeze and its like add nothing
         difference = fingerprint.differs(model, then)
-        lack = fingerprint.lacks(model, needs)
+        found, lack = fingerprint.match(model, {name: needs[name] for name in needs.keys() - claiming})
     except ValueError as error:
-        raise ValueError(f"{path}: {error}; any_base=True loads it all the same") from error
-    if difference and freeze and not left_to_learn(model):
-        difference += ". It was made over freeze: load the file of freeze first"
+        if any_base:
+            return frozenset()
+        raise ValueError(f"{path}: {error}; any_base=True loads it all the same".replace(f"{path}: {path}", f"{path}")) from error
+    over = frozenset(found.values()) | claiming
+    missing = sorted(claiming - noted(model))
+    if difference and missing:
+        difference += f". It was made over {missing[0]}: load the file of {missing[0]} first"
     if lack:
         difference = f"{lack}. Load the file of each technique in the order in which they were wrapped"
-    if difference:
+    if difference and not any_base:
         raise ValueError(f"{path} belongs to another model: {difference}; any_base=True loads it all the same")
+    return over

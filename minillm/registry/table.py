@@ -14,9 +14,10 @@ import sys
 from collections.abc import Callable
 
 from minillm.registry.layer import Format
+from minillm.registry.learning import noted
 from minillm.registry.sites import walk
 
-TECHNIQUES = {}  # {kind: its class}
+KINDS = {}  # {kind: its class}
 METHODS = {}  # {name: Method}
 
 
@@ -38,7 +39,7 @@ class Method:
 
     @property
     def family(self):
-        return TECHNIQUES[self.kind].family
+        return KINDS[self.kind].family
 
     @property
     def calibrated(self):
@@ -48,8 +49,8 @@ class Method:
 
 def register(kind, cls, family=None):
     """Enter a class in the table of kinds. The family is the module that has its verbs, by default the kind's name."""
-    cls.technique, cls.family = kind, family or kind
-    TECHNIQUES[kind] = cls
+    cls.kind, cls.family = kind, family or kind
+    KINDS[kind] = cls
 
 
 def method(name, wrap, *, does, paper, kind=None, rates=None, small=None):
@@ -59,23 +60,23 @@ def method(name, wrap, *, does, paper, kind=None, rates=None, small=None):
 
 def techniques():
     """{family: the module that holds its verbs}, in the order of `import minillm`."""
-    return {cls.family: sys.modules[TECHNIQUES[cls.family].__module__] for cls in TECHNIQUES.values()}
+    return {cls.family: sys.modules[KINDS[cls.family].__module__] for cls in KINDS.values()}
 
 
-def patches_of(technique, model):
-    """[(site, patch)] of one technique."""
-    return [(site, site.layer.patches[technique]) for site in walk(model)
-            if site.layer and technique in site.layer.patches]
+def patches_of(family, model, name=None):
+    """[(site, patch)] of one family, or of one name in it, in the order of the sites, innermost first."""
+    return [(site, patch) for site in walk(model) if site.layer for patch in site.layer.patches.values()
+            if patch.family == family and name in (None, patch.name)]
 
 
-def formats_of(technique, model):
-    """[site] of the leaves that one Format stores."""
-    return [site for site in walk(model)
-            if isinstance(site.module, Format) and site.module.technique == technique]
+def formats_of(family, model, name=None):
+    """[site] of the leaves that the Formats of one family store; the name of a Format is its kind."""
+    return [site for site in walk(model) if isinstance(site.module, Format)
+            and site.module.family == family and name in (None, site.module.name)]
 
 
 def attached(model):
-    """The names of all techniques in the model, to be named in an error."""
-    names = {name for site in walk(model) if site.layer for name in site.layer.patches}
-    names |= {site.module.technique for site in walk(model) if isinstance(site.module, Format)}
-    return ", ".join(sorted(names)) or "nothing"
+    """The names of all that is attached to the model, to be listed in an error."""
+    names = {patch.name for site in walk(model) if site.layer for patch in site.layer.patches.values()}
+    names |= {site.module.name for site in walk(model) if isinstance(site.module, Format)}
+    return ", ".join(sorted(names | noted(model))) or "nothing"

@@ -1,7 +1,8 @@
 """The common half of every technique's verbs: wrap, unwrap, merge, unmerge, save, load.
 
-A technique's file says which sites it wraps by default and builds its Patch or Format; the rest is the same for all and
-stands here. `verbs(name, cls)` enters the class in the table and returns the five functions that the file publishes.
+A technique's file says which sites it wraps by default and builds its Patch or Format. The rest is the
+same for all. `verbs(family, cls)` enters the class in the table and returns the five functions that the
+family's module publishes. They act on every kind of the family, or on what has one `name`.
 
 Nothing is ever subtracted: `merge` makes a new base and keeps the old one (and the patch) on it, `unmerge` puts them back.
 The price is a second copy of what was merged, which `merge(model, keep=False)` saves. peft subtracts the delta instead,
@@ -17,42 +18,63 @@ import torch
 from torch import nn
 
 from minillm.registry import store
-from minillm.registry.attach import attach, put  # noqa: F401
+from minillm.registry.attach import put
+from minillm.registry.learning import gone, settle
+from minillm.registry.layer import CannotMerge, Format, Layer, Patch, dense, leaf
+from minillm.registry.names import follow
 from minillm.registry.past import Past, past
-from minillm.registry.learning import notes, refreeze, thaw
-from minillm.registry.layer import CannotMerge, Format, Layer, dense, leaf
 from minillm.registry.sites import ties, walk
-from minillm.registry.table import attached, patches_of, register
+from minillm.registry.table import KINDS, attached, patches_of, register
 
 log = logging.getLogger("minillm")
 
 
-def unwrap(cls, model):
-    """Take the technique away; in place, returns the model.
+def unwrap(family, model, name=None):
+    """Take the technique away, or what of it has one name; in place, returns the model.
 
     The original modules come back bit for bit, also from a merge that was kept. A Format gives its dense weight back, which is
     what it stores: what rounding lost stays lost.
     """
-    name, found = cls.technique, 0
+    def ours(one):
+        return one.family == family and name in (None, one.name)
+
+    follow(model)
+    plan, names = [], set()
     for site in walk(model):
-        if isinstance(site.module, Format) and site.module.technique == name:
-            put(site, refill(site.module))
-            found += 1
-            continue
-        base = site.module
-        while past(base) and past(base).technique == name:
-            base = restore(base)
-        here = site.layer is not None and name in site.layer.patches
-        if here:
-            del site.layer.patches[name]
-        if here or base is not site.module:
-            put(site, base)
-            found += 1
-    if not found:
-        raise ValueError(f"there is no {name} in this model to unwrap; attached: {attached(model)}")
-    thaw(model, name)
-    refreeze(model)  # a weight that came back does not learn beneath techniques that are still there
+        base, merged = site.module, []
+        if isinstance(base, Format) and ours(base):
+            merged, base = [base.name], None
+        while base is not None and past(base) and ours(past(base).patch):
+            merged.append(past(base).patch.name)
+            base = past(base).base
+        here = [key for key, patch in site.layer.patches.items() if ours(patch)] if site.layer else []
+        if here or merged:
+            plan.append((site, here, base))
+            names |= {*here, *merged}
+        elif name is not None:
+            check_last(site, ours)
+    if not plan:
+        raise ValueError(f"there is no {called(family, name)} in this model to unwrap; attached: {attached(model)}")
+    for site, here, base in plan:
+        for key in here:
+            del site.layer.patches[key]
+        put(site, restored(site.module, base) if base is not None else refill(site.module))
+    for one in names:
+        gone(model, one)
     return model
+
+
+def called(family, name):
+    return family if name is None else f"{family} called {name!r}"
+
+
+def check_last(site, ours):
+    """ValueError where one of ours was merged into a site before another patch was."""
+    record = past(site.module)
+    while record and not ours(record.patch):
+        over, record = record.patch.name, past(record.base)
+        if record and ours(record.patch):
+            raise ValueError(f"{over} was merged into {site.name!r} after {record.patch.name}: unmerge {over} first")
 
 
 def refill(stored):
@@ -61,87 +83,115 @@ def refill(stored):
     A merge into the Format stays a merge into the leaf, and can be undone.
     """
     if record := past(stored):
-        patch, old = record.kept
-        beneath = refill(old)
-        leaf_above = twin(beneath)
-        fill(leaf_above, stored)
-        leaf_above.past = Past(record.technique, patch, beneath)
-        return leaf_above
-    return fill(stored.__dict__["shell"], stored)
+        beneath = refill(record.base)
+        above = twin(beneath)
+        above._modules.pop("past", None)
+        fill(above, stored)
+        above.past = Past(record.patch, beneath, record.beneath)
+        return above
+    return fill(stored.shell.kept[0], stored)
 
 
 def fill(shell, stored):
     """Give the emptied leaf the weight, the bias and the notes of the Format; returns the leaf."""
-    learns = stored.__dict__["learns"] and not notes(stored).get("weight")
-    shell.weight = nn.Parameter(stored.weight.detach().contiguous(), requires_grad=learns)
+    shell.weight = nn.Parameter(stored.weight.detach().contiguous(), requires_grad=stored.says["weight"].last)
     if stored.bias is not None:
         shell.bias = stored.bias
-    shell.__dict__["_frozen_by"] = dict(notes(stored))
+    shell.says = stored.says
     return shell.train(stored.training)
 
 
-def restore(base):
-    """The module that was there before the last merge into `base`, learning what `base` learns."""
-    _, old = past(base).kept
-    for key, p in old.named_parameters(recurse=False):
-        if base._parameters.get(key) is not None:
-            p.requires_grad_(base._parameters[key].requires_grad)
-    old.__dict__["_frozen_by"] = dict(notes(base))  # who stopped what since the merge
-    return old
+def restored(now, base):
+    """The base of an earlier time, in the place of `now`: its parameters learn as those do."""
+    for key, p in base.named_parameters(recurse=False):
+        if key in now.__dict__.get("says", {}):
+            p.requires_grad_(now.says[key].last)
+    return base
 
 
-def merge(cls, model, keep=True, tolerance=0.5):
+def merge(family, model, name=None, *, keep=True, tolerance=0.5):
     """Fold the technique into the base, stored back in the base's own format; in place, returns the model.
 
-    What the base then stores is compared with what was to be stored: where the rounding of the base's format is more than
-    `tolerance` of the change (as norms), the merged model would be another one, and nothing is merged. keep=False lets the old
-    base go, to save its memory, and those of earlier merges: then nothing can be unmerged. CannotMerge where the technique is
-    no change of a weight.
+    name: what has this name alone. By default all of the technique that takes part (see `minillm.use`), innermost first.
+    keep: the old base and the patch are kept for `unmerge`. keep=False lets them go, to save their memory, and those of
+    earlier merges. tolerance: what the base then stores is compared with what was to be stored; where the rounding of the
+    base's format is more than this share of the change (as norms), the merged model would be another one, and nothing is
+    merged. CannotMerge where the technique is no change of a weight; ValueError where another patch lies beneath it, unless
+    both add to the weight.
     """
-    if issubclass(cls, Format):
-        raise CannotMerge(f"{cls.technique} is a format: it has nothing to fold, and unwrap gives the dense weight back")
-    name, plan, tied, worst = cls.technique, [], ties(model), 0.0
-    for site, patch in patches_of(name, model):
-        with torch.no_grad():
-            W, b = dense(site.module) if site.leaf else (None, None)
-            W = W.to(torch.promote_types(W.dtype, torch.float32)) if site.leaf else None
-            wanted, bias = patch.fold(W, b)
-        beneath = next(iter(site.layer.patches))
-        if beneath != name:
-            raise ValueError(f"{name} cannot be merged into {site.name!r} while {beneath} lies beneath it: "
-                             f"merge or unwrap {beneath} first")
-        if site.name in tied:
-            raise ValueError(f"{site.name!r} shares its matrix with {', '.join(tied[site.name])}: merging {name} into it would change "
-                             "them too. minillm.untie(model) first gives each its own")
-        changed = not torch.equal(wanted, W) or bias is not b
-        base = rebased(site.module, wanted, bias) if changed else twin(site.module)
-        for key, p in base._parameters.items():  # what trains it from now on leaves the old base alone
-            if p is not None and p is site.module._parameters.get(key):
-                base._parameters[key] = nn.Parameter(p.detach().clone(), p.requires_grad)
-        if changed and isinstance(base, Format):
-            base.pays(site.name)
-        error, change = (dense(base)[0].to(W.dtype) - wanted).norm().item(), (wanted - W).norm().item()
-        if error > tolerance * change + 1e-6 * wanted.norm().item():
-            raise ValueError(f"merging {name} into {site.name!r} ({storage(base)}) would lose it: the rounding is {error / change:.2f} "
-                             f"of the change, more than tolerance={tolerance}. Merge into a dense base (unwrap the format first), or "
-                             "keep the patch")
-        worst = max(worst, error / change if change else 0.0)
-        base._modules.pop("past", None)  # the copy's: of the merges before this one
-        if keep:
-            base.past = Past(name, patch, site.module)
-        plan.append((site, base))
+    check_patches(family, "it has nothing to fold, and unwrap gives the dense weight back")
+    found, bases, plan, worst = patches_of(family, model, name), {}, [], 0.0
+    idle = sorted({patch.name for _, patch in found if not patch.active})
+    if idle and (name or all(not patch.active for _, patch in found)):
+        raise ValueError(f"{idle[0]} takes no part in the model now: minillm.use(model, {idle[0]!r}) first")
+    follow(model)
+    tied, merged = ties(model), {(site.name, patch.name) for site, patch in found if patch.active}
+    for site, patch in found:
+        if patch.active:
+            if type(patch).fold is Patch.fold:
+                patch.fold(None, None)  # CannotMerge
+            check_order(site, patch, merged)
+            if site.name in tied:
+                raise ValueError(f"{site.name!r} shares its matrix with {', '.join(tied[site.name])}: merging {patch.name} into "
+                                 "it would change them too. minillm.untie(model) first gives each its own")
+            base, rounding = fold_in(site, patch, bases.get(site.name, site.module), keep, tolerance)
+            bases[site.name], worst = base, max(worst, rounding)
+            plan.append((site, patch, base))
     if not plan:
-        raise ValueError(f"there is no {name} in this model to merge; attached: {attached(model)}")
-    for site, base in plan:
-        del site.layer.patches[name]
-        put(site, base)
-    thaw(model, name)
-    log.info("merged %s into %d leaves; the largest rounding is %.2g of the change", name, len(plan), worst)
+        raise ValueError(f"there is no {called(family, name)} in this model to merge; attached: {attached(model)}")
+    for site, patch, base in plan:
+        del site.layer.patches[patch.name]
+        if base is bases[site.name]:
+            put(site, base)
+    for one in {patch.name for _, patch, _ in plan}:
+        gone(model, one)
+    log.info("merged %s into %d leaves; the largest rounding is %.2g of the change", called(family, name), len(plan), worst)
     return model
 
 
+def check_patches(family, why):
+    """CannotMerge for a family of formats alone."""
+    if all(issubclass(cls, Format) for cls in KINDS.values() if cls.family == family):
+        raise CannotMerge(f"{family} is a format: {why}")
+
+
+def check_order(site, patch, merged):
+    """ValueError where a patch lies beneath that is not merged too, and does not commute with this one."""
+    for other in site.layer.patches.values():
+        if other is patch:
+            return
+        if other.active and (site.name, other.name) not in merged and not (other.additive and patch.additive):
+            raise ValueError(f"{patch.name} cannot be merged into {site.name!r} while {other.name} lies beneath it: "
+                             f"merge or unwrap {other.name} first")
+
+
+@torch.no_grad()
+def fold_in(site, patch, base, keep, tolerance):
+    """(a new base with the patch folded in, the rounding as a share of the change); `base` stays as it is."""
+    W, b = dense(base) if site.leaf else (None, None)
+    W = W.to(torch.promote_types(W.dtype, torch.float32)) if site.leaf else None
+    wanted, bias = patch.fold(W, b)
+    changed = not torch.equal(wanted, W) or bias is not b
+    new = rebased(base, wanted, bias) if changed else twin(base)
+    for key, p in new._parameters.items():  # what trains it from now on leaves the old base alone
+        if p is not None and p is base._parameters.get(key):
+            new._parameters[key] = nn.Parameter(p.detach().clone(), p.requires_grad)
+    if changed and isinstance(new, Format):
+        new.pays(site.name)
+    error, change = (dense(new)[0].to(W.dtype) - wanted).norm().item(), (wanted - W).norm().item()
+    if error > tolerance * change + 1e-6 * wanted.norm().item():
+        raise ValueError(f"merging {patch.name} into {site.name!r} ({storage(new)}) would lose it: the rounding is "
+                         f"{error / change:.2f} of the change, more than tolerance={tolerance}. Merge into a dense base (unwrap "
+                         "the format first), or keep the patch")
+    new._modules.pop("past", None)  # the copy's: of the merges before this one
+    if keep:
+        names = list(site.layer.patches)
+        new.past = Past(patch, base, names[: names.index(patch.name)])
+    return new, error / change if change else 0.0
+
+
 def storage(module):
-    return module.technique if isinstance(module, Format) else str(module.weight.dtype).removeprefix("torch.")
+    return module.kind if isinstance(module, Format) else str(module.weight.dtype).removeprefix("torch.")
 
 
 def twin(base):
@@ -165,45 +215,70 @@ def rebased(base, W, b):
     return new
 
 
-def unmerge(cls, model):
-    """Put back the base that `merge` kept, and the patch around it; in place, returns the model."""
-    if issubclass(cls, Format):
-        raise CannotMerge(f"{cls.technique} is a format: it has nothing to fold, so nothing to put back")
-    name, plan = cls.technique, []
+def unmerge(family, model, name=None):
+    """Put back the base that `merge` kept, and the patch around it; in place, returns the model.
+
+    name: what has this name alone. By default all of the technique that was merged last.
+    """
+    check_patches(family, "it has nothing to fold, so nothing to put back")
+
+    def ours(one):
+        return one.family == family and name in (None, one.name)
+
+    plan = []
     for site in walk(model):
-        record = past(site.module)
-        if record and record.technique == name:
-            if site.layer and name in site.layer.patches:
-                raise ValueError(f"{site.name!r} has another {name} around the merged one: unwrap or merge that first")
-            plan.append(site)
-        while record and record.technique != name:
-            over, record = record.technique, past(record.kept[1])
-            if record and record.technique == name:
-                raise ValueError(f"{over} was merged into {site.name!r} after {name}: unmerge {over} first")
+        base, records = site.module, []
+        while past(base) and ours(past(base).patch):
+            records.append(past(base))
+            base = records[-1].base
+        for one in [record.patch.name for record in records]:
+            if site.layer and one in site.layer.patches:
+                raise ValueError(f"{site.name!r} has another {one} around the merged one: unwrap or merge that first")
+        if records:
+            plan.append((site, records))
+        else:
+            check_last(site, ours)
+            check_stored(site, ours)
     if not plan:
-        raise ValueError(f"no {name} is merged in this model, or it was merged with keep=False; attached: {attached(model)}")
-    for site in plan:
-        patch, _ = past(site.module).kept
-        old, others = restore(site.module), dict(site.layer.patches) if site.layer else {}
-        layer = Layer(old).train(site.module.training)
-        for one in (patch, *others.values()):  # it was the innermost, or it could not have been merged
-            layer.add(one)
-        site.replace(layer)
-    refreeze(model)
-    return model
+        raise ValueError(f"no {called(family, name)} is merged in this model, or it was merged with keep=False; "
+                         f"attached: {attached(model)}")
+    follow(model)
+    for site, records in plan:
+        old = restored(site.module, records[-1].base)
+        if site.layer is None:
+            put(site, old)
+            site.replace(Layer(old))
+        else:
+            site.layer.base = site.module = old
+        for record in records:  # the last one that was merged first
+            beneath = [key in record.beneath for key in site.layer.patches]
+            site.layer.add(record.patch, len(beneath) - beneath[::-1].index(True) if any(beneath) else 0)
+    return settle(model)
 
 
-def verbs(name, cls):
-    """Enter `cls` in the table of techniques; its unwrap, merge, unmerge, save and load."""
-    register(name, cls)
+def check_stored(site, ours):
+    """ValueError where one of ours was merged before a format came."""
+    if isinstance(site.module, Format):
+        record = past(site.module.shell.kept[0])
+        if record and ours(record.patch):
+            raise ValueError(f"{record.patch.name} was merged into {site.name!r} before {site.module.kind} stored it: "
+                             f"minillm.{site.module.family}.unwrap(model) first")
+
+
+def verbs(family, cls, functions=None):
+    """Enter `cls` in the table of kinds; the family's unwrap, merge, unmerge, save and load.
+
+    functions: other five that take (family, model, ...).
+    """
+    register(family, cls)
 
     def bound(verb):
         def call(model, *args, **kwargs):
-            return verb(cls, model, *args, **kwargs)
+            return verb(family, model, *args, **kwargs)
 
         functools.update_wrapper(call, verb).__module__ = cls.__module__
         signature = inspect.signature(verb)
         call.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
         return call
 
-    return tuple(bound(verb) for verb in (unwrap, merge, unmerge, store.save, store.load))
+    return tuple(bound(verb) for verb in functions or (unwrap, merge, unmerge, store.save, store.load))

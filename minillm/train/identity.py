@@ -46,10 +46,11 @@ def techniques(model):
     for site in walk(model):
         if isinstance(site.module, Format):
             held = dict(site.module.named_buffers())
-            yield site.name, site.module.technique, site.module.config(), digest(held)
+            yield site.name, site.module.kind, site.module.config(), digest(held)
         for name, patch in site.layer.patches.items() if site.layer else ():
             held = {key: p for key, p in patch.named_parameters() if not p.requires_grad}
-            yield site.name, name, patch.config(), digest(held | dict(patch.named_buffers()))
+            options = patch.config() if patch.active else patch.config() | {"active": False}
+            yield site.name, name, options, digest(held | dict(patch.named_buffers()))
 
 
 def digest(tensors):

@@ -1,0 +1,104 @@
+"""Techniques that add no module: they say which of the model's own parameters learn.
+
+    freeze    forbids some, and the others learn
+    BitFit    claims some, and nothing else learns
+
+What they say is kept on the modules that own the parameters (see `learning`). Their file holds the
+names, and the parameters that were left to learn.
+"""
+
+from minillm.registry.layer import CannotMerge
+from minillm.registry.learned import check_learned, put_back
+from minillm.registry.learning import (
+    buffers, claimed_by, frozen, gone, held_by, note, noted, slots, stopped_by,
+)
+from minillm.registry.names import follow
+from minillm.registry.store import check_base, field, kind_of, opened, sorted_out, write
+from minillm.registry.table import KINDS, attached
+
+
+class Claim:
+    """What a technique says of some parameters. A subclass says whether it claims or forbids them."""
+
+    kind = family = ""
+    not_neutral = ""
+    claim = False
+
+    @classmethod
+    def named(cls, model):
+        """The names of the parameters that it claims or forbids."""
+        return (claimed_by if cls.claim else stopped_by)(model, cls.kind)
+
+
+def say_of(model, cls, which):
+    """Claim or forbid the parameters whose name `which` says yes to; in place, returns the model."""
+    follow(model)
+    return note(model, cls.kind, which, cls.claim)
+
+
+def here(family, model, name=None):
+    """The kinds of the family that have a say in the model, or the one that has this name."""
+    found = [cls for kind, cls in KINDS.items() if cls.family == family and name in (None, kind)]
+    return [cls for cls in found if cls.kind in noted(model)]
+
+
+def unwrap(family, model, name=None):
+    """Forget what was said: what learns is then up to the others, and to you; in place, returns the model."""
+    found = here(family, model, name)
+    if not found:
+        raise ValueError(f"nothing is frozen in this model by {name or family}; attached: {attached(model)}")
+    follow(model)
+    for cls in found:
+        gone(model, cls.kind)
+    return model
+
+
+def merge(family, model, name=None, **_):
+    """CannotMerge: there is nothing beside the model's own parameters."""
+    raise CannotMerge(f"{name or family} cannot be merged: what it trained is the model itself")
+
+
+def save(family, model, path, name=None, *, force=False):
+    """Write the parameters that were left to learn, and the names of the others, to a safetensors file.
+
+    name: which one, where several of the family have a say. A weight that a format stores by now is
+    written dense. FileExistsError as for every technique's `save`.
+    """
+    found = here(family, model, name)
+    if not found:
+        raise ValueError(f"nothing is frozen in this model by {name or family}: wrap it first; attached: {attached(model)}")
+    if len(found) > 1:
+        names = ", ".join(repr(cls.kind) for cls in found)
+        raise ValueError(f"the model has {names}, and a file holds one: save(model, path, name={found[0].kind!r})")
+    (cls,) = found
+    names = cls.named(model) if cls.claim else frozen(model)
+    write(path, family, cls.kind, cls.kind, model, {}, held_by(model, cls.kind), dict(buffers(model)), force,
+          frozen=sorted(names))
+
+
+def load(family, model, path, name=None, *, replace=False, any_base=False):
+    """Copy the parameters of the file into the model, and let those alone learn; in place, returns the model.
+
+    ValueError where the technique has its say here already, unless `replace`; where the file was made
+    for another model, unless `any_base`.
+    """
+    tensors, metadata = opened(path, family)
+    cls = kind_of(metadata, path)
+    if name not in (None, cls.kind):
+        raise ValueError(f"name={name!r}: {path} holds {cls.kind}, which has no other name")
+    if cls.named(model) and not replace:
+        raise ValueError(f"the model has {cls.kind} already, and {path} would take its place: unwrap it first, or say replace=True")
+    _, own, kept = sorted_out(tensors, {}, path)
+    named, shared = set(field(metadata, "frozen", path, list)), field(metadata, "shared", path)
+    missing = named - {slot for slot, *_ in slots(model)}
+    if missing:
+        raise ValueError(f"{path} {'claims' if cls.claim else 'freezes'} {sorted(missing)[0]!r}, which this model lacks "
+                         f"({len(missing)} such)")
+    check_learned(model, own, kept, shared, path)
+    check_base(model, metadata, path, any_base)
+    put_back(model, own, kept, shared)
+    gone(model, cls.kind)
+    return say_of(model, cls, lambda slot: slot in named)
+
+
+VERBS = (unwrap, merge, merge, save, load)

@@ -1,0 +1,71 @@
+"""The names of adapters: which of them take part, and over which of them each one was trained.
+
+    minillm.lora.wrap(model, name="sql"); minillm.lora.wrap(model, name="chat")
+    minillm.use(model, "sql")              # the model with the first alone
+
+An adapter that was trained over another one is nothing without it. So each patch keeps the names that
+the model had `before` it, and those `over` which it was filled or trained: of the former, the ones
+that were active while its parameters changed. `follow` brings this up to date before anything changes
+which adapters take part.
+"""
+
+import difflib
+import re
+
+from torch import nn
+
+from minillm.registry.learning import noted, patches
+
+
+def check_name(name, kind, model):
+    """The name of a new patch, by default its kind; ValueError for one that cannot be, or is another kind's here."""
+    name = kind if name is None else name
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name):
+        raise ValueError(f"name={name!r}: a name has letters, digits, - and _, and is no word that torch keeps for itself")
+    for patch in patches(model):
+        if patch.name == name and patch.kind != kind:
+            raise ValueError(f"name={name!r} is the name of a {patch.kind} in this model: choose another one for {kind}")
+    return name
+
+
+def version(patch):
+    """A number that changes when the patch's parameters do: torch counts the changes in place."""
+    return sum(p._version for p in patch.parameters())
+
+
+def names_of(model):
+    """The names of all techniques in the model but the formats, which have none of their own."""
+    return {patch.name for patch in patches(model)} | noted(model)
+
+
+def taking_part(model):
+    """The names of the techniques that change what the model computes now, or what learns; formats have none."""
+    return {patch.name for patch in patches(model) if patch.active} | noted(model)
+
+
+def follow(model):
+    """Note of each patch that has changed since the last time over which names it did."""
+    now = taking_part(model)
+    for patch in patches(model):
+        if patch.version != version(patch):
+            patch.over, patch.version = patch.over | patch.before & now, version(patch)
+
+
+def use(model, *names):
+    """Let the adapters with these names take part, and no others; in place, returns the model.
+
+    An adapter is a patch with parameters of its own: masks stay. Several on one leaf add up in the
+    order of their `wrap`. The parameters of one that takes no part get no gradient. A compiled model
+    compiles once for each set of names. ValueError for a name that no adapter here has.
+    """
+    adapters = [patch for patch in patches(model) if any(True for _ in patch.parameters())]
+    known = sorted({patch.name for patch in adapters})
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known) or known
+            raise ValueError(f"no adapter is called {name!r}; "
+                             + (f"there are: {', '.join(map(repr, close))}" if known else "the model has none"))
+    follow(model)
+    for patch in adapters:
+        patch.active = patch.name in names
+    return model
