@@ -30,7 +30,7 @@ Around them:
 """
 
 # isort: skip_file  (the order is the order of the table)
-from minillm.registry import CannotMerge, Format, Layer, Patch, layers, prepare, techniques, untie
+from minillm.registry import CannotMerge, Format, Layer, Patch, layers, prepare, techniques, untie, use
 from minillm.model.transformer import Cache, Config, Transformer, compile
 from minillm import freeze, prompts, lora, adapters
 from minillm import quant, prune, sparse
@@ -45,5 +45,5 @@ from minillm.zoo import load
 __all__ = [
     "Cache", "CannotMerge", "Config", "Format", "Layer", "Patch", "Transformer", "adapters", "compare", "compile", "data",
     "checkpoints", "distributed", "freeze", "layers", "load", "lora", "measure", "prepare", "prompts", "prune", "quant", "report",
-    "save", "show", "sparse", "techniques", "train", "untie", "zoo",
+    "save", "show", "sparse", "techniques", "train", "untie", "use", "zoo",
 ]

@@ -8,7 +8,7 @@ from models import build
 from torch import nn
 
 import minillm
-from minillm.registry import CannotMerge, Format, attached, walk
+from minillm.registry import CannotMerge, Format, METHODS, attached, walk
 from minillm.registry.past import past
 
 OPTIONS = {
@@ -17,6 +17,7 @@ OPTIONS = {
     "adapters": dict(size=2),
     "prompts": dict(length=2),
     "sparse": dict(anyway=True),
+    "bitfit": dict(targets=lambda name, module: "norm" in name),
 }
 VERBS = ("wrap", "wrap", "merge", "unmerge", "unwrap", "forget")  # to forget: merge(keep=False)
 
@@ -27,12 +28,16 @@ def learns(model):
 
 def step(model, name, verb):
     """Whether the model allows the verb now."""
-    technique = minillm.techniques()[name]
+    method = METHODS[name]
+    verbs = minillm.techniques()[method.family]
     given = (
         OPTIONS.get(name, {}) if verb == "wrap" else dict(keep=False) if verb == "forget" else {}
     )
     try:
-        getattr(technique, "merge" if verb == "forget" else verb)(model, **given)
+        if verb == "wrap":
+            method.wrap(model, **given)
+        else:
+            getattr(verbs, "merge" if verb == "forget" else verb)(model, method.kind, **given)
     except (ValueError, CannotMerge):
         return False
     for layer in minillm.layers(model).values():
@@ -47,9 +52,9 @@ def left(model):
     for site in walk(model):
         base = site.module
         while record := past(base):
-            names.add(record.technique)
-            base = record.kept[1]
-    return names | ({"freeze"} if minillm.registry.learning.stopped_by(model, "freeze") else set())
+            names.add(record.patch.name)
+            base = record.base
+    return names
 
 
 def unwrap_all(model):
@@ -99,7 +104,7 @@ def test_what_a_merge_stopped_learns_again(calls, last):
 @pytest.mark.parametrize("number", range(3))
 def test_any_sequence_leaves_the_model_as_it_was(number):
     """Two or three techniques; the verbs in any order, those that the model allows."""
-    draw, names = random.Random(number), list(minillm.techniques())
+    draw, names = random.Random(number), [name for name, method in METHODS.items() if method.kind == name]
     sets = list(itertools.combinations(names, 2)) + list(itertools.combinations(names, 3))
     for chosen in sets[number::3]:
         model, calls = build("llama"), []

@@ -24,7 +24,7 @@ beside the adapters, as the paper does (2 d more parameters for each norm).
 True
 >>> minillm.adapters.merge(model)
 Traceback (most recent call last):
-minillm.registry.layer.CannotMerge: adapters cannot be merged: what it computes is no change of a weight
+minillm.registry.kinds.CannotMerge: adapters cannot be merged: what it computes is no change of a weight
 """
 
 import torch.nn.functional as F

@@ -63,7 +63,8 @@ class SoftPrompt(Patch):
     def forward(self, below, ids):
         soft = ids - self.vocabulary  # (b, t); 0 .. length-1 at placeholders, negative at tokens
         is_soft = (soft >= 0) & (soft < self.length)
-        x = below(torch.where(is_soft, 0, ids))  # (b, t, e)
+        others = ids - self.length * (soft >= 0)  # the placeholders of a prompt beneath, as it knows them
+        x = below(torch.where(is_soft, 0, others))  # (b, t, e)
         return torch.where(is_soft[..., None], F.embedding(soft * is_soft, self.P.to(x.dtype)), x)
 
     def prepare(self, ids, labels, mask):
@@ -74,6 +75,7 @@ class SoftPrompt(Patch):
             raise ValueError("a soft prompt stands before one text, and these rows hold several: give prompts the examples unpacked")
         # Padding on the left lies between prompt and text then; it has no position and is not attended to, so no harm is done.
         placeholders = self.vocabulary + torch.arange(self.length, device=ids.device)
+        ids = ids + self.length * (ids >= self.vocabulary)  # those of a prompt beneath come after them
         ids = torch.cat([placeholders.expand(len(ids), -1), ids], 1)
         return ids, before(labels, -100), before(mask, True)
 

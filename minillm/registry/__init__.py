@@ -1,7 +1,8 @@
 """Where the techniques meet. Read `layer` first.
 
     leaf         a module with one weight matrix
-    layer        Layer, Patch and Format: the one idea
+    layer        Layer: the one idea
+    kinds        Patch and Format, from which every technique is made
     sites        the places of a model's tree
     targets      which of them a technique wraps
     table        the techniques that there are
@@ -14,9 +15,8 @@
 """
 
 from minillm.registry.batch import prepare, same_shape
-from minillm.registry.layer import (
-    Below, CannotMerge, Format, Layer, Patch, dense, leaf,
-)
+from minillm.registry.kinds import CannotMerge, Format, Patch
+from minillm.registry.layer import Below, Layer, dense, leaf
 from minillm.registry.leaf import LEAVES, Leaf, kept
 from minillm.registry.names import use
 from minillm.registry.sites import Site, layers, parameters, ties, untie, walk

@@ -3,10 +3,11 @@
 import torch
 
 from minillm.registry.hooks import take_hooks
-from minillm.registry.layer import Format, Layer
+from minillm.registry.kinds import Format
+from minillm.registry.layer import Layer
 from minillm.registry.learning import came, say
 from minillm.registry.names import check_name, follow, names_of, taking_part, version
-from minillm.registry.past import Aside
+from minillm.registry.past import Aside, past
 from minillm.registry.sites import ties
 from minillm.registry.targets import hidden_linears, select
 
@@ -72,13 +73,18 @@ def store(model, sites, make):
     The emptied leaf waits in it as `shell`, for unwrap.
     """
     for site, new in [(site, make(site)) for site in sites]:  # none is replaced before all are made
-        leaf = site.module
-        for key, p in leaf.named_parameters(recurse=False):
-            say(leaf, key, p)
-        new.says = leaf.says  # of the weight too, which is no parameter for now
-        leaf.weight = None
-        new.shell = Aside(leaf)
-        put(site, new.train(leaf.training))
+        old = site.module
+        if isinstance(old, Format):
+            new.shell = old.shell
+        else:
+            for key, p in old.named_parameters(recurse=False):
+                say(old, key, p)
+            old.weight = None
+            new.shell = Aside(old)
+        new.says = old.says  # of the weight too, which is no parameter for now
+        if record := past(old):
+            new.past = record
+        put(site, new.train(old.training))
         name = new.name
     return came(model, name) if sites else model
 

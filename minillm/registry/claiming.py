@@ -7,13 +7,16 @@ What they say is kept on the modules that own the parameters (see `learning`). T
 names, and the parameters that were left to learn.
 """
 
-from minillm.registry.layer import CannotMerge
+from minillm.registry.kinds import CannotMerge
 from minillm.registry.learned import check_learned, put_back
 from minillm.registry.learning import (
     buffers, claimed_by, frozen, gone, held_by, note, noted, slots, stopped_by,
 )
 from minillm.registry.names import follow
-from minillm.registry.store import check_base, field, kind_of, opened, sorted_out, write
+from minillm.registry.opening import (
+    check_base, check_beside, field, kind_of, opened, sorted_out,
+)
+from minillm.registry.store import write
 from minillm.registry.table import KINDS, attached
 
 
@@ -89,14 +92,15 @@ def load(family, model, path, name=None, *, replace=False, any_base=False):
     if cls.named(model) and not replace:
         raise ValueError(f"the model has {cls.kind} already, and {path} would take its place: unwrap it first, or say replace=True")
     _, own, kept = sorted_out(tensors, {}, path)
-    named, shared = set(field(metadata, "frozen", path, list)), field(metadata, "shared", path)
+    named, shared = set(map(str, field(metadata, "frozen", path, list))), field(metadata, "shared", path)
     missing = named - {slot for slot, *_ in slots(model)}
     if missing:
         raise ValueError(f"{path} {'claims' if cls.claim else 'freezes'} {sorted(missing)[0]!r}, which this model lacks "
                          f"({len(missing)} such)")
     check_learned(model, own, kept, shared, path)
     check_base(model, metadata, path, any_base)
-    put_back(model, own, kept, shared)
+    check_beside(model, cls.kind, metadata, path, own, {}, any_base)
+    put_back(model, own, kept, shared, cls.kind)
     gone(model, cls.kind)
     return say_of(model, cls, lambda slot: slot in named)
 

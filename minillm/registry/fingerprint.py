@@ -28,7 +28,7 @@ import torch
 
 from minillm import distributed
 from minillm.registry.learning import slots
-from minillm.registry.layer import Format
+from minillm.registry.kinds import Format
 from minillm.registry.sites import parameters, walk
 
 SAMPLES = 4  # values of each weight

@@ -8,7 +8,7 @@ import torch
 
 from minillm import distributed
 from minillm.registry.learning import buffers, said, settle
-from minillm.registry.layer import Format
+from minillm.registry.kinds import Format
 from minillm.registry.sites import parameters, walk
 
 
@@ -83,10 +83,10 @@ def check_shared(model, tensors, shared, path):
 
 
 @torch.no_grad()
-def put_back(model, tensors, kept, shared):
-    """Copy learned parameters and the buffers `kept` into the model.
+def put_back(model, tensors, kept, shared, technique):
+    """Copy learned parameters and the buffers `kept` into the model, and note which technique brought them.
 
-    A tied parameter goes to all the names that it had; a Format packs anew.
+    A tied parameter goes to all the names that it had; a Format packs anew what has changed.
     """
     here = dict(buffers(model))
     for name, t in kept.items():
@@ -98,7 +98,11 @@ def put_back(model, tensors, kept, shared):
     for site in walk(model):
         if isinstance(site.module, Format) and f"{site.name}.weight" in tensors:
             t = tensors[f"{site.name}.weight"].to(site.module.weight)
-            site.module.pack(t.T if site.module.leaf.transposed else t)
+            if not torch.equal(t, site.module.weight):
+                site.module.pack(t.T if site.module.leaf.transposed else t)
+    for name, _, one in said(model):
+        if name in tensors:
+            one.brought = technique
 
 
 def let_learn(model, names):

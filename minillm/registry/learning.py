@@ -14,14 +14,16 @@ and into a pickle. A tied parameter has a Say for each of its names, and all of 
 that a Format stores is no parameter meanwhile. Its Say waits on the Format.
 
 What learned beside a mask and is stopped later, by LoRA for example, still belongs into the mask's
-file. So a Say also notes the version of a parameter (torch counts every change of it in place) when a
-technique comes, and whether it has changed by the time at which it stops learning.
+file. So a Say also notes the version of a parameter (torch counts every change in place, but those
+through `.data`) when a technique comes, and whether it has changed by the time at which it stops
+learning.
 """
 
 import dataclasses
 
-from minillm.registry.layer import Format, Layer
-from minillm.registry.sites import parameters, walk
+from minillm.registry.kinds import Format
+from minillm.registry.layer import Layer
+from minillm.registry.sites import bare, parameters, walk
 
 CHANGED = -1  # no version
 
@@ -36,6 +38,7 @@ class Say:
     claims: set = dataclasses.field(default_factory=set)  # the names that claim it
     forbids: set = dataclasses.field(default_factory=set)
     since: dict = dataclasses.field(default_factory=dict)  # {name: version when it came, or CHANGED}
+    brought: str = ""  # the name of the technique whose file the value is from
 
 
 def slots(model):
@@ -51,6 +54,7 @@ def buffers(model):
     These are the model's own persistent buffers, under their author's names. The buffers of a
     technique never change.
     """
+    model = bare(model)
     owners = [("", model.base if isinstance(model, Layer) else model)]
     owners += [
         (f"{site.name}.", site.module)
@@ -113,7 +117,12 @@ def decided(says, claimed):
 
 def note_changes(p, says):
     for one in says:
-        one.since.update({name: CHANGED for name, version in one.since.items() if version != p._version})
+        one.since.update({name: CHANGED for name, then in one.since.items() if then != version(p)})
+
+
+def version(p):
+    """Which tensor it is, and how often it was changed in place: another one may have any values."""
+    return id(p), p._version
 
 
 def patches(model):
@@ -127,6 +136,7 @@ def claims(patch):
 
 def note(model, name, which, claim):
     """Claim (or forbid) the parameters whose name `which` says yes to; returns the model."""
+    settle(model)  # what the user has set until now was said earlier
     for slot, _, one in said(model):
         if which(slot):
             (one.claims if claim else one.forbids).add(name)
@@ -138,7 +148,7 @@ def came(model, name):
     """Note that a technique has come: what changes from now on changes beside it; returns the model."""
     for _, p, one in said(model):
         if p is not None:
-            one.since.setdefault(name, p._version)
+            one.since.setdefault(name, version(p))
     return settle(model)
 
 
@@ -148,6 +158,7 @@ def gone(model, name):
         one.claims.discard(name)
         one.forbids.discard(name)
         one.since.pop(name, None)
+        one.brought = "" if one.brought == name else one.brought
     return settle(model)
 
 

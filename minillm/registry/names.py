@@ -14,6 +14,7 @@ import re
 
 from torch import nn
 
+from minillm.registry import learning
 from minillm.registry.learning import noted, patches
 
 
@@ -29,8 +30,8 @@ def check_name(name, kind, model):
 
 
 def version(patch):
-    """A number that changes when the patch's parameters do: torch counts the changes in place."""
-    return sum(p._version for p in patch.parameters())
+    """What changes when the patch's parameters do."""
+    return tuple(learning.version(p) for p in patch.parameters())
 
 
 def names_of(model):

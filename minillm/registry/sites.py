@@ -5,7 +5,8 @@ import dataclasses
 import torch
 from torch import nn
 
-from minillm.registry.layer import Below, Format, Layer, Patch, dense, leaf
+from minillm.registry.kinds import Format, Patch
+from minillm.registry.layer import Below, Layer, dense, leaf
 from minillm.registry.past import Aside
 
 
@@ -29,6 +30,10 @@ class Site:
         names = list(self.layer.patches)
         depth = names.index(below) if below in names else len(names)
         return Below(self.layer, depth).dense()
+
+    def stored(self):
+        """(W, b) of a leaf as it holds them, without its patches."""
+        return dense(self.module)
 
     @property
     def shape(self):
@@ -62,8 +67,19 @@ class Site:
         self.layer = module if isinstance(module, Layer) else None
 
 
+def bare(model):
+    """The model in what torch.compile, DataParallel or DistributedDataParallel has wrapped around it."""
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while True:
+        inner = model.module if isinstance(model, parallel) else getattr(model, "_orig_mod", model)
+        if inner is model:
+            return model
+        model = inner
+
+
 def walk(model):
     """Every Site below `model`, in order, each once; patches are not entered."""
+    model = bare(model)
     if not isinstance(model, nn.Module):
         pair = ": minillm.load returns two things, model, tokenizer = minillm.load(...)"
         raise TypeError(f"the model is a {type(model).__name__}, no nn.Module"
@@ -94,6 +110,7 @@ def layers(model):
 
 def parameters(model):
     """[(name, owner, key, parameter)] of the model's own parameters, under their author's names: no patch's are among them."""
+    model = bare(model)
     root = [("", model.base if isinstance(model, Layer) else model)]
     owners = root + [(site.name + ".", site.module) for site in walk(model)]
     return [(name + key, owner, key, p) for name, owner in owners for key, p in owner._parameters.items() if p is not None]

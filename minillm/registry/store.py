@@ -6,36 +6,38 @@ A file of a technique holds
     what learned with it   the model's own parameters that learn, as learned:NAME (none beneath
                            LoRA, all dense ones beneath a pruning mask); and its buffers, as
                            buffer:NAME, which change without a gradient (BatchNorm's running mean)
-    sites                  the settings of each Patch or Format
+    kind, name, sites      the class, what it was called, the settings of each Patch or Format
     base                   a fingerprint of the other parameters: the model that it belongs to
-    over                   which techniques the model had before, with a fingerprint of each
+    over                   over which techniques it was trained, with a fingerprint of each
+    beside                 the names of all that was attached to the model
 
 So what training changed is in the file, and what the file leaves out is checked. `load` checks every
-name, shape and setting first, and touches the model when all of them fit.
+name, shape and setting first (see `opening`), and touches the model when all of them fit.
 """
 
-import copy
 import json
 import pathlib
 
-import safetensors
 import safetensors.torch
-import torch
 
 from minillm import distributed, files
 from minillm.registry import fingerprint
 from minillm.registry.attach import check_formats, store, surround
-from minillm.registry.learned import check_learned, let_learn, put_back, shapes, tied_names
+from minillm.registry.kinds import Format, Patch
+from minillm.registry.learned import check_learned, let_learn, put_back, tied_names
 from minillm.registry.learning import (
     buffers, changed_beside, claims, held_by, left_to_learn, noted, patches,
 )
-from minillm.registry.layer import Format, Patch
 from minillm.registry.names import check_name, follow, names_of
+from minillm.registry.opening import (
+    BUFFER, LEARNED, check_base, check_beside, check_free, field, holds, kind_of, opened, read,
+    remake, sorted_out,
+)
 from minillm.registry.sites import walk
-from minillm.registry.table import KINDS, attached, formats_of, patches_of
+from minillm.registry.table import attached, formats_of, patches_of
 from minillm.registry.targets import computed, hint
 
-LEARNED, BUFFER = "learned:", "buffer:"
+__all__ = ["check_writable", "holds", "learned_of", "load", "read", "save", "write"]
 
 
 # --- saving -----------------------------------------------------------------------------------------
@@ -99,7 +101,8 @@ def write(path, family, kind, name, model, tensors, own, kept, force=False, **me
     base = fingerprint.of(model, held)
     needs = {one: {} for one in sorted(beneath)} | fingerprint.patches(model, beneath)
     shared = {slot: others for slot, others in tied_names(model).items() if slot in own}
-    fields = dict(metadata, base=base, over=needs, shared=shared)
+    beside = sorted(names_of(model) | {site.module.name for site in walk(model) if isinstance(site.module, Format)})
+    fields = dict(metadata, base=base, over=needs, shared=shared, beside=beside)
     fields = {key: json.dumps(value) for key, value in fields.items()}
     every = tensors | {LEARNED + slot: p.detach() for slot, p in own.items()}
     every |= {BUFFER + slot: b for slot, b in kept.items()}
@@ -171,7 +174,7 @@ def load(family, model, path, name=None, *, replace=False, any_base=False):
     name = cls.kind if a_format else check_name(name or metadata.get("name"), cls.kind, model)
     check_free(family, name, model, configs, path, replace)
     parts, own, kept = sorted_out(tensors, configs, path)
-    made = {where: remake(cls, name, sites[where], config, parts[where], f"{path}, {where!r}")
+    made = {where: remake(cls, sites[where], config, parts[where], f"{path}, {where!r}")
             for where, config in configs.items()}
     over = check_base(model, metadata, path, any_base)
     shared = field(metadata, "shared", path)
@@ -179,147 +182,11 @@ def load(family, model, path, name=None, *, replace=False, any_base=False):
     new = [site for where, site in sites.items() if where in made and not isinstance(site.module, cls)]
     if a_format:
         check_formats(cls, model, new)
-    put_back(model, own, kept, shared)
+    check_beside(model, name, metadata, path, own, made, any_base)
+    put_back(model, own, kept, shared, name)
     if not a_format:
         surround(model, name, [(sites[where], patch) for where, patch in made.items()], over)
         if any(claims(patch) for patch in made.values()):
             let_learn(model, own)
         return model
-    for where, form in made.items():
-        if isinstance(sites[where].module, cls):
-            sites[where].module._buffers.update(form._buffers)
-    return store(model, new, lambda site: made[site.name])
-
-
-def kind_of(metadata, path):
-    """The class of the kind that a file holds."""
-    kind = metadata.get("kind", metadata["technique"])  # a file of an earlier minillm has the base kind
-    if kind not in KINDS or KINDS[kind].family != metadata["technique"]:
-        known = [name for name, cls in KINDS.items() if cls.family == metadata["technique"]]
-        raise ValueError(f"{path} holds the kind {kind!r}, which this minillm lacks; known: {', '.join(known)}")
-    return KINDS[kind]
-
-
-def opened(path, family):
-    """(tensors, metadata) of a file of this technique."""
-    tensors, metadata = read(path)
-    holds = metadata.get("technique")
-    if holds != family:
-        remedy = f"it holds {holds}: use minillm.{holds}.load" if holds else "it names no technique: did minillm write it?"
-        raise ValueError(f"{path} is not a file of {family}; {remedy}")
-    return tensors, metadata
-
-
-def read(path):
-    """(tensors, metadata) of a safetensors file. Nothing is unpickled.
-
-    ValueError for any other file. OSError, which names the path, for a directory or no file.
-    """
-    if pathlib.Path(path).is_dir():
-        raise IsADirectoryError(
-            f"{path} is a directory; what a technique saved is a file, such as "
-            f"{pathlib.Path(path) / 'adapter.safetensors'}"
-        )
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); other formats are not opened") from error
-    except OSError as error:
-        if str(path) in str(error):
-            raise
-        raise OSError(f"{path} cannot be read: {error}") from error
-
-
-def holds(path):
-    """(technique, name) of what a file holds; (None, None) where no technique of minillm wrote it."""
-    metadata = read(path)[1]
-    family = metadata.get("technique")
-    return family, metadata.get("name", family)
-
-
-def field(metadata, key, path, kind=dict):
-    """A JSON field of the metadata."""
-    try:
-        value = json.loads(metadata[key])
-        if not isinstance(value, kind):
-            raise ValueError(f"{key} is {type(value).__name__}")
-    except (KeyError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} does not say where its tensors belong ({type(error).__name__}: {error})") from error
-    return value
-
-
-def check_free(family, name, model, configs, path, replace):
-    """ValueError where one of this name is attached already, and is not to be replaced as a whole."""
-    here = [site.name for site, _ in patches_of(family, model, name)]
-    here += [site.name for site in formats_of(family, model, name)]
-    if here and not replace:
-        raise ValueError(f"the model has {name} already, at {here[0]!r} ({len(here)} such), and {path} would take "
-                         f"its place: unwrap or merge it first, load it under another name=, or say replace=True")
-    extra = [where for where in here if where not in configs]
-    if extra:
-        raise ValueError(f"the model has {name} at {extra[0]!r} ({len(extra)} such), which {path} lacks: unwrap it first")
-
-
-def sorted_out(tensors, configs, path):
-    """A file's tensors: {site: {name: tensor}}, {learned parameter: tensor}, {buffer: tensor}."""
-    parts, own, kept = {where: {} for where in configs}, {}, {}
-    for key, tensor in tensors.items():
-        prefix, _, name = key.partition(":")
-        if prefix + ":" in (LEARNED, BUFFER):
-            (own if prefix + ":" == LEARNED else kept)[name] = tensor
-            continue
-        where = max((w for w in configs if key.startswith(w + ".")), key=len, default=None)
-        if where is None:
-            raise ValueError(f"{path} has the tensor {key!r}, which belongs to none of its sites")
-        parts[where][key.removeprefix(where + ".")] = tensor
-    return parts, own, kept
-
-
-def remake(cls, name, site, config, tensors, where):
-    """The Patch or Format that a file holds for a site, which is not touched."""
-    most = max([1 << 16, *(t.numel() for t in tensors.values())])
-    if any(type(value) is int and value > most for value in config.values()):  # ask for memory only where the file has as much
-        raise ValueError(f"{where}: the settings do not fit the tensors: {config}")
-    try:
-        new = copy.deepcopy(site.module) if isinstance(site.module, cls) else cls(site, **config)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {name} does not take the settings {config} ({error})") from error
-    if isinstance(new, Format):
-        new.take(tensors, where)
-        return new
-    for key, t in tensors.items():
-        if t.is_floating_point() and not torch.isfinite(t).all():
-            raise ValueError(f"{where}: {key} holds nan or infinity")
-    ours, theirs = (shapes(d) for d in (new.state_dict(), tensors))
-    if ours != theirs:
-        raise ValueError(f"{where} does not fit this model, which needs {ours}; the file has {theirs}")
-    new.load_state_dict(tensors)
-    return new
-
-
-def check_base(model, metadata, path, any_base=False):
-    """The names, as they are here, over which the file's technique was trained.
-
-    ValueError where the file was made for another model, unless any model will do. Another model is also
-    one that lacks an adapter over which this one was trained.
-    """
-    try:
-        then = field(metadata, "base", path)
-        needs = field(metadata, "over", path) if "over" in metadata else {}
-        claiming = {name for name, sites in needs.items() if not sites}  # freeze and its like add nothing
-        difference = fingerprint.differs(model, then)
-        found, lack = fingerprint.match(model, {name: needs[name] for name in needs.keys() - claiming})
-    except ValueError as error:
-        if any_base:
-            return frozenset()
-        raise ValueError(f"{path}: {error}; any_base=True loads it all the same".replace(f"{path}: {path}", f"{path}")) from error
-    over = frozenset(found.values()) | claiming
-    missing = sorted(claiming - noted(model))
-    if difference and missing:
-        difference += f". It was made over {missing[0]}: load the file of {missing[0]} first"
-    if lack:
-        difference = f"{lack}. Load the file of each technique in the order in which they were wrapped"
-    if difference and not any_base:
-        raise ValueError(f"{path} belongs to another model: {difference}; any_base=True loads it all the same")
-    return over
+    return store(model, [sites[where] for where in made], lambda site: made[site.name])

@@ -13,7 +13,7 @@ import inspect
 import sys
 from collections.abc import Callable
 
-from minillm.registry.layer import Format
+from minillm.registry.kinds import Format
 from minillm.registry.learning import noted
 from minillm.registry.sites import walk
 

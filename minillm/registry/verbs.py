@@ -20,7 +20,8 @@ from torch import nn
 from minillm.registry import store
 from minillm.registry.attach import put
 from minillm.registry.learning import gone, settle
-from minillm.registry.layer import CannotMerge, Format, Layer, Patch, dense, leaf
+from minillm.registry.kinds import CannotMerge, Format, Patch
+from minillm.registry.layer import Layer, dense, leaf
 from minillm.registry.names import follow
 from minillm.registry.past import Past, past
 from minillm.registry.sites import ties, walk
@@ -104,7 +105,9 @@ def fill(shell, stored):
 def restored(now, base):
     """The base of an earlier time, in the place of `now`: its parameters learn as those do."""
     for key, p in base.named_parameters(recurse=False):
-        if key in now.__dict__.get("says", {}):
+        if (new := now._parameters.get(key)) is not None:
+            p.requires_grad_(new.requires_grad)
+        elif key in now.says:
             p.requires_grad_(now.says[key].last)
     return base
 

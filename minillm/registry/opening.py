@@ -1,0 +1,181 @@
+"""Reading a technique's file: what it holds, and whether it fits the model. Nothing is unpickled, and the model is not touched."""
+
+import json
+import pathlib
+
+import safetensors
+import torch
+
+from minillm.registry import fingerprint
+from minillm.registry.kinds import Format
+from minillm.registry.learned import shapes
+from minillm.registry.learning import noted, said
+from minillm.registry.names import names_of
+from minillm.registry.sites import walk
+from minillm.registry.table import KINDS, formats_of, patches_of
+
+LEARNED, BUFFER = "learned:", "buffer:"
+
+
+def kind_of(metadata, path):
+    """The class of the kind that a file holds."""
+    kind = metadata.get("kind", metadata["technique"])  # a file of an earlier minillm has the base kind
+    if kind not in KINDS or KINDS[kind].family != metadata["technique"]:
+        known = [name for name, cls in KINDS.items() if cls.family == metadata["technique"]]
+        raise ValueError(f"{path} holds the kind {kind!r}, which this minillm lacks; known: {', '.join(known)}")
+    return KINDS[kind]
+
+
+def opened(path, family):
+    """(tensors, metadata) of a file of this technique."""
+    tensors, metadata = read(path)
+    holds = metadata.get("technique")
+    if holds != family:
+        remedy = f"it holds {holds}: use minillm.{holds}.load" if holds else "it names no technique: did minillm write it?"
+        raise ValueError(f"{path} is not a file of {family}; {remedy}")
+    return tensors, metadata
+
+
+def read(path):
+    """(tensors, metadata) of a safetensors file. Nothing is unpickled.
+
+    ValueError for any other file. OSError, which names the path, for a directory or no file.
+    """
+    if pathlib.Path(path).is_dir():
+        raise IsADirectoryError(
+            f"{path} is a directory; what a technique saved is a file, such as "
+            f"{pathlib.Path(path) / 'adapter.safetensors'}"
+        )
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); other formats are not opened") from error
+    except OSError as error:
+        if str(path) in str(error):
+            raise
+        raise OSError(f"{path} cannot be read: {error}") from error
+
+
+def holds(path):
+    """(technique, name) of what a file holds; (None, None) where no technique of minillm wrote it."""
+    metadata = read(path)[1]
+    family = metadata.get("technique")
+    return family, metadata.get("name", family)
+
+
+def field(metadata, key, path, kind=dict):
+    """A JSON field of the metadata."""
+    try:
+        value = json.loads(metadata[key])
+        if not isinstance(value, kind):
+            raise ValueError(f"{key} is {type(value).__name__}")
+    except (KeyError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} does not say where its tensors belong ({type(error).__name__}: {error})") from error
+    return value
+
+
+def check_free(family, name, model, configs, path, replace):
+    """ValueError where one of this name is attached already, and is not to be replaced as a whole."""
+    here = [site.name for site, _ in patches_of(family, model, name)]
+    here += [site.name for site in formats_of(family, model, name)]
+    if here and not replace:
+        raise ValueError(f"the model has {name} already, at {here[0]!r} ({len(here)} such), and {path} would take "
+                         f"its place: unwrap or merge it first, load it under another name=, or say replace=True")
+    extra = [where for where in here if where not in configs]
+    if extra:
+        raise ValueError(f"the model has {name} at {extra[0]!r} ({len(extra)} such), which {path} lacks: unwrap it first")
+
+
+def sorted_out(tensors, configs, path):
+    """A file's tensors: {site: {name: tensor}}, {learned parameter: tensor}, {buffer: tensor}."""
+    parts, own, kept = {where: {} for where in configs}, {}, {}
+    for key, tensor in tensors.items():
+        prefix, _, name = key.partition(":")
+        if prefix + ":" in (LEARNED, BUFFER):
+            (own if prefix + ":" == LEARNED else kept)[name] = tensor
+            continue
+        where = max((w for w in configs if key.startswith(w + ".")), key=len, default=None)
+        if where is None:
+            raise ValueError(f"{path} has the tensor {key!r}, which belongs to none of its sites")
+        parts[where][key.removeprefix(where + ".")] = tensor
+    return parts, own, kept
+
+
+def remake(cls, site, config, tensors, where):
+    """The Patch or Format that a file holds for a site, which is not touched."""
+    most = max([1 << 16, *(t.numel() for t in tensors.values())])
+    if any(type(value) is int and value > most for value in config.values()):  # ask for memory only where the file has as much
+        raise ValueError(f"{where}: the settings do not fit the tensors: {config}")
+    try:
+        new = cls(site, **config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {cls.kind} does not take the settings {config} ({error})") from error
+    if isinstance(new, Format):
+        new.take(tensors, where)
+        return new
+    for key, t in tensors.items():
+        if t.is_floating_point() and not torch.isfinite(t).all():
+            raise ValueError(f"{where}: {key} holds nan or infinity")
+    ours, theirs = (shapes(d) for d in (new.state_dict(), tensors))
+    if ours != theirs:
+        raise ValueError(f"{where} does not fit this model, which needs {ours}; the file has {theirs}")
+    new.load_state_dict(tensors)
+    return new
+
+
+def check_base(model, metadata, path, any_base=False):
+    """The names, as they are here, over which the file's technique was trained.
+
+    ValueError where the file was made for another model, unless any model will do. Another model is also
+    one that lacks an adapter over which this one was trained.
+    """
+    try:
+        then = field(metadata, "base", path)
+        needs = field(metadata, "over", path) if "over" in metadata else {}
+        claiming = {name for name, sites in needs.items() if not sites}  # freeze and its like add nothing
+        difference = fingerprint.differs(model, then)
+        found, lack = fingerprint.match(model, {name: needs[name] for name in needs.keys() - claiming})
+    except ValueError as error:
+        if any_base:
+            return frozenset()
+        raise ValueError(f"{path}: {error}; any_base=True loads it all the same".replace(f"{path}: {path}", f"{path}")) from error
+    over = frozenset(found.values()) | claiming
+    missing = sorted(claiming - noted(model))
+    if difference and missing:
+        difference += f". It was made over {missing[0]}: load the file of {missing[0]} first"
+    if lack:
+        difference = f"{lack}. Load the file of each technique in the order in which they were wrapped"
+    if difference and not any_base:
+        raise ValueError(f"{path} belongs to another model: {difference}; any_base=True loads it all the same")
+    return over
+
+
+def check_beside(model, name, metadata, path, own, made, any_base=False):
+    """ValueError where the file would change what other techniques rely on, or have trained.
+
+    These are the ones that are attached here and were not where the file was written. own: learned
+    parameters of the file; made: {site: new Patch or Format}.
+    """
+    others = (names_of(model) | {one.brought for *_, one in said(model) if one.brought}) - {name}
+    others -= set(field(metadata, "beside", path, list)) if "beside" in metadata else others
+    if any_base or not others:
+        return
+    here = {slot: p for slot, p, _ in said(model) if p is not None}
+    here |= {f"{site.name}.weight": site.module.weight for site in walk(model) if isinstance(site.module, Format)}
+    changed = [slot for slot, t in own.items() if not torch.equal(t.to(here[slot]), here[slot])]
+    for site in walk(model):
+        new = made.get(site.name)
+        if isinstance(new, Format) and not within_rounding(new, site):
+            changed.append(f"{site.name}.weight")
+    if changed:
+        raise ValueError(f"{path} was made without {', '.join(sorted(others))}, which this model has, and it would change "
+                         f"{changed[0]!r} beneath it ({len(changed)} such): load it first, or alone; any_base=True loads it all the same")
+
+
+@torch.no_grad()
+def within_rounding(form, site):
+    """Whether a Format may store what the site holds now."""
+    W, now = form.dense().float(), site.stored()[0].float()
+    eps = torch.finfo(form.dtype).eps
+    return bool(((W - now).abs() <= form.rounding() * 1.001 + 4 * eps * now.abs()).all())
