@@ -1,6 +1,7 @@
 """What all tests share: one seed, and the count of the laws that were checked."""
 
 import collections
+import copy
 import os
 import warnings
 
@@ -44,6 +45,13 @@ def pytest_terminal_summary(terminalreporter):
     if LAWS:
         each = ", ".join(f"{name}: {n}" for name, n in sorted(LAWS.items()))
         terminalreporter.write_line(f"laws: {sum(LAWS.values())} checks ({each})")
+
+
+def peft_model(model, **config):
+    """peft's LoRA model around a copy of the model, or a skip; the deprecations that it meets are not ours."""
+    peft = pytest.importorskip("peft", reason="needs the extra 'parity'")
+    with warnings.catch_warnings(action="ignore"):
+        return peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**config))
 
 
 def hugging_face():

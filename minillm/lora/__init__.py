@@ -57,10 +57,10 @@ class LoRA(Patch):
     additive = True
     reads = False
 
-    def __init__(self, site, r=8, alpha=16.0, rank_stabilized=False, dropout=0.0):
+    def __init__(self, site, r=None, alpha=16.0, rank_stabilized=False, dropout=0.0, start=False):
         super().__init__()
         out, into = site.shape
-        r = options.whole("r", r)
+        r = min(8, out, into) if r is None else options.whole("r", r)
         if r > min(out, into):
             raise ValueError(f"r={r} at {site.name!r}: the rank of a ({out}, {into}) matrix lies between 1 "
                              f"and {min(out, into)}")
@@ -71,6 +71,10 @@ class LoRA(Patch):
         self.lookup, self.padding = site.leaf.lookup, site.padding
         self.A = site.new(r, into)
         self.B = site.new(out, r)
+        self.start = options.flag("start", start)
+        if start:  # as A and B were at birth, when the base lost their product: see `pissa`
+            self.register_buffer("A0", self.A.detach().clone())
+            self.register_buffer("B0", self.B.detach().clone())
 
     def fill(self, site):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
@@ -100,16 +104,21 @@ class LoRA(Patch):
             A = A.index_fill(1, torch.tensor(self.padding, device=A.device), 0)
         return W + (self.scale * self.B @ A).to(W.dtype), b
 
+    def residual(self, W):
+        return W - (self.scale * self.B0 @ self.A0).to(W.dtype)
+
     def extra_repr(self):
         return f"r={self.r}, alpha={self.alpha}"
 
 
-def wrap(model, targets=None, *, name=None, r=8, alpha=16.0, rank_stabilized=False, dropout=0.0):
+def wrap(model, targets=None, *, name=None, r=None, alpha=16.0, rank_stabilized=False, dropout=0.0):
     """Put LoRA around the leaves that `targets` names (see `registry.select`); in place, returns the model.
 
     By default every linear leaf but the output head and tied matrices. Only A and B learn
-    afterwards. The dropout (of the branch's input, while training) is off by default: it costs a
-    copy of x for each leaf. ValueError for an r that is no rank of one of the leaves, an alpha that
+    afterwards. name: what it is called, by default "lora"; several of different names add up (see
+    `minillm.use`). r: the rank, by default 8, or less in a leaf that is smaller. alpha: s = alpha / r;
+    rank_stabilized: s = alpha / sqrt(r). The dropout (of the branch's input, while training) is off by
+    default: it costs a copy of x for each leaf. ValueError for an r that is no rank of one of the leaves, an alpha that
     is not above 0, and a dropout outside of 0 <= d < 1.
     """
     return attach(LoRA, model, targets, name=name, r=r, alpha=alpha, rank_stabilized=rank_stabilized, dropout=dropout)
@@ -119,3 +128,5 @@ unwrap, merge, unmerge, save, load = verbs("lora", LoRA)
 method("lora", wrap, does="learns a low-rank change of each weight",
        paper="Hu et al. 2021, arXiv 2106.09685", rates=dict(tiny=6e-3, smollm2=2e-3),
        small={"": dict(r=4), "stable": dict(r=2, alpha=3.0, rank_stabilized=True), "dropout": dict(r=3, dropout=0.5)})
+
+from minillm.lora import dora, pissa  # noqa: E402, F401

@@ -2,6 +2,7 @@
 
 import torch
 
+from minillm.registry.bases import remainder
 from minillm.registry.hooks import take_hooks
 from minillm.registry.kinds import Format
 from minillm.registry.layer import Layer
@@ -44,8 +45,13 @@ def surround(model, name, pairs, over):
     """
     follow(model)
     before = frozenset(names_of(model))
+    for _, patch in pairs:
+        patch.name = name
+    tied = ties(model)
+    for site, base in [(site, remainder(site, patch, tied)) for site, patch in pairs if patch.start]:
+        put(site, base)
     for site, patch in pairs:
-        patch.name, patch.before, patch.over = name, before - {name}, frozenset(over)
+        patch.before, patch.over = before - {name}, frozenset(over)
         patch.version = version(patch)
         if site.layer is None:
             site.replace(Layer(site.module))
@@ -76,14 +82,14 @@ def store(model, sites, make):
         old = site.module
         if isinstance(old, Format):
             new.shell = old.shell
+            if record := past(old):
+                new.past = record
         else:
             for key, p in old.named_parameters(recurse=False):
                 say(old, key, p)
             old.weight = None
             new.shell = Aside(old)
         new.says = old.says  # of the weight too, which is no parameter for now
-        if record := past(old):
-            new.past = record
         put(site, new.train(old.training))
         name = new.name
     return came(model, name) if sites else model

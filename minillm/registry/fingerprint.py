@@ -29,6 +29,7 @@ import torch
 from minillm import distributed
 from minillm.registry.learning import slots
 from minillm.registry.kinds import Format
+from minillm.registry.past import before_birth
 from minillm.registry.sites import parameters, walk
 
 SAMPLES = 4  # values of each weight
@@ -54,6 +55,7 @@ def of(model, without=None):
     """
     every = own(model)
     without = {name for name, p in every.items() if p.requires_grad} if without is None else without
+    every |= originals(model)
     samples = {name: sample(p) for name, p in every.items() if name not in without}
     stored = {name: form for name, form in formats(model) if name not in without}
     return dict(model=name_of(model), config=settings(model), samples=samples,
@@ -69,12 +71,18 @@ def own(model):
     return dict(first.values())
 
 
+def originals(model):
+    """{name: weight} of the leaves that a patch has changed when it came: as they were before."""
+    olds = {f"{site.name}.weight": before_birth(site.module) for site in walk(model) if site.leaf}
+    return {name: old.weight for name, old in olds.items() if old is not None}
+
+
 def formats(model):
     """[(name of the weight, Format)] of the leaves that a Format stores."""
     return [
         (f"{site.name}.weight", site.module)
         for site in walk(model)
-        if isinstance(site.module, Format)
+        if isinstance(site.module, Format) and before_birth(site.module) is None
     ]
 
 
@@ -162,7 +170,8 @@ def differs(model, then):
         )
         return both.format("and ", "") + f"it {what} the parameter {first!r} ({number} such)"
     ours = {
-        name: sample(p) + ["", [0.0] * SAMPLES] for name, p in own(model).items() if name in theirs
+        name: sample(p) + ["", [0.0] * SAMPLES]
+        for name, p in (own(model) | originals(model)).items() if name in theirs
     }
     ours |= {name: sample_stored(form) for name, form in formats(model) if name in theirs}
     odd = [name for name in ours if not agree(ours[name], theirs[name])]

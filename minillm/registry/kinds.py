@@ -45,6 +45,7 @@ class Patch(Kind):
     reads = True  # whether `fill` looks at the model, and not at random numbers alone
     active = True  # whether it takes part: `minillm.use` switches it
     fixed = False  # whether it is not to be trained any more; then it claims nothing
+    start = False  # whether it takes a part out of the base when it comes: see `residual`
     random = False  # whether `forward` draws at random now, as `fold` cannot
 
     before = frozenset()  # the names that the model had before it
@@ -62,6 +63,10 @@ class Patch(Kind):
     def fold(self, W, b):
         """(W, b) -> (W', b') such that the leaf with W', b' computes what `forward` does. W is (out, in)."""
         raise CannotMerge(f"{self.name} cannot be merged: what it computes is no change of a weight")
+
+    def residual(self, W):
+        """What is left of W (out, in) when a patch comes that starts with a part of it."""
+        raise NotImplementedError
 
     def prepare(self, ids, labels, mask):
         """What the technique adds to a batch before the model sees it: ids, labels, mask, each (b, t) or None."""

@@ -73,8 +73,11 @@ class Layer(nn.Module):
         kind = leaf(self.base)
         if kind is None:
             return self.base.weight
+        changes = [patch for patch in self.stack() if patch.touches != "ids"]
+        if not changes:
+            return self.base.weight
         try:
-            W, _ = folded(self.base, [patch for patch in self.stack() if patch.touches != "ids"])
+            W, _ = folded(self.base, changes)
         except CannotMerge as error:
             raise CannotMerge(f"the model reads the weight of a leaf instead of calling it, and {error}. nn.TransformerEncoder "
                               "reads it for padded rows in eval: set its use_nested_tensor = False") from error

@@ -33,11 +33,16 @@ class Aside(nn.Module):
 
 
 class Past(Aside):
-    """Of a merge, as `past` of the new base: the patch, the old base, and the patches beneath it."""
+    """Of a merge, as `past` of the new base: the patch, the old base, and the patches beneath it.
 
-    def __init__(self, patch, base, beneath):
+    Where a patch changed the base when it came, as PiSSA does, the record is `born`: `unwrap` puts the
+    old base back, and `unmerge` has nothing to do with it.
+    """
+
+    def __init__(self, patch, base, beneath=(), born=False):
         super().__init__(patch, base)
         self.beneath = beneath  # their names, which says where `unmerge` puts the patch
+        self.born = born
 
     @property
     def patch(self):
@@ -48,9 +53,20 @@ class Past(Aside):
         return self.kept[1]
 
     def extra_repr(self):
-        return f"{self.patch.name} is merged"
+        return f"{self.patch.name} {'came' if self.born else 'is merged'}"
 
 
 def past(module):
     """The Past of the last merge into this leaf that was kept, or None."""
     return module._modules.get("past")
+
+
+def before_birth(module):
+    """The leaf as it was before a patch changed it when it came; None where none did.
+
+    `module` may be a Format that has taken the leaf's place since.
+    """
+    record = past(module)
+    if record is None and "shell" in module._modules:
+        record = past(module.shell.kept[0])
+    return record.base if record is not None and record.born else None

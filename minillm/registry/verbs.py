@@ -9,21 +9,18 @@ The price is a second copy of what was merged, which `merge(model, keep=False)` 
 which costs no memory and returns weights that differ in their last bits, or wholly where the base is quantized.
 """
 
-import copy
 import functools
 import inspect
 import logging
 
-import torch
-from torch import nn
-
 from minillm.registry import store
 from minillm.registry.attach import put
+from minillm.registry.bases import fold_in, refill, restored
 from minillm.registry.learning import gone, settle
 from minillm.registry.kinds import CannotMerge, Format, Patch
-from minillm.registry.layer import Layer, dense, leaf
+from minillm.registry.layer import Layer
 from minillm.registry.names import follow
-from minillm.registry.past import Past, past
+from minillm.registry.past import past
 from minillm.registry.sites import ties, walk
 from minillm.registry.table import KINDS, attached, patches_of, register
 
@@ -43,6 +40,7 @@ def unwrap(family, model, name=None):
     plan, names = [], set()
     for site in walk(model):
         base, merged = site.module, []
+        check_stored(site, ours, born=True)
         if isinstance(base, Format) and ours(base):
             merged, base = [base.name], None
         while base is not None and past(base) and ours(past(base).patch):
@@ -76,40 +74,6 @@ def check_last(site, ours):
         over, record = record.patch.name, past(record.base)
         if record and ours(record.patch):
             raise ValueError(f"{over} was merged into {site.name!r} after {record.patch.name}: unmerge {over} first")
-
-
-def refill(stored):
-    """The leaf that a Format had replaced, with the dense weight in it.
-
-    A merge into the Format stays a merge into the leaf, and can be undone.
-    """
-    if record := past(stored):
-        beneath = refill(record.base)
-        above = twin(beneath)
-        above._modules.pop("past", None)
-        fill(above, stored)
-        above.past = Past(record.patch, beneath, record.beneath)
-        return above
-    return fill(stored.shell.kept[0], stored)
-
-
-def fill(shell, stored):
-    """Give the emptied leaf the weight, the bias and the notes of the Format; returns the leaf."""
-    shell.weight = nn.Parameter(stored.weight.detach().contiguous(), requires_grad=stored.says["weight"].last)
-    if stored.bias is not None:
-        shell.bias = stored.bias
-    shell.says = stored.says
-    return shell.train(stored.training)
-
-
-def restored(now, base):
-    """The base of an earlier time, in the place of `now`: its parameters learn as those do."""
-    for key, p in base.named_parameters(recurse=False):
-        if (new := now._parameters.get(key)) is not None:
-            p.requires_grad_(new.requires_grad)
-        elif key in now.says:
-            p.requires_grad_(now.says[key].last)
-    return base
 
 
 def merge(family, model, name=None, *, keep=True, tolerance=0.5):
@@ -168,56 +132,6 @@ def check_order(site, patch, merged):
                              f"merge or unwrap {other.name} first")
 
 
-@torch.no_grad()
-def fold_in(site, patch, base, keep, tolerance):
-    """(a new base with the patch folded in, the rounding as a share of the change); `base` stays as it is."""
-    W, b = dense(base) if site.leaf else (None, None)
-    W = W.to(torch.promote_types(W.dtype, torch.float32)) if site.leaf else None
-    wanted, bias = patch.fold(W, b)
-    changed = not torch.equal(wanted, W) or bias is not b
-    new = rebased(base, wanted, bias) if changed else twin(base)
-    for key, p in new._parameters.items():  # what trains it from now on leaves the old base alone
-        if p is not None and p is base._parameters.get(key):
-            new._parameters[key] = nn.Parameter(p.detach().clone(), p.requires_grad)
-    if changed and isinstance(new, Format):
-        new.pays(site.name)
-    error, change = (dense(new)[0].to(W.dtype) - wanted).norm().item(), (wanted - W).norm().item()
-    if error > tolerance * change + 1e-6 * wanted.norm().item():
-        raise ValueError(f"merging {patch.name} into {site.name!r} ({storage(new)}) would lose it: the rounding is "
-                         f"{error / change:.2f} of the change, more than tolerance={tolerance}. Merge into a dense base (unwrap "
-                         "the format first), or keep the patch")
-    new._modules.pop("past", None)  # the copy's: of the merges before this one
-    if keep:
-        names = list(site.layer.patches)
-        new.past = Past(patch, base, names[: names.index(patch.name)])
-    return new, error / change if change else 0.0
-
-
-def storage(module):
-    return module.kind if isinstance(module, Format) else str(module.weight.dtype).removeprefix("torch.")
-
-
-def twin(base):
-    """A leaf of its own over the same tensors: what is set on it does not change `base`."""
-    new = copy.copy(base)
-    for table in ("_parameters", "_buffers", "_modules"):
-        new.__dict__[table] = dict(base.__dict__[table])
-    return new
-
-
-def rebased(base, W, b):
-    """A twin of the leaf `base`, in its own format and dtype, that holds W (out, in) and b instead."""
-    new, dtype = twin(base), dense(base)[0].dtype
-    if isinstance(new, Format):
-        new.pack(W)
-    else:
-        W = W.T if leaf(base).transposed else W
-        new.weight = nn.Parameter(W.to(dtype).contiguous(), requires_grad=base.weight.requires_grad)
-    if b is not None and b is not base.bias:
-        new.bias = nn.Parameter(b.to(dtype))
-    return new
-
-
 def unmerge(family, model, name=None):
     """Put back the base that `merge` kept, and the patch around it; in place, returns the model.
 
@@ -231,7 +145,7 @@ def unmerge(family, model, name=None):
     plan = []
     for site in walk(model):
         base, records = site.module, []
-        while past(base) and ours(past(base).patch):
+        while past(base) and ours(past(base).patch) and not past(base).born:
             records.append(past(base))
             base = records[-1].base
         for one in [record.patch.name for record in records]:
@@ -259,13 +173,13 @@ def unmerge(family, model, name=None):
     return settle(model)
 
 
-def check_stored(site, ours):
-    """ValueError where one of ours was merged before a format came."""
+def check_stored(site, ours, born=False):
+    """ValueError where one of ours was merged (or, of the born ones, came) before a format did."""
     if isinstance(site.module, Format):
         record = past(site.module.shell.kept[0])
-        if record and ours(record.patch):
-            raise ValueError(f"{record.patch.name} was merged into {site.name!r} before {site.module.kind} stored it: "
-                             f"minillm.{site.module.family}.unwrap(model) first")
+        if record and ours(record.patch) and record.born == born:
+            raise ValueError(f"{record.patch.name} {'took a part out of' if born else 'was merged into'} {site.name!r} before "
+                             f"{site.module.kind} stored it: minillm.{site.module.family}.unwrap(model) first")
 
 
 def verbs(family, cls, functions=None):

@@ -1,0 +1,107 @@
+"""DoRA: LoRA for the direction of each weight, and a number for its length.
+
+Full fine-tuning changes how long a row of W is, and where it points, almost independently of each
+other. LoRA changes both together. DoRA learns the two apart.
+
+    1. V  = W + s B A                          the direction, as LoRA changes it
+    2. W' = m * V / ||V||                      each row has the length m
+
+                                Liu et al. 2024, "DoRA", arXiv 2402.09353, equation 5
+
+    code       paper       shape        at birth
+    A, B       A, B        (r, in), (out, r)    as in LoRA: B is zero
+    m          m           (out,)       ||W||, the norm of each row, so that nothing changes
+    norm       ||V||_c     (out,)       no gradient flows through it (section 4.3)
+
+The paper writes W as (in, out), so its columns are our rows: one per output.
+
+||V|| is needed in every step, and V is a full matrix. But its norm needs no V:
+
+    ||V||^2 = ||W||^2 + 2 s B . (W A^T) + s^2 B . (B A A^T)        row by row
+
+where a product of two matrices of shape (out, r) is all that is made. So the output is
+
+    W' x + b = (m / ||V||) * (W x + s B A x) + b
+
+Cost: LoRA's, out more parameters a leaf, and one pass over W for the norm in each step. Merged,
+nothing. peft makes s B A and W + s B A, and takes the norm of that. Its dropout also drops the input
+of W, ours that of the branch alone; without dropout the two are equal.
+
+Beneath a format W is made dense for the norm. Not included: embeddings.
+
+>>> from torch import nn; import torch, minillm
+>>> model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(2, 8)
+>>> before = model(x)
+>>> model = minillm.lora.dora.wrap(model, r=2)
+>>> torch.allclose(model(x), before, atol=1e-6)                         # nothing changes at birth
+True
+>>> with torch.no_grad():
+...     _ = model[0].patches["dora"].B.normal_()
+>>> W, _ = model[0].dense()
+>>> torch.allclose(W.norm(dim=1), model[0].patches["dora"].m)           # the length is m, whatever B is
+True
+"""
+
+import torch
+import torch.nn.functional as F
+
+from minillm.lora import LoRA
+from minillm.registry.attach import attach
+from minillm.registry.kinds import Patch
+from minillm.registry.table import method, register
+
+
+class DoRA(LoRA):
+    additive = False
+    reads = True
+    accepts = Patch.accepts
+
+    def __init__(self, site, r=None, alpha=16.0, rank_stabilized=False, dropout=0.0):
+        super().__init__(site, r, alpha, rank_stabilized, dropout)
+        self.m = site.new(site.shape[0])
+
+    @torch.no_grad()
+    def fill(self, site):
+        super().fill(site)
+        self.m.copy_(self.norm(site.dense()[0]))
+
+    @torch.no_grad()
+    def norm(self, W):
+        """||W + s B A|| of each row, (out,), in float32, as a constant."""
+        W, A, B, s = W.to(self.A.dtype), self.A, self.B, self.scale
+        squares = W.square().sum(1) + 2 * s * (B * (W @ A.T)).sum(1)  # each (out,)
+        squares += s**2 * (B @ (A @ A.T) * B).sum(1)
+        return squares.clamp(min=0).sqrt()
+
+    def forward(self, below, x):
+        W, b = below.dense()
+        scale = self.m / self.norm(W)
+        y = below(x)
+        y = y if b is None else y - b.to(y.dtype)  # W x
+        d = F.dropout(x, self.dropout) if self.random else x
+        Ax = below.compute(d, self.A.to(y.dtype))  # (..., in) -> (..., r)
+        y = scale.to(y.dtype) * (y + F.linear(self.scale * Ax, self.B.to(y.dtype)))
+        return y if b is None else y + b.to(y.dtype)
+
+    def fold(self, W, b):
+        V = W + self.scale * self.B @ self.A
+        return ((self.m / self.norm(W))[:, None] * V).to(W.dtype), b
+
+
+def wrap(model, targets=None, *, name=None, r=None, alpha=16.0, rank_stabilized=False, dropout=0.0):
+    """Put DoRA around the leaves that `targets` names (see `registry.select`); in place, returns the model.
+
+    By default every linear leaf but the output head and tied matrices. Only A, B and m learn
+    afterwards. name: what it is called, by default "dora". r: the rank, by default 8, or less in a leaf
+    that is smaller. alpha: s = alpha / r; rank_stabilized: s = alpha / sqrt(r). dropout: of the branch's
+    input, while training. ValueError for an r that is no rank of one of the leaves, an alpha that is
+    not above 0, and a dropout outside of 0 <= d < 1.
+    """
+    return attach(DoRA, model, targets, name=name, r=r, alpha=alpha, rank_stabilized=rank_stabilized,
+                  dropout=dropout)
+
+
+register("dora", DoRA, family="lora")
+method("dora", wrap, does="LoRA for each weight's direction, and its length apart",
+       paper="Liu et al. 2024, arXiv 2402.09353", rates=dict(tiny=6e-3, smollm2=2e-3),
+       small={"": dict(r=4), "stable": dict(r=2, alpha=3.0, rank_stabilized=True)})
