@@ -30,7 +30,7 @@ Around them:
 """
 
 # isort: skip_file  (the order is the order of the table)
-from minillm.registry import CannotMerge, Format, Layer, Patch, layers, prepare, techniques, untie, use
+from minillm.registry import CannotMerge, Format, Layer, Patch, layers, prepare, rows, techniques, untie, use
 from minillm.model.transformer import Cache, Config, Transformer, compile
 from minillm import freeze, prompts, lora, adapters
 from minillm import quant, prune, sparse
@@ -44,6 +44,6 @@ from minillm.zoo import load
 
 __all__ = [
     "Cache", "CannotMerge", "Config", "Format", "Layer", "Patch", "Transformer", "adapters", "compare", "compile", "data",
-    "checkpoints", "distributed", "freeze", "layers", "load", "lora", "measure", "prepare", "prompts", "prune", "quant", "report",
+    "checkpoints", "distributed", "freeze", "layers", "load", "lora", "measure", "prepare", "prompts", "prune", "quant", "report", "rows",
     "save", "show", "sparse", "techniques", "train", "untie", "use", "zoo",
 ]

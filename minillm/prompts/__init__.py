@@ -77,7 +77,12 @@ class SoftPrompt(Patch):
         placeholders = self.vocabulary + torch.arange(self.length, device=ids.device)
         ids = ids + self.length * (ids >= self.vocabulary)  # those of a prompt beneath come after them
         ids = torch.cat([placeholders.expand(len(ids), -1), ids], 1)
-        return ids, before(labels, -100), before(mask, True)
+        labels, mask = before(labels, -100), before(mask, True)
+        if self.rows is not None and not self.rows.all():  # a row without this prompt has padding there
+            mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+            ids[~self.rows, : self.length] = 0
+            mask[~self.rows, : self.length] = False
+        return ids, labels, mask
 
     def extra_repr(self):
         return f"length={self.length}, width={self.P.shape[1]}"

@@ -44,6 +44,7 @@ class Patch(Kind):
     additive = False  # whether `fold` adds something that does not depend on W and b
     reads = True  # whether `fill` looks at the model, and not at random numbers alone
     active = True  # whether it takes part: `minillm.use` switches it
+    rows = None  # of a batch, those for which it takes part, (b,) of bool; None: all (see `minillm.rows`)
     fixed = False  # whether it is not to be trained any more; then it claims nothing
     start = False  # whether it takes a part out of the base when it comes: see `residual`
     random = False  # whether `forward` draws at random now, as `fold` cannot
@@ -68,9 +69,41 @@ class Patch(Kind):
         """What is left of W (out, in) when a patch comes that starts with a part of it."""
         raise NotImplementedError
 
+    def select(self, below, *args, **kwargs):
+        """The output of the patch in its rows of the batch, of what lies beneath it in the others."""
+        if self.rows is None or self.touches == "ids":  # ids without placeholders have no prompt
+            return self(below, *args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))
+        if len(x) != len(self.rows):
+            raise ValueError(f"minillm.rows names an adapter for each of {len(self.rows)} rows, and this batch has {len(x)}")
+        beneath = Once(below)
+        y, z = self(beneath, *args, **kwargs), beneath(*args, **kwargs)
+        if isinstance(y, tuple):
+            return (self.mixed(y[0], z[0]), *y[1:])
+        return self.mixed(y, z)
+
+    def mixed(self, y, z):
+        """y in the rows of this patch, z in the others; each (b, ...)."""
+        return torch.where(self.rows.view(-1, *[1] * (y.dim() - 1)), y, z)
+
     def prepare(self, ids, labels, mask):
         """What the technique adds to a batch before the model sees it: ids, labels, mask, each (b, t) or None."""
         return ids, labels, mask
+
+
+class Once:
+    """What lies beneath a patch, computed once, however often it is called with the same input."""
+
+    def __init__(self, below):
+        self.below, self.args, self.output = below, None, None
+
+    def __call__(self, *args, **kwargs):
+        if self.args is None or len(args) != len(self.args) or any(a is not b for a, b in zip(args, self.args)):
+            self.args, self.output = args, self.below(*args, **kwargs)
+        return self.output
+
+    def __getattr__(self, name):
+        return getattr(self.below, name)
 
 
 class Format(Kind):

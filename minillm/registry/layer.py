@@ -112,7 +112,7 @@ class Below:
         if self.depth == 0:
             return self.layer.base(*args, **kwargs)
         patch, below = self.patches()[-1], Below(self.layer, self.depth - 1)
-        return patch(below, *args, **kwargs) if patch.active else below(*args, **kwargs)
+        return patch.select(below, *args, **kwargs) if patch.active else below(*args, **kwargs)
 
     def patches(self):
         return list(self.layer.patches.values())[: self.depth]
@@ -133,6 +133,9 @@ def folded(base, patches):
         if patch.random:
             raise ValueError(f"{patch.name} has a dropout that no folded weight has, and what is around it (a mask, "
                              f"nn.MultiheadAttention) computes with the folded weight: wrap {patch.name} with dropout=0")
+        if patch.rows is not None:
+            raise ValueError(f"{patch.name} is not in all rows of this batch (see minillm.rows), and what is around it computes with "
+                             "one folded weight")
         W, b = patch.fold(W, b)
     return W, b
 

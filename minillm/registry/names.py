@@ -9,9 +9,11 @@ that were active while its parameters changed. `follow` brings this up to date b
 which adapters take part.
 """
 
+import contextlib
 import difflib
 import re
 
+import torch
 from torch import nn
 
 from minillm.registry import learning
@@ -52,6 +54,42 @@ def follow(model):
             patch.over, patch.version = patch.over | patch.before & now, version(patch)
 
 
+def adapters(model, names):
+    """The patches with parameters of their own; ValueError for a name that none of them has."""
+    found = [patch for patch in patches(model) if any(True for _ in patch.parameters())]
+    known = sorted({patch.name for patch in found})
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known) or known
+            raise ValueError(f"no adapter is called {name!r}; "
+                             + (f"there are: {', '.join(map(repr, close))}" if known else "the model has none"))
+    return found
+
+
+@contextlib.contextmanager
+def rows(model, names):
+    """Within it, each row of a batch has its own adapter: `with minillm.rows(model, ["sql", "chat", None]): ...`
+
+    names: for each row a name, a list of names that add up, or None. An adapter computes for all rows,
+    and what it adds to others is left out; the model beneath is computed once. ValueError for a name
+    that no adapter here has. A batch of another size is an error, and so is a mask around the adapters.
+    """
+    asked = [[one] if isinstance(one, str) else list(one or ()) for one in names]
+    found = adapters(model, [name for one in asked for name in one])
+    before = [(patch, patch.active) for patch in found]
+    follow(model)
+    try:
+        for patch in found:
+            device = next(patch.parameters()).device
+            patch.rows = torch.tensor([patch.name in one for one in asked], device=device)
+            patch.active = bool(patch.rows.any())
+        yield model
+    finally:
+        follow(model)
+        for patch, active in before:
+            patch.rows, patch.active = None, active
+
+
 def use(model, *names):
     """Let the adapters with these names take part, and no others; in place, returns the model.
 
@@ -59,14 +97,8 @@ def use(model, *names):
     order of their `wrap`. The parameters of one that takes no part get no gradient. A compiled model
     compiles once for each set of names. ValueError for a name that no adapter here has.
     """
-    adapters = [patch for patch in patches(model) if any(True for _ in patch.parameters())]
-    known = sorted({patch.name for patch in adapters})
-    for name in names:
-        if name not in known:
-            close = difflib.get_close_matches(str(name), known) or known
-            raise ValueError(f"no adapter is called {name!r}; "
-                             + (f"there are: {', '.join(map(repr, close))}" if known else "the model has none"))
+    found = adapters(model, names)
     follow(model)
-    for patch in adapters:
+    for patch in found:
         patch.active = patch.name in names
     return model
