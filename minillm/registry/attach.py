@@ -66,9 +66,10 @@ def check_formats(cls, model, sites):
         if isinstance(site.module, Format):
             raise ValueError(f"{site.name!r} is already stored as {site.module.kind}: minillm."
                              f"{site.module.family}.unwrap(model) first gives its dense weight back")
-        if site.name in tied:
-            raise ValueError(f"{site.name!r} shares its matrix with {', '.join(tied[site.name])}: stored as "
-                             f"{cls.kind} it would be a second matrix. minillm.untie(model) first gives each its own")
+        if left := sorted({*tied.get(site.name, ())} - {one.name for one in sites}):
+            raise ValueError(f"{site.name!r} shares its matrix with {', '.join(left)}: stored as {cls.kind} it would be a second "
+                             "matrix. Name all of them as targets to have it stored once, or give each its own with "
+                             "minillm.untie(model)")
         if not torch.isfinite(site.module.weight).all():
             raise ValueError(f"the weight of {site.name!r} holds nan or infinity, which {cls.kind} cannot store")
 
@@ -76,10 +77,13 @@ def check_formats(cls, model, sites):
 def store(model, sites, make):
     """Replace leaves by the Format that `make` gives for each site; in place, returns the model.
 
-    The emptied leaf waits in it as `shell`, for unwrap.
+    The emptied leaf waits in it as `shell`, for unwrap. Leaves that share their matrix share the buffers.
     """
+    tied, first = ties(model), {}
     for site, new in [(site, make(site)) for site in sites]:  # none is replaced before all are made
         old = site.module
+        group = frozenset({site.name, *tied.get(site.name, ())})
+        share(first.setdefault(group, new), new)
         if isinstance(old, Format):
             new.shell = old.shell
             if record := past(old):
@@ -93,6 +97,14 @@ def store(model, sites, make):
         put(site, new.train(old.training))
         name = new.name
     return came(model, name) if sites else model
+
+
+def share(first, other):
+    """Let `other` hold the buffers of `first`, as they are: the table itself, so that a cast or a copy keeps them one."""
+    shapes = [{key: (b.shape, b.dtype) for key, b in form._buffers.items()} for form in (first, other)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"leaves that share a matrix keep it in {first.kind} in different shapes: minillm.untie(model) first")
+    other._buffers = first._buffers
 
 
 def put(site, base):

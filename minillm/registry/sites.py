@@ -122,6 +122,9 @@ def ties(model):
     for name, _, key, p in parameters(model):
         if key == "weight":
             owners.setdefault(id(p), []).append(name.removesuffix(".weight"))
+    for site in walk(model):
+        if isinstance(site.module, Format):
+            owners.setdefault(id(site.module._buffers), []).append(site.name)
     return {name: [n for n in names if n != name] for names in owners.values() if len(names) > 1 for name in names}
 
 
@@ -132,6 +135,11 @@ def untie(model):
         if id(p) in seen:
             setattr(owner, key, nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad))
         seen.add(id(p))
+    for site in walk(model):
+        if isinstance(site.module, Format) and id(site.module._buffers) in seen:
+            site.module._buffers = {key: b.clone() for key, b in site.module._buffers.items()}
+        elif isinstance(site.module, Format):
+            seen.add(id(site.module._buffers))
     for field in ("tied", "tie_word_embeddings"):
         if hasattr(getattr(model, "config", None), field):
             setattr(model.config, field, False)

@@ -54,10 +54,18 @@ def unwrap(family, model, name=None):
             check_last(site, ours)
     if not plan:
         raise ValueError(f"there is no {called(family, name)} in this model to unwrap; attached: {attached(model)}")
+    weights = {}  # of the formats that share their buffers
     for site, here, base in plan:
         for key in here:
             del site.layer.patches[key]
-        put(site, restored(site.module, base) if base is not None else refill(site.module))
+        if base is None:
+            shared = site.module._buffers
+            base = refill(site.module)
+            base.weight = weights.setdefault(id(shared), base.weight)
+            base.says["weight"].last = base.weight.requires_grad  # what each said of it counts anew
+            put(site, base)
+        else:
+            put(site, restored(site.module, base))
     for one in names:
         gone(model, one)
     return model
