@@ -74,7 +74,7 @@ def test_codes_share_bytes(bits):
 
 
 @pytest.mark.parametrize("zero_point", [False, True])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
 def test_the_codes_are_those_of_torchao(bits, zero_point):
     ao = pytest.importorskip("torchao.quantization.quant_primitives")
     W, grid = torch.randn(64, 128) * torch.logspace(-3, 1, 64)[:, None] + 0.01, Grid(bits, 32, zero_point)
@@ -99,6 +99,25 @@ def test_the_codes_are_those_of_ggufs_q8_0():
     raw = torch.from_numpy(gguf.quants.quantize(W.numpy(), gguf.GGMLQuantizationType.Q8_0)).view(16, 2, 34)
     theirs = raw[..., 2:].contiguous().view(torch.int8).flatten(1)  # before them the scale, in float16
     ours = grid.round(W, *grid.fit(W))
+    assert (ours != theirs).float().mean() < 2e-3 and (ours - theirs).abs().max() <= 1
+
+
+@pytest.mark.parametrize("bits, zero_point", [(4, False), (5, False), (4, True), (5, True)])
+def test_the_codes_are_those_of_gguf_where_it_has_the_same_grid(bits, zero_point):
+    """Q4_0 and Q5_0: where the largest magnitude of a block is negative. Q4_1 and Q5_1: where the least weight is 0."""
+    gguf = pytest.importorskip("gguf")
+    kind, grid = gguf.GGMLQuantizationType[f"Q{bits}_{int(zero_point)}"], Grid(bits, 32, zero_point)
+    W = torch.rand(16, 64) if zero_point else torch.randn(16, 64).clamp(-4, 4)
+    W[:, ::32] = 0.0 if zero_point else -5.0
+    raw = gguf.quants.quantize(W.numpy(), kind)
+    back = torch.from_numpy(gguf.quants.dequantize(raw, kind))
+    size = raw.shape[1] // 2
+    d = torch.from_numpy(raw.copy()).view(16, 2, size)[..., :2].contiguous().view(torch.float16).float()  # (16, 2, 1)
+    scale, zero = grid.fit(W)
+    torch.testing.assert_close(scale, d[..., 0], rtol=1e-3, atol=0)  # theirs is rounded to float16
+    assert not zero_point or (zero == 0).all()
+    theirs = (back.view(16, 2, 32) / d).round().flatten(1)
+    ours = grid.round(W, scale, zero)
     assert (ours != theirs).float().mean() < 2e-3 and (ours - theirs).abs().max() <= 1
 
 
