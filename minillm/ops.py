@@ -8,9 +8,9 @@ mask) it is a whole dense matrix for each leaf, kept from the forward to the bac
 than all that LoRA keeps. The functions below keep what W is made from, and make it
 again. The price is that small computation a second time.
 
-`remade` does so for any W, by checkpointing, which has some overhead. The other two are its
-quick forms for a W that does not learn, and for the product of a parameter and a mask. Each
-is differentiable twice, since its backward is made of ordinary operations. In code that
+`remade` does so for any W, by checkpointing, which has some overhead. The other three are its
+quick forms: for a W that does not learn, for the product of a parameter and a mask, and for a
+parameter that is rounded. Each is differentiable twice, since its backward is made of ordinary operations. In code that
 torch.compile makes they checkpoint too: left alone, the compiler keeps a W that goes into a
 matrix product."""
 
@@ -87,6 +87,44 @@ class _Masked(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dW = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])  # (n, out)ᵀ (n, in) -> (out, in)
             dW = dW.to(W.dtype) * mask
+        return dx, dW, None
+
+
+def straight(W, new):
+    """`new`, bit for bit, with the gradient of W: "straight through" (Bengio et al. 2013, arXiv 1308.3432)."""
+    return new.detach() + (W - W.detach())
+
+
+def straight_linear(x, W, change):
+    """x change(W)ᵀ, with W's gradient of x Wᵀ: the backward calls `change` again. x (..., in) -> (..., out).
+
+    `change` returns another matrix (out, in), the same at every call. W may learn.
+    """
+    def product(x):
+        return linear(x, straight(W, change(W)).to(x.dtype))
+
+    if not torch.is_grad_enabled():
+        return product(x)
+    if torch.compiler.is_compiling():
+        return remade(product, x)
+    return _Straight.apply(x, W, change)
+
+
+class _Straight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, W, change):
+        ctx.save_for_backward(x, W)
+        ctx.change = change
+        return linear(x, change(W).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, W = ctx.saved_tensors
+        dx = dy @ straight(W, ctx.change(W)).to(dy.dtype) if ctx.needs_input_grad[0] else None
+        dW = None
+        if ctx.needs_input_grad[1]:
+            dW = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])  # (n, out)ᵀ (n, in) -> (out, in)
+            dW = dW.to(W.dtype)
         return dx, dW, None
 
 

@@ -165,7 +165,7 @@ def test_nf4_is_nearer_than_int4_to_normal_weights():
 
 
 @pytest.mark.parametrize("options, message", [
-    ({}, "group=64 at '0': a row has 6 weights"), (dict(group=1), "group=1 is not"), (dict(group=3), "group=3 at '2'"),
+    ({}, "bits=4, group=64 at '0': a row has 6 weights"), (dict(group=1), "group=1 is not"), (dict(group=3), "group=3 at '2'"),
     (dict(group=2.0), "group=2.0 is not a whole number of at least 2"),
 ])
 def test_what_cannot_be_stored_is_named(options, message):

@@ -47,7 +47,7 @@ outliers in 16 bits; bitsandbytes does this on CUDA. Not included: that, and cal
 import torch
 
 from minillm import ops
-from minillm.quant.coded import Coded
+from minillm.quant.coded import Coded, check_rows, width_of
 from minillm.quant.grid import Grid
 from minillm.registry import Format
 from minillm.registry.attach import attach
@@ -61,8 +61,8 @@ class Integer(Coded, Format):
     def __init__(self, site, bits=8, group=None, zero_point=False):
         self.grid = Grid(bits, group, zero_point)
         self.bits, self.group, self.zero_point = bits, group, zero_point
-        self.width = next(width for width in (2, 4, 8) if width >= bits)  # bits that a code takes
-        self.check_rows(site)
+        self.width = width_of(bits)
+        check_rows(site, bits, group)
         super().__init__(site)
 
     def allocate(self, device):
@@ -111,4 +111,4 @@ method("quant", wrap,
        small={"": {}, "int4": dict(bits=4, group=4), "zero": dict(bits=4, zero_point=True),
               "two": dict(bits=2, group=8), "int8 zero": dict(group=8, zero_point=True)})
 
-from minillm.quant import nf4  # noqa: E402,F401
+from minillm.quant import nf4, qat  # noqa: E402,F401

@@ -22,6 +22,19 @@ from minillm import ops
 from minillm.quant.grid import pack, unpack
 
 
+def width_of(bits):
+    """The bits that a code takes in its byte: 2, 4 or 8."""
+    return next(width for width in (2, 4, 8) if width >= bits)
+
+
+def check_rows(site, bits, group):
+    """ValueError where the weights of a row fill no whole number of groups and of bytes."""
+    m = site.shape[0 if site.leaf.lookup else 1]
+    if m % (group or 1) or m % (8 // width_of(bits)):
+        raise ValueError(f"bits={bits}, group={group} at {site.name!r}: a row has {m} weights, "
+                         "which fill no whole number of groups and of bytes")
+
+
 class Coded:
     """The half of a Format that follows from its grid; the other half is `registry.Format`."""
 
@@ -30,14 +43,6 @@ class Coded:
     @classmethod
     def accepts(cls, site):
         return site.leaf is not None
-
-    def check_rows(self, site):
-        """ValueError where the weights of a row fill no whole number of groups and of bytes."""
-        m = site.shape[0 if site.leaf.lookup else 1]
-        if m % (self.group or 1) or m % (8 // self.width):
-            bits = f"bits={self.bits}, " if hasattr(self, "bits") else ""
-            raise ValueError(f"{bits}group={self.group} at {site.name!r}: a row has {m} weights, "
-                             "which fill no whole number of groups and of bytes")
 
     def allocate(self, device, dtype=torch.uint8):
         n, m = self.shape[::-1] if self.leaf.lookup else self.shape

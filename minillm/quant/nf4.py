@@ -46,7 +46,7 @@ True
 import torch
 
 from minillm import options
-from minillm.quant.coded import Coded
+from minillm.quant.coded import Coded, check_rows
 from minillm.quant.grid import Levels, check_levels
 from minillm.registry import Format
 from minillm.registry.attach import attach
@@ -66,7 +66,7 @@ class Codebook(Coded, Format):
 
     def __init__(self, site, group=64):
         self.group = None if group is None else options.whole("group", group, 2)
-        self.check_rows(site)
+        check_rows(site, self.width, group)
         super().__init__(site)
 
     def allocate(self, device):
