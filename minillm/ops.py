@@ -39,33 +39,38 @@ def single(x):
 
 
 def words_fit(x, q):
-    """Whether `row_of_codes` takes them: one row x that needs no gradient, and whole words in each row of q."""
+    """Whether `row_of_codes` is the way: one row x without a gradient, whole words in a row of q."""
     learns = torch.is_grad_enabled() and x.requires_grad
-    return single(x) and not learns and q.shape[1] % 4 == 0 and q.is_contiguous()
+    whole = q.shape[1] % 4 == 0 and q.is_contiguous()
+    return single(x) and not learns and whole and x.dtype != torch.float64
 
 
 def row_of_codes(x, q, width, zero=0):
-    """x (C - zero)ᵀ for one row x (..., in) and codes C (out, in) in the bytes of q: (out,), in float32.
+    """x (C - zero)ᵀ for one row x (..., in) and the codes C (out, in) in q: (out,), in float32.
 
-    q (out, in * width / 8): int8, or uint8 packed as `quant.grid.pack` does; zero: a number, or (out, 1) of int32.
-    Four bytes are read as one word, and shifts take the codes out of it: at the speed of memory, where single bytes
-    reach a tenth of that (AVX2) or less than half (AVX-512: a sum waits for each 16 codes). The words are loaded as
-    floats and taken for integers then, because torch's vectors load integers by way of the stack on AVX2.
+    q (out, in * width / 8): int8, or uint8 packed as `quant.grid.pack` does. zero: a number, or
+    (out, 1) of int32. For code that torch.compile makes for a CPU; elsewhere it is right, and slow.
+
+    Four bytes are read as one word, and shifts take the codes out of it. Written as q * x, each
+    step of the sum reads only as many bytes as fit a vector once they are floats, and waits for
+    the step before it. The words are loaded as floats and then taken for integers, because torch's
+    AVX2 vectors load integers by way of the stack.
     """
     parts, k = 8 // width, q.shape[1]
     words = q.view(torch.float32).view(torch.int32)  # (out, k / 4)
-    x = x.float().reshape(parts, k // 4, 4).permute(2, 0, 1)  # -> (4, parts, k / 4): the code of each shift
-    v = x.clone(memory_format=torch.contiguous_format)
-    v = v.as_strided(v.shape, v.stride())  # the compiler stores v, and does not gather x again for each row of q
-    total = 0
+    x = x.float().reshape(parts, k // 4, 4).permute(2, 0, 1)  # -> (4, parts, k / 4): by byte, part
+    x = x.clone(memory_format=torch.contiguous_format)
+    x = x.as_strided(x.shape, x.stride())  # makes the compiler store x: each row of q reads it
+    total = 0.0
     for byte in range(4):
         for part in range(parts):
-            at = 8 * byte + width * part  # the code's lowest bit
+            low = 8 * byte + width * part  # the code's lowest bit
             if q.dtype == torch.int8:
-                codes = words << 24 - at >> 24  # with its sign
+                codes = words << 24 - low >> 24  # keeps the sign
             else:
-                codes = words >> at & 2**width - 1
-            total = total + (codes - zero).float() * v[byte, part]
+                codes = words >> low & 2**width - 1
+            codes = codes if type(zero) is int and zero == 0 else codes - zero
+            total = total + codes.float() * x[byte, part]
     return total.sum(-1)
 
 
@@ -127,14 +132,14 @@ class _Masked(torch.autograd.Function):
 
 
 def straight(W, new):
-    """`new`, bit for bit, with the gradient of W: "straight through" (Bengio et al. 2013, arXiv 1308.3432)."""
+    """`new`, bit for bit, with the gradient of W (Bengio et al. 2013, arXiv 1308.3432)."""
     return new.detach() + (W - W.detach())
 
 
 def straight_linear(x, W, change):
-    """x change(W)ᵀ, with W's gradient of x Wᵀ: the backward calls `change` again. x (..., in) -> (..., out).
+    """x change(W)ᵀ, with W's gradient of x Wᵀ: the backward calls `change` again.
 
-    `change` returns another matrix (out, in), the same at every call. W may learn.
+    x (..., in) -> (..., out). `change` returns another matrix (out, in), the same at every call. W may learn.
     """
     def product(x):
         return linear(x, straight(W, change(W)).to(x.dtype))

@@ -9,6 +9,7 @@ from models import two
 from torch import nn
 
 import minillm
+from minillm import ops
 from minillm.measure import report
 from minillm.quant.grid import Grid, pack, unpack
 from minillm.registry.store import read
@@ -232,8 +233,33 @@ def test_an_adapter_over_int4_does_not_belong_to_another_grid(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_single_row_compiles():
-    form = minillm.quant.wrap(nn.Sequential(nn.Linear(64, 32)), bits=4, group=16)
+@pytest.mark.parametrize("options", [dict(bits=4, group=16), dict(), dict(bits=3, zero_point=True)], ids=str)
+def test_a_single_row_compiles(options):
+    form = minillm.quant.wrap(nn.Sequential(nn.Linear(64, 32)), **options)
     x = torch.randn(1, 64)
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(form, fullgraph=True)(x), form(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(bits=8, zero_point=True), dict(bits=6), dict(bits=4), dict(bits=2),
+                                     dict(bits=3, zero_point=True)], ids=str)
+@pytest.mark.parametrize("into", [16, 48])
+def test_a_row_of_codes_is_the_product_with_the_codes(options, into):
+    """Read a word at a time: every byte and every part of a byte meets its own x."""
+    form = minillm.quant.wrap(nn.Sequential(nn.Linear(into, 5, bias=False)), **options)[0]
+    zero = form.zero.int() if form.zero_point else -form.grid.ends[0] * (form.q.dtype == torch.uint8)
+    for i in range(into):
+        x = F.one_hot(torch.tensor([[i]]), into).float()
+        assert (ops.row_of_codes(x, form.q, form.width, zero) * form.scale[:, 0]).equal(form.dense()[:, i])
+    x = torch.randn(1, 1, into)
+    ours = ops.row_of_codes(x, form.q, form.width, zero) * form.scale[:, 0]
+    torch.testing.assert_close(ours, F.linear(x, form.dense())[0, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_row_of_codes_is_for_one_row_in_compiled_code():
+    q, x = torch.zeros(5, 16, dtype=torch.int8), torch.randn(1, 16)
+    assert not ops.words_fit(x, q)
+    compiled = torch.compile(lambda x, q: torch.tensor(ops.words_fit(x, q)), backend="eager")
+    assert compiled(x, q)
+    for x, q in ((torch.randn(2, 16), q), (x.double(), q), (x.clone().requires_grad_(), q), (x, q[:, :14]), (x, q.T)):
+        assert not compiled(x, q)

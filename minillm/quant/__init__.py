@@ -30,8 +30,9 @@ matrix has.
 Cost: 1 byte a weight and one scale a row: a quarter of float32. 4 bits in groups of 64 take
 0.5 + 0.0625 bytes. The model computes in its own float type; on a CPU a token is faster
 where reading the weights is what takes the time, once the conversion is fused (see
-`benchmarks/`). LLM.int8() also quantizes x, row by row, and leaves the columns of x with
-outliers in 16 bits; bitsandbytes does this on CUDA. Not included: that, and calibration.
+`benchmarks/`, and `ops.row_of_codes` for scales by row). LLM.int8() also quantizes x, row
+by row, and leaves the columns of x with outliers in 16 bits; bitsandbytes does this on
+CUDA. Not included: that, and calibration.
 
 >>> from torch import nn; import torch, minillm
 >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
@@ -75,7 +76,8 @@ class Integer(Coded, Format):
         if self.group is not None:
             return super().product(x)
         if ops.words_fit(x, self.q):
-            zero = self.zero.int() if self.zero_point else -self.grid.ends[0] * (self.q.dtype != torch.int8)
+            packed = self.q.dtype == torch.uint8
+            zero = self.zero.int() if self.zero_point else -self.grid.ends[0] if packed else 0
             y = ops.row_of_codes(x, self.q, self.width, zero) * self.scale[:, 0]
             return y.view(*x.shape[:-1], -1)
         sums = torch.float32 if x.dtype == torch.float16 else x.dtype
