@@ -1,17 +1,34 @@
-"""minillm: how a language model is fine-tuned and made small, a page a technique.
+"""minillm: how language models are fine-tuned and are made small, a page a technique.
 
-Fine-tuning, simplest first; every one is wrapped in place with `minillm.NAME.wrap(model)`:
+Fine-tuning, wrapped in place with `minillm.NAME.wrap(model)`:
 
-    freeze      train the last blocks only                  Howard & Ruder 2018, arXiv 1801.06146
-    prompts     learnt vectors before the text              Lester et al. 2021, arXiv 2104.08691
-    lora        a low-rank change of each weight            Hu et al. 2021, arXiv 2106.09685
-    adapters    a small network after each sublayer         Houlsby et al. 2019, arXiv 1902.00751
+    freeze          trains the last blocks only
+                    Howard & Ruder 2018, arXiv 1801.06146
+    freeze.bitfit   trains the biases alone
+                    Ben Zaken et al. 2022, arXiv 2106.10199
+    prompts         learns vectors that come before the text
+                    Lester et al. 2021, arXiv 2104.08691
+    lora            learns a low-rank change of each weight
+                    Hu et al. 2021, arXiv 2106.09685
+    lora.dora       LoRA for each weight's direction, and its length apart
+                    Liu et al. 2024, arXiv 2402.09353
+    lora.pissa      LoRA that starts with the largest part of each weight
+                    Meng et al. 2024, arXiv 2404.02948
+    adapters        puts a small network after each sublayer
+                    Houlsby et al. 2019, arXiv 1902.00751
 
-Making it small:
+Making it small, wrapped in place with `minillm.NAME.wrap(model)`:
 
-    quant       integers of 2 to 8 bits and a scale         Dettmers et al. 2022, arXiv 2208.07339
-    prune       the smallest weights become zero            Han et al. 2015, arXiv 1506.02626
-    sparse      store only what is not zero (CSR)           Saad 2003
+    quant           stores weights as integers of 2 to 8 bits, with a scale for each row or group
+                    Dettmers et al. 2022, arXiv 2208.07339
+    quant.nf4       stores weights as 4-bit codes of 16 levels, spaced as a normal distribution is
+                    Dettmers et al. 2023, arXiv 2305.14314
+    quant.qat       trains with weights that are rounded already, to store them so
+                    Jacob et al. 2018, arXiv 1712.05877
+    prune           zeroes the smallest weights
+                    Han et al. 2015, arXiv 1506.02626
+    sparse          stores only what is not zero (CSR)
+                    Saad 2003
 
 Beneath them:
 

@@ -9,6 +9,7 @@ from models import two
 from torch import nn
 
 import minillm
+from minillm import ops
 from minillm.measure import report
 from minillm.quant.grid import Grid, pack, unpack
 from minillm.registry.store import read
@@ -74,7 +75,7 @@ def test_codes_share_bytes(bits):
 
 
 @pytest.mark.parametrize("zero_point", [False, True])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
 def test_the_codes_are_those_of_torchao(bits, zero_point):
     ao = pytest.importorskip("torchao.quantization.quant_primitives")
     W, grid = torch.randn(64, 128) * torch.logspace(-3, 1, 64)[:, None] + 0.01, Grid(bits, 32, zero_point)
@@ -99,6 +100,25 @@ def test_the_codes_are_those_of_ggufs_q8_0():
     raw = torch.from_numpy(gguf.quants.quantize(W.numpy(), gguf.GGMLQuantizationType.Q8_0)).view(16, 2, 34)
     theirs = raw[..., 2:].contiguous().view(torch.int8).flatten(1)  # before them the scale, in float16
     ours = grid.round(W, *grid.fit(W))
+    assert (ours != theirs).float().mean() < 2e-3 and (ours - theirs).abs().max() <= 1
+
+
+@pytest.mark.parametrize("bits, zero_point", [(4, False), (5, False), (4, True), (5, True)])
+def test_the_codes_are_those_of_gguf_where_it_has_the_same_grid(bits, zero_point):
+    """Q4_0 and Q5_0: where the largest magnitude of a block is negative. Q4_1 and Q5_1: where the least weight is 0."""
+    gguf = pytest.importorskip("gguf")
+    kind, grid = gguf.GGMLQuantizationType[f"Q{bits}_{int(zero_point)}"], Grid(bits, 32, zero_point)
+    W = torch.rand(16, 64) if zero_point else torch.randn(16, 64).clamp(-4, 4)
+    W[:, ::32] = 0.0 if zero_point else -5.0
+    raw = gguf.quants.quantize(W.numpy(), kind)
+    back = torch.from_numpy(gguf.quants.dequantize(raw, kind))
+    size = raw.shape[1] // 2
+    d = torch.from_numpy(raw.copy()).view(16, 2, size)[..., :2].contiguous().view(torch.float16).float()  # (16, 2, 1)
+    scale, zero = grid.fit(W)
+    torch.testing.assert_close(scale, d[..., 0], rtol=1e-3, atol=0)  # theirs is rounded to float16
+    assert not zero_point or (zero == 0).all()
+    theirs = (back.view(16, 2, 32) / d).round().flatten(1)
+    ours = grid.round(W, scale, zero)
     assert (ours != theirs).float().mean() < 2e-3 and (ours - theirs).abs().max() <= 1
 
 
@@ -213,8 +233,33 @@ def test_an_adapter_over_int4_does_not_belong_to_another_grid(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_single_row_compiles():
-    form = minillm.quant.wrap(nn.Sequential(nn.Linear(64, 32)), bits=4, group=16)
+@pytest.mark.parametrize("options", [dict(bits=4, group=16), dict(), dict(bits=3, zero_point=True)], ids=str)
+def test_a_single_row_compiles(options):
+    form = minillm.quant.wrap(nn.Sequential(nn.Linear(64, 32)), **options)
     x = torch.randn(1, 64)
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(form, fullgraph=True)(x), form(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(bits=8, zero_point=True), dict(bits=6), dict(bits=4), dict(bits=2),
+                                     dict(bits=3, zero_point=True)], ids=str)
+@pytest.mark.parametrize("into", [16, 48])
+def test_a_row_of_codes_is_the_product_with_the_codes(options, into):
+    """Read a word at a time: every byte and every part of a byte meets its own x."""
+    form = minillm.quant.wrap(nn.Sequential(nn.Linear(into, 5, bias=False)), **options)[0]
+    zero = form.zero.int() if form.zero_point else -form.grid.ends[0] * (form.q.dtype == torch.uint8)
+    for i in range(into):
+        x = F.one_hot(torch.tensor([[i]]), into).float()
+        assert (ops.row_of_codes(x, form.q, form.width, zero) * form.scale[:, 0]).equal(form.dense()[:, i])
+    x = torch.randn(1, 1, into)
+    ours = ops.row_of_codes(x, form.q, form.width, zero) * form.scale[:, 0]
+    torch.testing.assert_close(ours, F.linear(x, form.dense())[0, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_row_of_codes_is_for_one_row_in_compiled_code():
+    q, x = torch.zeros(5, 16, dtype=torch.int8), torch.randn(1, 16)
+    assert not ops.words_fit(x, q)
+    compiled = torch.compile(lambda x, q: torch.tensor(ops.words_fit(x, q)), backend="eager")
+    assert compiled(x, q)
+    for x, q in ((torch.randn(2, 16), q), (x.double(), q), (x.clone().requires_grad_(), q), (x, q[:, :14]), (x, q.T)):
+        assert not compiled(x, q)

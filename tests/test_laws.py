@@ -93,6 +93,11 @@ def learn(model, key):
     return model
 
 
+def coarse(*names):
+    """Whether there is a rounding to 4 bits, of which small changes are lost, or flip a code."""
+    return any(name.split("/")[0] in ("nf4", "qat") for name in names)
+
+
 def attach(model, *names):
     for name in names:
         learn(wrap(model, name), name)
@@ -252,9 +257,12 @@ def test_merge_equals_forward_and_unmerge_gives_it_back(kind):
             law("5 merge", same(state(model), before), f"{what}: a refused merge changes nothing")
             continue
         except ValueError as error:
-            law("5 merge", stands_below and technique(beneath).name in str(error), f"{what}: {error}")
+            lost = coarse(*names) and forgets(*names) and "would lose it" in str(error)
+            law("5 merge", lost or stands_below and technique(beneath).name in str(error), f"{what}: {error}")
+            law("5 merge", same(state(model), before), f"{what}: a refused merge changes nothing")
             continue
-        close("5 merge", logits(model), wrapped, what, 0.05 if forgets(*names) else 1e-5)
+        exact = 0.4 if coarse(*names) and forgets(*names) else 0.05 if forgets(*names) else 1e-5
+        close("5 merge", logits(model), wrapped, what, exact)
         law("5 merge", not patches(model, name), f"{what}: the patch is gone")
         verbs.unmerge(model)
         law("5 merge", same(state(model), before), f"{what}: unmerge gives all back, bit for bit")
@@ -349,7 +357,7 @@ def test_deepcopy_state_dict_and_half_precision(kind):
         law("7 modules", torch.equal(logits(other), expected), f"state_dict of {what}")
         for dtype in (torch.bfloat16, torch.float16):
             off = (logits(copy.deepcopy(model).to(dtype)).float() - expected).norm() / expected.norm()
-            law("7 modules", off < 0.1, f"{dtype} of {what}: off by {off:.3f} of the norm")
+            law("7 modules", off < (0.35 if coarse(*names) else 0.1), f"{dtype} of {what}: off by {off:.3f} of the norm")
 
 
 @every_model
@@ -377,14 +385,18 @@ def test_merges_formats_and_casts_in_sequence(kind, dtype):
             what = f"{patch} on {form} on {kind}, {dtype}"
             model = attach(build(kind), *([form] if form else []), patch)
             expected = logits(model)
-            if form == "sparse" and patch == "lora":
+            if form == "sparse" and patch in ("lora", "dora"):
                 continue  # the merged matrix has no zeros: refused, tested with the techniques
-            technique(patch).merge(model)
+            try:
+                technique(patch).merge(model)
+            except ValueError as error:
+                law("5 casts", coarse(patch, form or "") and "would lose it" in str(error), f"{what}: {error}")
+                continue
             model.to(dtype)
 
             def near(step):
                 off = (logits(model).float() - expected).norm() / expected.norm()
-                law("5 casts", off < 0.1, f"{what}, after {step}: off by {off:.3f} of the norm")
+                law("5 casts", off < (0.35 if coarse(patch, form or "") else 0.1), f"{what}, after {step}: off by {off:.3f} of the norm")
                 own = {p.dtype for *_, p in parameters(model)} | {site.module.dense().dtype for site in walk(model)
                                                                   if isinstance(site.module, Format)}
                 law("5 casts", own == {dtype}, f"{what}, after {step}: the model is {own}")

@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 from minillm import data as texts
 from minillm import zoo
 from minillm.compare.picture import picture
-from minillm.compare.row import RATES, make_row, parts, score, scores, sweep, usual
+from minillm.compare.row import BASIC, RATES, make_row, parts, score, scores, sweep, usual
 from minillm.compare.table import Table, failed, shown, text, tried, write
 
 __all__ = [
@@ -89,7 +89,7 @@ def compare(
     "error"; the others go on (see `failed`). ValueError for an unknown technique, task
     or size, before any work.
     """
-    names = list(RATES) if names is None else list(dict.fromkeys(names))
+    names = BASIC if names is None else list(dict.fromkeys(names))
     settings = check(
         names, model, task, data,
         dict(length=length, seed=seed, device=device, dtype=dtype, threads=threads), sizes

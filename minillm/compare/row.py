@@ -11,13 +11,17 @@ import torch
 
 from minillm import data, measure, train, zoo
 from minillm.measure import report
-from minillm.registry import CannotMerge, techniques
+from minillm.registry import METHODS, CannotMerge, techniques
 
 # The usual learning rate of each, where its sweep begins: near the best that `compare` has found
 # on SmolLM2, and on the tiny model, whose weights take larger steps. "full" trains everything,
 # "none" nothing.
-RATES = dict(none=None, full=1e-4, freeze=3e-4, prompts=1e-2, lora=2e-3, adapters=2e-3)
-OF_TINY = dict(none=None, full=4e-4, freeze=1.5e-3, prompts=3e-2, lora=6e-3, adapters=5e-3)
+RATES, OF_TINY = (
+    {"none": None, "full": full}
+    | {method.name: method.rates[model] for method in METHODS.values() if method.rates}
+    for model, full in (("smollm2", 1e-4), ("tiny", 4e-4))
+)
+BASIC = [name for name in RATES if name not in METHODS or METHODS[name].family == name]
 STEP = 10**0.5  # between neighbouring rates of a sweep
 MOST = 6  # rates that a sweep tries
 
@@ -82,8 +86,8 @@ class Bench:
         """(a copy of the model, wrapped and trained; a dict of its peak of memory and seconds)."""
         model = copy.deepcopy(self.model)
         torch.manual_seed(seed)
-        if self.name in techniques():
-            techniques()[self.name].wrap(model)
+        if self.name in METHODS:
+            METHODS[self.name].wrap(model)
         with report.Peak(model) as peak:
             began = time.perf_counter()
             train.train(
@@ -184,7 +188,7 @@ def merged(name, model):
     returns the model.
     """
     try:
-        return techniques()[name].merge(model, keep=False) if name in techniques() else model
+        return techniques()[METHODS[name].family].merge(model, keep=False) if name in METHODS else model
     except CannotMerge:
         return model
 

@@ -30,8 +30,9 @@ matrix has.
 Cost: 1 byte a weight and one scale a row: a quarter of float32. 4 bits in groups of 64 take
 0.5 + 0.0625 bytes. The model computes in its own float type; on a CPU a token is faster
 where reading the weights is what takes the time, once the conversion is fused (see
-`benchmarks/`). LLM.int8() also quantizes x, row by row, and leaves the columns of x with
-outliers in 16 bits; bitsandbytes does this on CUDA. Not included: that, and calibration.
+`benchmarks/`, and `ops.row_of_codes` for scales by row). LLM.int8() also quantizes x, row
+by row, and leaves the columns of x with outliers in 16 bits; bitsandbytes does this on
+CUDA. Not included: that, and calibration.
 
 >>> from torch import nn; import torch, minillm
 >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
@@ -45,105 +46,57 @@ outliers in 16 bits; bitsandbytes does this on CUDA. Not included: that, and cal
 """
 
 import torch
-import torch.nn.functional as F
 
 from minillm import ops
-from minillm.quant.grid import Grid, pack, unpack
+from minillm.quant.coded import Coded, check_rows, width_of
+from minillm.quant.grid import Grid
 from minillm.registry import Format
 from minillm.registry.attach import attach
 from minillm.registry.table import method
 from minillm.registry.verbs import verbs
 
 
-class Integer(Format):
+class Integer(Coded, Format):
     not_neutral = "rounding to a few bits"
-    float32 = ("scale",)
 
     def __init__(self, site, bits=8, group=None, zero_point=False):
         self.grid = Grid(bits, group, zero_point)
         self.bits, self.group, self.zero_point = bits, group, zero_point
-        self.width = next(width for width in (2, 4, 8) if width >= bits)  # bits that a code takes
-        m = site.shape[0 if site.leaf.lookup else 1]
-        if m % (group or 1) or m % (8 // self.width):
-            raise ValueError(f"bits={bits}, group={group} at {site.name!r}: a row has {m} weights, "
-                             "which fill no whole number of groups and of bytes")
+        self.width = width_of(bits)
+        check_rows(site, bits, group)
         super().__init__(site)
 
-    @classmethod
-    def accepts(cls, site):
-        return site.leaf is not None
-
     def allocate(self, device):
-        n, m = self.shape[::-1] if self.leaf.lookup else self.shape
         plain = self.width == 8 and not self.zero_point
-        k, groups = m * self.width // 8, m // (self.group or m)
-        dtype = torch.int8 if plain else torch.uint8
-        self.register_buffer("q", torch.zeros(n, k, dtype=dtype, device=device))
-        self.register_buffer("scale", torch.ones(n, groups, device=device))
+        super().allocate(device, torch.int8 if plain else torch.uint8)
         if self.zero_point:
-            self.register_buffer("zero", torch.zeros(n, groups, dtype=torch.uint8, device=device))
+            self.register_buffer("zero", torch.zeros_like(self.scale, dtype=torch.uint8))
 
-    def pack(self, W):
-        W = (W.T if self.leaf.lookup else W).float()  # a row is an output channel, or a token
-        scale, zero = self.grid.fit(W)
-        q = self.grid.round(W, scale, zero)
-        self.q = q.to(torch.int8) if self.q.dtype == torch.int8 else pack(q - self.grid.ends[0], self.width)
-        self.scale = scale
-        if zero is not None:
-            self.zero = zero.to(torch.uint8)
-
-    def codes(self, pick=lambda t: t, dtype=torch.float32):
-        """The codes (n, m) of the rows that `pick` takes, in floats, which hold them exactly."""
-        q = pick(self.q)
-        if q.dtype == torch.int8:
-            return q.to(dtype)
-        return unpack(q, self.width).to(dtype) + self.grid.ends[0]
-
-    def rows(self, pick=lambda t: t):
-        """The numbers (n, m) that the codes stand for, of the rows that `pick` takes."""
-        zero = pick(self.zero).float() if self.zero_point else None
-        return self.grid.dense(self.codes(pick), pick(self.scale), zero)
-
-    def dense(self):
-        W = self.rows().to(self.dtype)
-        return W.T if self.leaf.lookup else W
-
-    def rounding(self):
-        """Half a step, and nothing in a group of zeros."""
-        some = self.grid.groups(self.rows()).any(-1)  # (n, groups)
-        half = (self.scale / 2).where(some, 0.0)
-        half = half.repeat_interleave(self.group, 1) if self.group else half
-        return half.T if self.leaf.lookup else half
-
-    def check(self, where):
-        if not (self.scale > 0).all():
-            raise ValueError(f"{where}: a scale is not a number above 0")
-        low, high = self.grid.ends
-        codes = self.codes()
-        if not ((codes >= low) & (codes <= high)).all() or self.zero_point and (self.zero > high).any():
-            raise ValueError(f"{where}: a code is not from {low} to {high}")
-
-    def forward(self, x):
-        if self.leaf.lookup:
-            rows = self.rows(lambda t: F.embedding(x.flatten(), t))  # (b * t, width)
-            return rows.to(self.dtype).unflatten(0, x.shape)
-        x = ops.in_autocast(x)
+    def product(self, x):
+        if self.group is not None:
+            return super().product(x)
+        if ops.words_fit(x, self.q):
+            packed = self.q.dtype == torch.uint8
+            zero = self.zero.int() if self.zero_point else -self.grid.ends[0] if packed else 0
+            y = ops.row_of_codes(x, self.q, self.width, zero) * self.scale[:, 0]
+            return y.view(*x.shape[:-1], -1)
         sums = torch.float32 if x.dtype == torch.float16 else x.dtype
 
         def make():
-            if self.group is not None:
-                return self.rows().to(sums)
             return self.codes(dtype=sums) - (self.zero.to(sums) if self.zero_point else 0)
 
-        with ops.without_autocast(x):
-            y = ops.remade_linear(x.to(sums), make)
-        y = y * self.scale[:, 0] if self.group is None else y  # s has moved out of the sum
-        return (y if self.bias is None else y + self.bias).to(x.dtype)
+        return ops.remade_linear(x.to(sums), make) * self.scale[:, 0]  # s has moved out of the sum
+
+    def check(self, where):
+        super().check(where)
+        low, high = self.grid.ends
+        wrong = (self.codes() < low) | (self.codes() > high)
+        if wrong.any() or self.zero_point and (self.zero > high).any():
+            raise ValueError(f"{where}: a code is not from {low} to {high}")
 
     def called(self):
-        if self.config() == dict(bits=8, group=None, zero_point=False):
-            return self.kind
-        return f"{self.kind} {self.config()}"
+        plain = self.config() == dict(bits=8, group=None, zero_point=False)
+        return self.kind if plain else super().called()
 
 
 def wrap(model, targets=None, *, bits=8, group=None, zero_point=False):
@@ -158,7 +111,10 @@ def wrap(model, targets=None, *, bits=8, group=None, zero_point=False):
 
 
 unwrap, merge, unmerge, save, load = verbs("quant", Integer)
-method("quant", wrap, does="stores weights as integers of 2 to 8 bits, with a scale for each row or group",
+method("quant", wrap,
+       does="stores weights as integers of 2 to 8 bits, with a scale for each row or group",
        paper="Dettmers et al. 2022, arXiv 2208.07339",
-       small={"": {}, "int4": dict(bits=4, group=4), "zero": dict(bits=4, zero_point=True), "two": dict(bits=2, group=8),
-              "int8 zero": dict(group=8, zero_point=True)})
+       small={"": {}, "int4": dict(bits=4, group=4), "zero": dict(bits=4, zero_point=True),
+              "two": dict(bits=2, group=8), "int8 zero": dict(group=8, zero_point=True)})
+
+from minillm.quant import nf4, qat  # noqa: E402,F401

@@ -10,8 +10,12 @@
     zero       z, the code of the number 0              (n, groups); None where symmetric
 
 `fit` chooses scale and zero for a matrix, `round` gives the codes, `dense` the matrix that the
-codes stand for. A Format stores the codes. Quantization-aware training can round with the same
-three functions, and a solver such as GPTQ changes the order of rounding and nothing else.
+codes mean. A Format stores the codes. Quantization-aware training rounds with the same three
+functions, and a solver such as GPTQ changes the order of rounding and nothing else.
+
+`Levels` has the same three functions for numbers that lie anywhere, as those of NF4 do:
+
+    levels         w ~ s l[q]           q from 0 to the number of levels - 1
 
 - 0 is always on the grid, for a pruned weight has to stay 0.
 - s is the least for which no weight is beyond the ends: max |w| / 127 with 8 bits. The code -128
@@ -28,6 +32,11 @@ import dataclasses
 import torch
 
 from minillm import options
+
+
+def in_groups(W, group):
+    """(n, m) -> (n, m / group, group); a group of None is the whole row."""
+    return W.unflatten(1, (-1, group or W.shape[1]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +63,10 @@ class Grid:
 
     def groups(self, W):
         """(n, m) -> (n, groups, m / groups)"""
-        return W.unflatten(1, (-1, self.group or W.shape[1]))
+        return in_groups(W, self.group)
 
     def fit(self, W):
-        """(scale, zero) for a matrix W (n, m): the finest grid that has no weight beyond its ends."""
+        """(scale, zero) for W (n, m): the finest grid that has no weight beyond its ends."""
         low, high = self.ends
         W = self.groups(W)
         least, most = W.amin(-1).clamp(max=0), W.amax(-1).clamp(min=0)  # (n, groups)
@@ -77,6 +86,61 @@ class Grid:
         """The matrix (n, m) that the codes q (n, m) stand for, in the dtype of q and scale."""
         q = self.groups(q)
         return ((q if zero is None else q - zero[..., None]) * scale[..., None]).flatten(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Levels:
+    """A grid of given levels: rising numbers, 0 among them, of which the largest magnitude is 1.
+
+    levels: numbers, or a tensor (k,), which is not checked. ValueError for other levels.
+    """
+
+    levels: tuple | torch.Tensor
+    group: int | None = None
+
+    def __post_init__(self):
+        if self.group is not None:
+            options.whole("group", self.group, 2)
+        if not isinstance(self.levels, torch.Tensor):
+            check_levels(self.levels)
+
+    @property
+    def ends(self):
+        """The least and the largest code."""
+        return 0, len(self.levels) - 1
+
+    def groups(self, W):
+        """(n, m) -> (n, groups, m / groups)"""
+        return in_groups(W, self.group)
+
+    def on(self, W):
+        """The levels as a tensor (k,), in the dtype and on the device of W."""
+        return torch.as_tensor(self.levels, dtype=W.dtype, device=W.device)
+
+    def fit(self, W):
+        """(scale, None) for a matrix W (n, m): the largest magnitude of each group, (n, groups)."""
+        scale = self.groups(W).abs().amax(-1)
+        return scale.where(scale > 0, 1.0), None  # a group of zeros stays one
+
+    def round(self, W, scale, zero=None):
+        """The codes (n, m) of the levels nearest to W (n, m), in its dtype; of two the lower."""
+        levels = self.on(W)
+        between = (levels[1:] + levels[:-1]) / 2  # a code for each number that lies below w / s
+        w = (self.groups(W) / scale[..., None]).contiguous()
+        return torch.bucketize(w, between).flatten(1).to(W.dtype)
+
+    def dense(self, q, scale, zero=None):
+        """The matrix (n, m) that the codes q (n, m) mean, in the dtype of scale."""
+        return (self.groups(self.on(scale)[q.long()]) * scale[..., None]).flatten(1)
+
+
+def check_levels(levels):
+    """ValueError unless the levels rise, with 0 among them, and the largest magnitude is 1."""
+    levels = list(levels)
+    rise = all(a < b for a, b in zip(levels, levels[1:]))
+    if not rise or 0 not in levels or max(map(abs, levels)) != 1 or len(levels) > 256:
+        raise ValueError(f"levels={levels} are not at most 256 rising numbers, with 0 among them, "
+                         "of which the largest magnitude is 1")
 
 
 def pack(codes, bits):

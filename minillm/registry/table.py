@@ -42,6 +42,11 @@ class Method:
         return KINDS[self.kind].family
 
     @property
+    def path(self):
+        """What a user writes before `.wrap`: minillm.lora, minillm.lora.dora."""
+        return self.wrap.__module__
+
+    @property
     def calibrated(self):
         """Whether `wrap` takes examples, after the model."""
         return "examples" in inspect.signature(self.wrap).parameters

@@ -1,0 +1,106 @@
+"""What the formats over a grid share: codes in bytes, a scale for each group, three readings.
+
+    dense()      the whole matrix, for merges and for code that reads `.weight`
+    lookup       an embedding makes the rows that it reads, and no others
+    product      x Wᵀ with a W that is made for it, and again for its backward (see `ops`)
+
+A subclass has a `grid` (see `grid`), and `width`, the bits that a code takes in its byte.
+
+    buffer       shape                                                dtype
+    q            codes (n, m), packed to (n, m * width / 8)           uint8, or int8
+    scale        (n, groups)                                          float32, also after a cast
+    zero         (n, groups), where the grid has a zero point         uint8
+
+n counts the rows of the matrix: the output channels, or the tokens of an embedding. A group lies in
+one row.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from minillm import ops
+from minillm.quant.grid import pack, unpack
+
+
+def width_of(bits):
+    """The bits that a code takes in its byte: 2, 4 or 8."""
+    return next(width for width in (2, 4, 8) if width >= bits)
+
+
+def check_rows(site, bits, group):
+    """ValueError where the weights of a row fill no whole number of groups and of bytes."""
+    m = site.shape[0 if site.leaf.lookup else 1]
+    if m % (group or 1) or m % (8 // width_of(bits)):
+        raise ValueError(f"bits={bits}, group={group} at {site.name!r}: a row has {m} weights, "
+                         "which fill no whole number of groups and of bytes")
+
+
+class Coded:
+    """The half of a Format that follows from its grid; the other half is `registry.Format`."""
+
+    float32 = ("scale",)
+
+    @classmethod
+    def accepts(cls, site):
+        return site.leaf is not None
+
+    def allocate(self, device, dtype=torch.uint8):
+        n, m = self.shape[::-1] if self.leaf.lookup else self.shape
+        k, groups = m * self.width // 8, m // (self.group or m)
+        self.register_buffer("q", torch.zeros(n, k, dtype=dtype, device=device))
+        self.register_buffer("scale", torch.ones(n, groups, device=device))
+
+    def pack(self, W):
+        W = (W.T if self.leaf.lookup else W).float()
+        self.scale, zero = self.grid.fit(W)
+        q = self.grid.round(W, self.scale, zero)
+        plain = self.q.dtype == torch.int8
+        self.q = q.to(torch.int8) if plain else pack(q - self.grid.ends[0], self.width)
+        if zero is not None:
+            self.zero = zero.to(torch.uint8)
+
+    def codes(self, pick=lambda t: t, dtype=torch.float32):
+        """The codes (n, m) of the rows that `pick` takes, in floats, which hold them exactly."""
+        q = pick(self.q)
+        if q.dtype == torch.int8:
+            return q.to(dtype)
+        return unpack(q, self.width).to(dtype) + self.grid.ends[0]
+
+    def rows(self, pick=lambda t: t):
+        """The numbers (n, m) that the codes mean, of the rows that `pick` takes."""
+        zero = pick(self.zero).float() if "zero" in self._buffers else None
+        return self.grid.dense(self.codes(pick), pick(self.scale), zero)
+
+    def dense(self):
+        W = self.rows().to(self.dtype)
+        return W.T if self.leaf.lookup else W
+
+    def rounding(self):
+        """The distances of `half_steps`, and 0 in a group of zeros."""
+        W = self.grid.groups(self.rows())  # (n, groups, group)
+        half = torch.where(W.any(-1, keepdim=True), self.half_steps(), 0.0).expand_as(W).flatten(1)
+        return half.T if self.leaf.lookup else half  # (out, in)
+
+    def half_steps(self):
+        """How far a weight may be from its code: (n, groups, 1), or (n, groups, group)."""
+        return self.scale[..., None] / 2
+
+    def check(self, where):
+        if not (self.scale > 0).all():
+            raise ValueError(f"{where}: a scale is not a number above 0")
+
+    def forward(self, x):
+        if self.leaf.lookup:
+            rows = self.rows(lambda t: F.embedding(x.flatten(), t))  # (b * t, width)
+            return rows.to(self.dtype).unflatten(0, x.shape)
+        x = ops.in_autocast(x)
+        with ops.without_autocast(x):
+            y = self.product(x)
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+    def product(self, x):
+        """x Wᵀ, without the bias: x (..., in) -> (..., out)."""
+        return ops.remade_linear(x, lambda: self.rows().to(x.dtype))
+
+    def called(self):
+        return f"{self.kind} {self.config()}"

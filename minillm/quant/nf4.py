@@ -1,0 +1,114 @@
+"""NF4: sixteen levels, spaced as a normal distribution is, and a scale for each 64 weights.
+
+    1. s = max |w|               for each block of 64 neighbours in a row
+    2. q = the code of the level that is nearest to w / s         0 to 15, two a byte
+    3. W ~ s l[q]
+                                 Dettmers et al. 2023, "QLoRA", arXiv 2305.14314, section 3
+
+    code      paper              shape                               dtype
+    q         X^NF4              (out, in), packed (out, in / 2)     uint8
+    scale     c_2                (out, in / group)                   float32, also after a cast
+    levels    q_j                (16,)                               float32, also after a cast
+    group     blocksize
+
+The weights of a trained matrix are near to normal, so most lie near 0, and equal steps waste
+codes on the few far ones. NF4 puts each sixteenth of a normal distribution at a level of its own:
+
+    l = Q(p) / Q(0.9677)    Q: the quantiles of N(0, 1)
+    8 levels above 0:       p from 0.9677 to 0.5 in 9 even steps, without the last
+    7 levels below 0:       -Q(p), p from 0.9677 to 0.5 in 8 even steps, without the last
+    and 0 itself, so that a zero stays one
+
+0.9677 = 1 - (1/30 + 1/32) / 2: half of the share that one of 15, and of 16, equal parts has lies
+beyond the last level. LEVELS has the sixteen numbers as bitsandbytes publishes them.
+
+Cost: 4 bits a weight and 32 / 64 for the scale, 4.5 in all. A product makes the matrix in the
+model's float type, and makes it again in the backward pass. LoRA over NF4 is QLoRA:
+
+    minillm.lora.wrap(minillm.quant.nf4.wrap(model))
+
+bitsandbytes counts its blocks through the whole matrix and puts two neighbours in a byte, the
+first in the high bits; here a block ends with its row, and a byte holds the codes i and i + in / 2.
+The codes are the same. Not included: QLoRA's second quantization, of the scales to 8 bits (0.37
+bits a weight less), and its paged optimizer.
+
+>>> from torch import nn; import torch, minillm
+>>> model = nn.Sequential(nn.Linear(128, 8, bias=False))
+>>> W = model[0].weight.clone()
+>>> nf4 = minillm.quant.nf4.wrap(model)[0]
+>>> nf4.q.shape, nf4.scale.shape                            # 2 codes a byte, 2 blocks a row
+(torch.Size([8, 64]), torch.Size([8, 2]))
+>>> w = nf4.dense()[0, :64] / nf4.scale[0, 0]               # each is one of the levels
+>>> bool(torch.isclose(w[:, None], nf4.levels).any(1).all())
+True
+"""
+
+import torch
+
+from minillm import options
+from minillm.quant.coded import Coded, check_rows
+from minillm.quant.grid import Levels, check_levels
+from minillm.registry import Format
+from minillm.registry.attach import attach
+from minillm.registry.table import method, register
+
+LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0)
+
+
+class Codebook(Coded, Format):
+    not_neutral = "rounding to 16 levels"
+    float32 = ("scale", "levels")
+    width = 4  # bits that a code takes
+
+    def __init__(self, site, group=64):
+        self.group = None if group is None else options.whole("group", group, 2)
+        check_rows(site, self.width, group)
+        super().__init__(site)
+
+    def allocate(self, device):
+        super().allocate(device)
+        self.register_buffer("levels", torch.zeros(16, device=device))
+
+    @property
+    def grid(self):
+        return Levels(self.levels, self.group)
+
+    def half_steps(self):
+        """Half of the wider gap beside a code's level."""
+        gaps = self.levels.diff() / 2
+        wider = torch.maximum(torch.cat([gaps, gaps[-1:]]), torch.cat([gaps[:1], gaps]))  # (16,)
+        return self.grid.groups(wider[self.codes().long()]) * self.scale[..., None]
+
+    def check(self, where):
+        super().check(where)
+        try:
+            check_levels(self.levels.tolist())
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+
+
+def wrap(model, targets=None, *, group=64):
+    """Store the leaves that `targets` names (see `registry.select`) as NF4; returns the model.
+
+    By default every linear leaf but the output head and tied matrices. group: so many neighbours
+    in a row share a scale (None: the whole row). ValueError where the weights of a row fill no
+    whole number of groups and of bytes.
+    """
+    return attach(Codebook, model, targets, fill=fill, group=group)
+
+
+def fill(form, site, levels=LEVELS):
+    """Give the Codebook its levels, and the codes of the site's weight."""
+    form.levels.copy_(torch.tensor(levels))
+    form.fill(site)
+
+
+register("nf4", Codebook, family="quant")
+method("nf4", wrap,
+       does="stores weights as 4-bit codes of 16 levels, spaced as a normal distribution is",
+       paper="Dettmers et al. 2023, arXiv 2305.14314",
+       small={"": dict(group=8), "row": dict(group=None)})
