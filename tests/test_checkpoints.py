@@ -238,7 +238,7 @@ def on_int8(scale=1):
 def other_mask():
     model = masked()
     patch = next(p for layer in minillm.layers(model).values() for p in layer.patches.values()
-                 if p.technique == "prune")
+                 if p.family == "prune")
     patch.mask.logical_not_()
     return model
 

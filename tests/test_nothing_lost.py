@@ -248,11 +248,11 @@ def failing(monkeypatch, technique, before):
     """Let `before(path)` run when the technique's file is written for the first time."""
     save, calls = minillm.techniques()[technique].save, []
 
-    def first(model, path, **options):
+    def first(model, path, name, **options):
         calls.append(path)
         if len(calls) == 1:
             before(path)
-        save(model, path, **options)
+        save(model, path, name, **options)
 
     monkeypatch.setattr(minillm.techniques()[technique], "save", first)
 

@@ -52,9 +52,13 @@ class Gradual:
             raise ValueError(f"begin={self.begin!r}, end={self.end!r}: shares of the steps, "
                              "0 <= begin < end <= 1")
 
+    def settled(self, steps):
+        """The step of the last pruning: the model after it is as sparse as it was to be."""
+        return round(self.end * (steps - 1))
+
     def at(self, step, steps):
         """The sparsity of a step, from the last pruning before it."""
-        begin, end = round(self.begin * (steps - 1)), round(self.end * (steps - 1))
+        begin, end = round(self.begin * (steps - 1)), self.settled(steps)
         if step >= end:
             return self.sparsity
         t = max(0, step - begin) // self.every * self.every

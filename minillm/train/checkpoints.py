@@ -8,8 +8,9 @@ One safetensors file holds
     patch.*       buffers of patches (masks), where `on_step` may change them
     best.*        model.* and buffer.* after the best step, where that is not this one
     random.*      the state of each process's random numbers
-    metadata      the log, the place in the data, all settings, and what else the training relies on
-                  (see `identity`): the frozen model, the techniques, the examples
+    metadata      the log, the place in the data, all settings, the options of patches where
+                  `on_step` may change them, and what else the training relies on (see `identity`):
+                  the frozen model, the techniques, the examples
 
 and is written beside its name and then renamed, so a name is always a whole checkpoint.
 Frozen weights are not in it: load the same model and wrap it the same way first.
@@ -27,12 +28,11 @@ import safetensors.torch
 import torch
 
 from minillm import distributed, files
-from minillm.registry import layers
-from minillm.registry.learning import buffers
+from minillm.registry.store import read
 from minillm.train import identity
 from minillm.train.history import measured
 from minillm.train.interrupt import Interrupted
-from minillm.registry.store import read
+from minillm.train.state import changing, copies, put_back, same_patches, state
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, each of the parameter's shape
 logger = logging.getLogger("minillm")
@@ -80,44 +80,7 @@ def ready(directory, resume):
     return path
 
 
-# --- what is in a file ------------------------------------------------------------------------
-
-
-def state(run):
-    """{name: tensor} of what the training changes in the model."""
-    found = {f"model.{name}": p.detach() for name, p in run.learning}
-    found |= {f"buffer.{name}": b for name, b in buffers(run.model)}
-    if run.options.on_step is not None:  # it may change a mask, for example
-        found |= {f"patch.{name}": b for name, b in patch_buffers(run.model)}
-    return found
-
-
-def patch_buffers(model):
-    """(name, buffer) of what the patches keep beside their parameters."""
-    for where, layer in layers(model).items():
-        for name, patch in layer.patches.items():
-            yield from ((f"{where}.{name}.{key}", b) for key, b in patch.named_buffers())
-
-
-def copies(run):
-    """[(name in the file, float32 copy)] of what learns in half precision."""
-    return [(f"optimizer.master.{name}", run.masters[p]) for name, p in run.learning
-            if p in run.masters]
-
-
-def snapshot(run):
-    """A copy of `state`, to come back to."""
-    return {name: t.clone() for name, t in state(run).items()}
-
-
-@torch.no_grad()
-def put_back(run, tensors):
-    """Copy tensors, whole or spread over the processes as the model is, into the model."""
-    for name, t in state(run).items():
-        if any(step == 0 and n > 1 for step, n in zip(t.stride(), t.shape)):
-            t.data = tensors[name].clone()  # a buffer made by `expand`: its values are one in memory
-        else:
-            t.copy_(tensors[name])
+# --- writing ---------------------------------------------------------------------------------
 
 
 def path_of(run):
@@ -139,12 +102,13 @@ def save(run):
     for name, p in run.stepped.items():
         for key, t in run.optimizer.state.get(p, {}).items():  # none without a gradient
             tensors[f"optimizer.{key}.{name}"] = t
+    facts = dict(settings=run.compared, identity=run.identity, history=run.history,
+                 batches=run.batches.state_dict(), options=changing(run))
     if keeps_best(run):
-        tensors |= {f"best.{name}": t for name, t in run.best_state.items()}
+        best, facts["best_options"] = run.best_state
+        tensors |= {f"best.{name}": t for name, t in best.items()}
     tensors = distributed.apart(tensors)
     path = path_of(run)
-    facts = dict(settings=run.compared, identity=run.identity, history=run.history,
-                 batches=run.batches.state_dict())
     if distributed.place()[0] == 0:
         with files.atomic(path) as new:
             metadata = {"format": "pt", "training": json.dumps(facts)}
@@ -196,9 +160,9 @@ def rescued(run):
 def restore(run, path):
     """Put everything back as it was when the checkpoint was written, once all of it is checked."""
     tensors, metadata = opened(path)
-    place, history = facts_of(run, path, metadata)
-    run.history = history
-    for record in history:
+    facts = facts_of(run, path, metadata)
+    run.history = facts["history"]
+    for record in run.history:
         run.count(record)
     check(run, path, tensors)
     rank = distributed.place()[0]
@@ -209,7 +173,8 @@ def restore(run, path):
     except RuntimeError as error:
         raise ValueError(f"{path}: its random state is none ({error})") from error
     ours = state(run)
-    put_back(run, {name: distributed.like(tensors[name], t) for name, t in ours.items()})
+    now = {name: distributed.like(tensors[name], t) for name, t in ours.items()}
+    put_back(run, (now, facts["options"]))
     for name, copy in copies(run):
         copy.copy_(distributed.like(tensors[name], copy))
     for name, p in run.stepped.items():
@@ -219,9 +184,10 @@ def restore(run, path):
                 **{key: distributed.like(tensors[f"optimizer.{key}.{name}"], p) for key in MOMENTS}}
     if run.best and run.options.restore_best:
         where = "best." if keeps_best(run) else ""
-        run.best_state = {name: distributed.like(tensors[where + name], t).clone()
-                          for name, t in ours.items()}
-    run.batches.load_state_dict(place)
+        best = {name: distributed.like(tensors[where + name], t).clone()
+                for name, t in ours.items()}
+        run.best_state = best, facts["best_options" if keeps_best(run) else "options"]
+    run.batches.load_state_dict(facts["batches"])
 
 
 def opened(path):
@@ -234,11 +200,11 @@ def opened(path):
 
 
 def facts_of(run, path, metadata):
-    """(the place in the data, the log) in a file; ValueError where it is of another training."""
+    """What a file says beside its tensors; ValueError where it is of another training."""
     try:
         facts = json.loads(metadata["training"])
         then, history = facts["settings"], facts["history"]
-        place = {key: int(facts["batches"][key]) for key in ("epoch", "position")}
+        place = facts["batches"] = {key: int(facts["batches"][key]) for key in ("epoch", "position")}
         odd = {key: (then.get(key), now) for key, now in run.compared.items()
                if then.get(key) != now}
         other = identity.differs(run.model, facts["identity"])
@@ -247,6 +213,7 @@ def facts_of(run, path, metadata):
                     for i, record in enumerate(history))
         whole = whole and path.name == f"step-{len(history):08d}.safetensors"
         whole = whole and 0 <= place["position"] < len(run.batches.examples)
+        fits = same_patches(run, facts)
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError, IndexError) as error:
         raise ValueError(f"{path} is not a checkpoint of minillm.train "
                          f"({type(error).__name__}: {error})") from error
@@ -255,9 +222,11 @@ def facts_of(run, path, metadata):
     if odd:
         listed = ", ".join(f"{key}={old!r} then, {new!r} now" for key, (old, new) in odd.items())
         raise ValueError(f"{path} was written with other settings: {listed}")
+    if not fits:
+        raise ValueError(f"{path} has the options of other patches")
     if not whole:
         raise ValueError(f"{path}: its log is not whole, or not of this step")
-    return place, history
+    return facts
 
 
 def check(run, path, tensors):

@@ -19,13 +19,14 @@ from tqdm.auto import tqdm
 from minillm import data, distributed, files
 from minillm.calling import native
 from minillm.train import identity, masters, openings
-from minillm.train.checkpoints import put_back, ready, rescued, restore, save, snapshot
+from minillm.train.checkpoints import ready, rescued, restore, save
 from minillm.train.history import journal, measured
 from minillm.train.interrupt import Interrupted, deferred
 from minillm.train.losses import held_out_loss, learnt, loss_sum
 from minillm.train.rates import groups, rate
 from minillm.train.room import check_room
 from minillm.train.settings import COMPARED, resolve
+from minillm.train.state import put_back, snapshot
 
 logger = logging.getLogger("minillm")
 
@@ -53,7 +54,8 @@ def train(model, examples, *, steps=None, epochs=None, lr, batch_size=8, accumul
     evaluate         a function of the model to a number, lower being better ("evaluation"),
                      each after `every` so many steps (a tenth of all) and after the last
     patience         the training ends after so many of these without a better one
-    restore_best     the model ends as it was after the best of them; costs a copy of what learns
+    restore_best     the model ends as it was after the best of them; costs a copy of what learns.
+                     Those before `on_step` has settled do not count (see `openings`)
     checkpoints      a directory, which gets a file each `save_every` steps (a tenth of all), after
                      the last and on Ctrl-C (0: on Ctrl-C alone); the last `keep` stay. resume=True
                      goes on from the newest, or begins where there is none
@@ -153,7 +155,8 @@ def measure(run, record):
     record["held_out" if o.held_out is not None else "evaluation"] = value
     if run.count(record) and o.restore_best:
         run.best_state = snapshot(run)
-    record["best"] = dict(run.best)
+    if run.best is not None:
+        record["best"] = dict(run.best)
 
 
 class Run:
@@ -180,6 +183,7 @@ class Run:
         self.loss = distributed.spread(model, o.loss or loss_sum)
         self.history, self.trained = [], False
         self.best, self.best_state, self.waited = None, None, 0  # of the evaluations
+        self.settled = openings.settled(o.on_step, o.steps)
         self.identity = self.compared = None  # only checkpoints need them
 
     def describe(self):
@@ -197,9 +201,13 @@ class Run:
         self.identity = json.loads(json.dumps(identity.of(self.model)))
 
     def count(self, record):
-        """Whether the record's evaluation, if there is one, is the best; counts those since."""
+        """Whether the record's evaluation, if there is one, is the best; counts those since.
+
+        Before the step at which `on_step` has settled the model is not the one that was asked for
+        (half of the pruning, for example): such an evaluation does not count.
+        """
         value = measured(record)
-        if value is None:
+        if value is None or record["step"] < self.settled:
             return False
         if self.best is None or value < self.best["value"]:
             self.best, self.waited = dict(step=record["step"], value=value), 0

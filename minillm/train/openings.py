@@ -8,7 +8,11 @@ What `on_step` may do:
 
     read gradients       p.grad; in half precision they are rounded to the parameter's dtype
     leave a parameter    p.grad = None: the optimizer neither moves nor decays it in this step
-    change buffers       a patch's mask, for example
+    change buffers       a patch's mask, for example, and the patch's options with it
+
+An `on_step` may have `settled(steps)`: the step after which the model is the one that was asked
+for. The evaluations before it count neither as the best nor for `patience`. Otherwise the best
+model of a gradual pruning would be the one that is not pruned yet.
 
 A training that was interrupted goes on bit for bit if what it does follows from `step`, `steps`,
 the weights and the buffers alone. So it keeps no count of its own. Checkpoints hold the patches'
@@ -21,6 +25,11 @@ import dataclasses
 from torch import nn
 
 from minillm.registry import fingerprint
+
+
+def settled(on_step, steps):
+    """The first step, of those counted from 0, whose evaluation counts; the last one always does."""
+    return min(on_step.settled(steps), steps - 1) if hasattr(on_step, "settled") else 0
 
 
 def named(function):
