@@ -1,9 +1,6 @@
 """What an `on_step` changes: which evaluations count, and that the best and a resumed model have all of it."""
 
-import copy
-
 import pytest
-import torch
 from models import build
 from test_checkpoints import ctrl_c_at
 from test_train import quiet
@@ -94,3 +91,55 @@ def test_the_best_has_the_sparsity_of_its_mask():
     for patch in patches(model):
         k = patch.mask.shape[1]
         assert patch.sparsity == said and ((~patch.mask).sum(1) == round(said * k)).all()
+
+
+def interrupted(directory, model, forward, **options):
+    hook = ctrl_c_at(model, forward)
+    with pytest.raises(Interrupted):
+        quiet(model, checkpoints=directory, save_every=100, **options)
+    hook.remove()
+    return model
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize("at", [3, 6, 10])
+def test_a_resumed_pruning_says_its_sparsity(at, fresh, tmp_path):
+    """In a model that is wrapped anew, and in the very model that Ctrl-C left; also from the last step."""
+    options = dict(steps=10, on_step=Gradual(0.5, end=0.5, every=2))
+    quiet(expected := unpruned(), **options)
+    model = interrupted(tmp_path, unpruned(), at, **options)
+    again = unpruned() if fresh else model
+    quiet(again, checkpoints=tmp_path, save_every=100, resume=True, **options)
+    assert all(t.equal(expected.state_dict()[name]) for name, t in again.state_dict().items())
+    assert shares(again) == shares(expected) == {(0.5, 0.5)}
+
+
+def test_the_best_of_a_resumed_pruning_has_its_sparsity(tmp_path):
+    values = iter([9.0, 9.0, 9.0, 1.0, 2.0, 2.0])
+    options = dict(steps=6, evaluate=lambda model: next(values), every=1)
+    options |= dict(on_step=Gradual(0.5, end=0.6, every=1))
+    interrupted(tmp_path, unpruned(), 5, **options)
+    model = unpruned()
+    assert quiet(model, checkpoints=tmp_path, resume=True, **options)[-1]["best"]["step"] == 3
+    assert shares(model) == {(0.5, 0.5)}
+
+
+def test_what_on_step_does_not_change_has_to_be_the_same(tmp_path):
+    options = dict(steps=4, checkpoints=tmp_path, on_step=Gradual(0.5))
+    quiet(unpruned(), **options)
+    for other, said in ((minillm.prune.wrap(build("llama"), sparsity=0.0, group="matrix"), "group='row' then, 'matrix' now"),
+                        (minillm.prune.wrap(build("llama"), ["q_proj"], sparsity=0.0), "prune at 21 sites")):
+        with pytest.raises(ValueError, match=said):
+            quiet(other, resume=True, **options)
+
+
+def test_a_file_with_the_options_of_other_patches_is_none(tmp_path):
+    from safetensors.torch import save_file
+
+    options = dict(steps=4, checkpoints=tmp_path, on_step=Gradual(0.5))
+    quiet(unpruned(), **options)
+    path = minillm.train.newest(tmp_path)
+    tensors, metadata = minillm.registry.store.read(path)
+    save_file(tensors, path, metadata | {"training": metadata["training"].replace('"sparsity"', '"other"')})
+    with pytest.raises(ValueError, match="has the options of other patches"):
+        quiet(unpruned(), resume=True, **options)

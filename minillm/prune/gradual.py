@@ -44,6 +44,8 @@ class Gradual:
     end: float = 0.75
     every: int = 10
 
+    changes = ("sparsity",)  # the options of a patch that it changes
+
     def __post_init__(self):
         options.share("sparsity", self.sparsity)
         options.share("first", self.first)
@@ -72,8 +74,6 @@ class Gradual:
                              "minillm.prune.wrap(model, sparsity=0.0) first")
         now = self.at(step, steps)
         if step > 0 and now == self.at(step - 1, steps):
-            for _, patch in found:
-                patch.sparsity = now
             return
         for group in {patch.group for _, patch in found}:
             sites = [(site, patch) for site, patch in found if patch.group == group]

@@ -207,7 +207,7 @@ def facts_of(run, path, metadata):
         place = facts["batches"] = {key: int(facts["batches"][key]) for key in ("epoch", "position")}
         odd = {key: (then.get(key), now) for key, now in run.compared.items()
                if then.get(key) != now}
-        other = identity.differs(run.model, facts["identity"])
+        other = identity.differs(run.model, facts["identity"], run.options.on_step)
         whole = all(record["step"] == i and isinstance(record["loss"], float)
                     and isinstance(measured(record), float | None)
                     for i, record in enumerate(history))
@@ -217,7 +217,7 @@ def facts_of(run, path, metadata):
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError, IndexError) as error:
         raise ValueError(f"{path} is not a checkpoint of minillm.train "
                          f"({type(error).__name__}: {error})") from error
-    if other:  # first: another technique has another usual rate, too
+    if other and "on_step" not in odd:  # first: another technique has another usual rate, too
         raise ValueError(f"{path} belongs to another training: {other}")
     if odd:
         listed = ", ".join(f"{key}={old!r} then, {new!r} now" for key, (old, new) in odd.items())

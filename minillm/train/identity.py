@@ -16,8 +16,11 @@ from minillm.registry import fingerprint
 from minillm.registry import Format, walk
 
 
-def of(model):
-    """A dict for JSON that describes all of the model that does not learn."""
+def of(model, on_step=None):
+    """A dict for JSON that describes all of the model that neither learns nor is changed by `on_step`.
+
+    A checkpoint holds what these change.
+    """
     config = getattr(model, "config", None)
     config = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else None
     return dict(
@@ -25,7 +28,7 @@ def of(model):
         dtypes=sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()}),
         config=json.loads(json.dumps(config, default=str)),  # a torch.dtype becomes its name
         modules=dict(modules(model)),
-        techniques=[list(entry) for entry in techniques(model)],
+        techniques=[list(entry) for entry in techniques(model, on_step)],
         base=fingerprint.of(model))
 
 
@@ -41,16 +44,22 @@ def modules(model):
         yield site.name, f"{cls.__name__}({shown})"
 
 
-def techniques(model):
-    """(site, technique, its options, a digest of what it holds and does not train)."""
+def techniques(model, on_step=None):
+    """(site, technique, its options, a digest of what it holds and does not train).
+
+    An `on_step` may change the buffers of patches, and their options that it names in `changes`.
+    """
+    changes = getattr(on_step, "changes", ())
     for site in walk(model):
         if isinstance(site.module, Format):
             held = dict(site.module.named_buffers())
             yield site.name, site.module.kind, site.module.config(), digest(held)
         for name, patch in site.layer.patches.items() if site.layer else ():
             held = {key: p for key, p in patch.named_parameters() if not p.requires_grad}
-            options = patch.config() if patch.active else patch.config() | {"active": False}
-            yield site.name, name, options, digest(held | dict(patch.named_buffers()))
+            held |= dict(patch.named_buffers()) if on_step is None else {}
+            options = {key: value for key, value in patch.config().items() if key not in changes}
+            options |= {} if patch.active else {"active": False}
+            yield site.name, name, options, digest(held)
 
 
 def digest(tensors):
@@ -68,12 +77,12 @@ def examples(rows):
     return f"{len(rows)} examples ({data.fingerprint(rows)[:8]})"
 
 
-def differs(model, then):
+def differs(model, then, on_step=None):
     """What of the model is not as `then` describes it: a sentence with both values, or None.
 
     TypeError, KeyError or ValueError where `then` is no description.
     """
-    now = json.loads(json.dumps(of(model)))
+    now = json.loads(json.dumps(of(model, on_step)))
     for key in ("model", "dtypes", "config"):
         if now[key] != then[key]:
             return "the model has " + pairs({key: then[key]}, {key: now[key]})

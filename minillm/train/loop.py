@@ -198,7 +198,7 @@ class Run:
                          loss=openings.named(o.loss), on_step=openings.named(o.on_step),
                          processes=distributed.place()[1])
         self.compared = json.loads(json.dumps(settings))
-        self.identity = json.loads(json.dumps(identity.of(self.model)))
+        self.identity = json.loads(json.dumps(identity.of(self.model, o.on_step)))
 
     def count(self, record):
         """Whether the record's evaluation, if there is one, is the best; counts those since.

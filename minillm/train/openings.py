@@ -8,7 +8,8 @@ What `on_step` may do:
 
     read gradients       p.grad; in half precision they are rounded to the parameter's dtype
     leave a parameter    p.grad = None: the optimizer neither moves nor decays it in this step
-    change buffers       a patch's mask, for example, and the patch's options with it
+    change buffers       a patch's mask, for example, and those of the patch's options that it
+                         names in `changes`
 
 An `on_step` may have `settled(steps)`: the step after which the model is the one that was asked
 for. The evaluations before it count neither as the best nor for `patience`. Otherwise the best
@@ -16,7 +17,7 @@ model of a gradual pruning would be the one that is not pruned yet.
 
 A training that was interrupted goes on bit for bit if what it does follows from `step`, `steps`,
 the weights and the buffers alone. So it keeps no count of its own. Checkpoints hold the patches'
-buffers, and a resumed training has to be given the same functions: a dataclass is compared with
+buffers and options, and a resumed training has to be given the same functions: a dataclass is compared with
 its fields, a function by its name.
 """
 
