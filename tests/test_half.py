@@ -63,8 +63,8 @@ def test_the_loop_beside_one_with_float32_copies_written_out(dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_goes_on_bit_for_bit(dtype, tmp_path):
     """Also where the best step is not the last: the model ends as after that one."""
-    def options():
-        values = iter([4.0, 2.0, 1.0, 3.0, 3.0, 3.0, 3.0, 3.0])
+    def options(values=(4.0, 2.0, 1.0, 3.0, 3.0, 3.0, 3.0, 3.0)):
+        values = iter(values)
         return dict(steps=8, lr=1e-4, evaluate=lambda model: next(values), every=1)
 
     expected, model = half(dtype), half(dtype)
@@ -77,9 +77,7 @@ def test_half_precision_goes_on_bit_for_bit(dtype, tmp_path):
     for name, p in model.named_parameters():
         copy = tensors[f"optimizer.master.{name}"]
         assert copy.dtype == torch.float32 and copy.to(dtype).equal(tensors[f"model.{name}"])
-    model, rest = half(dtype), options()
-    values = iter([3.0] * 3)
-    rest["evaluate"] = lambda model: next(values)
+    model, rest = half(dtype), options([3.0] * 3)
     rest = quiet(model, checkpoints=tmp_path, save_every=100, resume=True, **rest)
     assert losses(rest) == losses(whole) and rest[-1]["best"]["step"] == 2 and same(model, expected)
 

@@ -206,7 +206,7 @@ def facts_of(run, path, metadata):
         then, history = facts["settings"], facts["history"]
         place = facts["batches"] = {key: int(facts["batches"][key]) for key in ("epoch", "position")}
         odd = {key: (then.get(key), now) for key, now in run.compared.items()
-               if then.get(key) != now}
+               if json.dumps(then.get(key)) != json.dumps(now)}  # so the order of `rates` counts
         other = identity.differs(run.model, facts["identity"], run.options.on_step)
         whole = all(record["step"] == i and isinstance(record["loss"], float)
                     and isinstance(measured(record), float | None)

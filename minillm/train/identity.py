@@ -14,6 +14,7 @@ import torch
 from minillm import data, distributed
 from minillm.registry import fingerprint
 from minillm.registry import Format, walk
+from minillm.registry.learning import buffers
 
 
 def of(model, on_step=None):
@@ -30,6 +31,21 @@ def of(model, on_step=None):
         modules=dict(modules(model)),
         techniques=[list(entry) for entry in techniques(model, on_step)],
         base=fingerprint.of(model))
+
+
+def digest_of(model):
+    """Eight hex digits of all that decides what a model computes, whether it learns or not.
+
+    Of its own weights these are samples. Its buffers and its techniques count whole.
+    """
+    base = fingerprint.of(model, without=())
+    patches = [(site.name, name, patch.config(), patch.active, digest(patch.state_dict()))
+               for site in walk(model) if site.layer for name, patch in site.layer.patches.items()]
+    formats = [(site.name, site.module.config(), digest(dict(site.module.named_buffers())))
+               for site in walk(model) if isinstance(site.module, Format)]
+    whole = [base["config"], base["samples"], dict(modules(model)), patches, formats,
+             digest(dict(buffers(model)))]
+    return hashlib.sha256(json.dumps(whole, default=str).encode()).hexdigest()[:8]
 
 
 def modules(model):

@@ -196,6 +196,7 @@ class Run:
         settings |= dict(data=identity.examples(self.batches.examples),
                          held_out=o.held_out and identity.examples(o.held_out),
                          loss=openings.named(o.loss), on_step=openings.named(o.on_step),
+                         evaluate=openings.named(o.evaluate),
                          processes=distributed.place()[1])
         self.compared = json.loads(json.dumps(settings))
         self.identity = json.loads(json.dumps(identity.of(self.model, o.on_step)))

@@ -18,14 +18,17 @@ model of a gradual pruning would be the one that is not pruned yet.
 A training that was interrupted goes on bit for bit if what it does follows from `step`, `steps`,
 the weights and the buffers alone. So it keeps no count of its own. Checkpoints hold the patches'
 buffers and options, and a resumed training has to be given the same functions: a dataclass is compared with
-its fields, a function by its name.
+its fields, a `functools.partial` with its arguments, a function by its name.
 """
 
 import dataclasses
+import functools
 
+import torch
 from torch import nn
 
 from minillm.registry import fingerprint
+from minillm.train import identity
 
 
 def settled(on_step, steps):
@@ -37,6 +40,10 @@ def named(function):
     """What a checkpoint writes down of a function, to know it again; None for None."""
     if function is None:
         return None
+    if isinstance(function, functools.partial):
+        given = [text_of(value) for value in function.args]
+        given += [f"{name}={text_of(value)}" for name, value in function.keywords.items()]
+        return f"partial({', '.join([named(function.func), *given])})"
     if not dataclasses.is_dataclass(function):
         module = getattr(function, "__module__", type(function).__module__)
         return f"{module}.{getattr(function, '__qualname__', type(function).__qualname__)}"
@@ -46,8 +53,9 @@ def named(function):
 
 
 def text_of(value):
-    """The value; of a model, its name and a digest of its weights."""
-    if not isinstance(value, nn.Module):
-        return repr(value)
-    found = fingerprint.of(value, without=())
-    return f"{fingerprint.name_of(value)} ({fingerprint.digest(found['samples'])})"
+    """The value; of a model, its name and a digest; of a function, its name and not its address."""
+    if isinstance(value, nn.Module):
+        return f"{fingerprint.name_of(value)} ({identity.digest_of(value)})"
+    if isinstance(value, torch.Tensor):
+        return f"a tensor ({identity.digest({'': value})})"
+    return named(value) if callable(value) and not isinstance(value, type) else repr(value)
