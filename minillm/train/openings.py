@@ -8,6 +8,7 @@ What `on_step` may do:
 
     read gradients       p.grad; in half precision they are rounded to the parameter's dtype
     leave a parameter    p.grad = None: the optimizer neither moves nor decays it in this step
+    change gradients     p.grad.mul_(0.1), p.grad = ...; and weights, p.mul_(0.9), without a gradient
     change buffers       a patch's mask, for example, and those of the patch's options that it
                          names in `changes`
 
