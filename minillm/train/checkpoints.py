@@ -16,13 +16,11 @@ and is written beside its name and then renamed, so a name is always a whole che
 Frozen weights are not in it: load the same model and wrap it the same way first.
 """
 
-import contextlib
 import json
 import logging
 import pathlib
 import re
 import shutil
-import signal
 
 import safetensors.torch
 import torch
@@ -31,7 +29,6 @@ from minillm import distributed, files
 from minillm.registry.store import read
 from minillm.train import identity
 from minillm.train.history import measured
-from minillm.train.interrupt import Interrupted
 from minillm.train.state import changing, copies, put_back, same_patches, state
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, each of the parameter's shape
@@ -83,12 +80,13 @@ def ready(directory, resume):
 # --- writing ---------------------------------------------------------------------------------
 
 
-def path_of(run):
-    """The checkpoint after the newest step."""
-    return pathlib.Path(run.options.checkpoints) / f"step-{len(run.history):08d}.safetensors"
+def path_of(run, directory=None):
+    """The checkpoint after the newest step; `directory`: another than the run's own."""
+    directory = pathlib.Path(directory or run.options.checkpoints)
+    return directory / f"step-{len(run.history):08d}.safetensors"
 
 
-def save(run):
+def save(run, directory=None):
     """Write `step-N.safetensors`, then remove all but the last `keep`; returns its path.
 
     Of several processes the first writes.
@@ -108,7 +106,7 @@ def save(run):
         best, facts["best_options"] = run.best_state
         tensors |= {f"best.{name}": t for name, t in best.items()}
     tensors = distributed.apart(tensors)
-    path = path_of(run)
+    path = path_of(run, directory)
     if distributed.place()[0] == 0:
         with files.atomic(path) as new:
             metadata = {"format": "pt", "training": json.dumps(facts)}
@@ -123,34 +121,6 @@ def save(run):
 def keeps_best(run):
     """Whether the best parameters so far are others than those of the last step."""
     return run.options.restore_best and run.best and run.best["step"] != len(run.history) - 1
-
-
-@contextlib.contextmanager
-def rescued(run):
-    """An error or a Ctrl-C inside, after the last step, leaves a checkpoint of the whole training.
-
-    The error gets a note that says where. In several processes it is raised as it is: the others
-    are at another place, and cannot be asked for their parts.
-    """
-    try:
-        yield
-    except (Exception, KeyboardInterrupt) as error:
-        directory = run.options.checkpoints
-        if not run.trained or directory is None or distributed.place()[1] > 1:
-            raise
-        try:
-            with files.lock(directory):
-                path = newest(directory)
-                path = path if path == path_of(run) else save(run)
-        except (OSError, RuntimeError) as second:
-            error.add_note(f"the training is lost: no checkpoint can be written either ({second})")
-            raise error from None
-        steps = len(run.history)
-        if isinstance(error, KeyboardInterrupt):
-            raise Interrupted(path, steps, run.options.steps, signal.SIGINT) from error
-        error.add_note(f"the training is whole, and saved in {path}: resume=True goes on from "
-                       "there, and only writes")
-        raise
 
 
 # --- going on ---------------------------------------------------------------------------------

@@ -19,11 +19,13 @@ from tqdm.auto import tqdm
 from minillm import data, distributed, files
 from minillm.calling import native
 from minillm.train import identity, masters, openings
-from minillm.train.checkpoints import ready, rescued, restore, save
+from minillm.train.checkpoints import ready, restore
+from minillm.train.disk import check_checkpoints
 from minillm.train.history import journal, measured
-from minillm.train.interrupt import Interrupted, deferred
+from minillm.train.interrupt import deferred
 from minillm.train.losses import held_out_loss, learnt, loss_sum
 from minillm.train.rates import groups, rate
+from minillm.train.rescue import leave, rescued, save_or_go_on
 from minillm.train.room import check_room
 from minillm.train.settings import COMPARED, resolve
 from minillm.train.state import put_back, snapshot
@@ -83,10 +85,10 @@ def train(model, examples, *, steps=None, epochs=None, lr, batch_size=8, accumul
                 note(record)
                 show(bar, record)
                 signal = distributed.largest(asked.signal, run.device)  # to any of the processes
-                if checkpoints is not None and (run.due(run.options.save_every) or signal):
-                    path = save(run)
                 if signal:
-                    raise Interrupted(path, len(run.history), run.options.steps, signal)
+                    leave(run, signal)
+                if checkpoints is not None and run.due(run.options.save_every):
+                    save_or_go_on(run)
             run.trained = True
             finish(run)
         if write is not None:
@@ -182,6 +184,7 @@ class Run:
         self.batches = data.batches(examples, o.batch_size, o.seed, o.pad)
         self.loss = distributed.spread(model, o.loss or loss_sum)
         self.history, self.trained = [], False
+        self.warned = False  # that a checkpoint could not be written
         self.best, self.best_state, self.waited = None, None, 0  # of the evaluations
         self.settled = openings.settled(o.on_step, o.steps)
         self.identity = self.compared = None  # only checkpoints need them
@@ -249,6 +252,7 @@ def begin(run, stack):
         if rank == 0:
             stack.enter_context(files.lock(o.checkpoints))
         path = ready(o.checkpoints, o.resume)
+        check_checkpoints(run)
         run.describe()
         if path is not None:
             restore(run, path)
