@@ -169,11 +169,12 @@ def check_saved(model, family, name):
 
 
 def read(args, tokenizer):
-    """(examples to learn, held-out examples or None), with a line for what was cut or skipped."""
+    """(examples to learn, held-out examples or None), with a line for what was cut, skipped or not read."""
     def file(path):
         reading = data.read(path, tokenizer, length=args.length, skip_bad=args.skip_bad)
         shown = args.preview and path == args.data  # the preview begins with its summary
-        if (reading.cut or reading.skipped) and not shown and distributed.place()[0] == 0:
+        aside = reading.cut or reading.skipped or reading.unread or reading.ignored
+        if aside and not shown and distributed.place()[0] == 0:
             print(f"{path}: {reading.summary()}", file=sys.stderr)
         return reading
 
