@@ -114,3 +114,14 @@ def test_eval_measures_windows_of_the_length_it_says(length, run):
     text = data.task("language", tokenizer, "test").text
     assert said == f"{measure.perplexity(model, tokenizer, text, length, windows=3)!r}\n"
     assert "n=3" in said
+
+
+def test_train_says_which_fields_it_does_not_read(run, tmp_path):
+    (tmp_path / "b.csv").write_text("text,label\n" + "good film,1\nbad film,0\n" * 4)
+    args = ("train", "--data", "b.csv", "--steps", 1, "--out", "a.safetensors")
+    run(*args)
+    assert "b.csv: 8 examples" in run.error and "not read: 'label' in 8 records" in run.error
+    assert "not read: 'label' in 8 records" in run(*args, "--preview") and "not read" not in run.error
+    (tmp_path / "b.csv").write_text("text\n" + "good film\n" * 4)
+    run(*args)
+    assert "b.csv" not in run.error

@@ -63,8 +63,8 @@ def test_the_loop_beside_one_with_float32_copies_written_out(dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_goes_on_bit_for_bit(dtype, tmp_path):
     """Also where the best step is not the last: the model ends as after that one."""
-    def options():
-        values = iter([4.0, 2.0, 1.0, 3.0, 3.0, 3.0, 3.0, 3.0])
+    def options(values=(4.0, 2.0, 1.0, 3.0, 3.0, 3.0, 3.0, 3.0)):
+        values = iter(values)
         return dict(steps=8, lr=1e-4, evaluate=lambda model: next(values), every=1)
 
     expected, model = half(dtype), half(dtype)
@@ -77,9 +77,7 @@ def test_half_precision_goes_on_bit_for_bit(dtype, tmp_path):
     for name, p in model.named_parameters():
         copy = tensors[f"optimizer.master.{name}"]
         assert copy.dtype == torch.float32 and copy.to(dtype).equal(tensors[f"model.{name}"])
-    model, rest = half(dtype), options()
-    values = iter([3.0] * 3)
-    rest["evaluate"] = lambda model: next(values)
+    model, rest = half(dtype), options([3.0] * 3)
     rest = quiet(model, checkpoints=tmp_path, save_every=100, resume=True, **rest)
     assert losses(rest) == losses(whole) and rest[-1]["best"]["step"] == 2 and same(model, expected)
 
@@ -87,3 +85,79 @@ def test_half_precision_goes_on_bit_for_bit(dtype, tmp_path):
 def test_float32_has_no_copies(tmp_path):
     quiet(build("llama"), checkpoints=tmp_path, steps=1)
     assert not [name for name in read(newest(tmp_path))[0] if "master" in name]
+
+
+# --- what on_step changes -----------------------------------------------------------------------
+
+
+TOUCHED = ["norm.weight", "layers.1.mlp.up_proj.weight", "layers.1.mlp.down_proj.weight",
+           "layers.0.self_attn.q_proj.weight"]
+
+
+def gradients(model, step, steps):
+    """Some by a new tensor, some in place, some of a part alone; none depends on a rounding."""
+    norm, up, down, q = map(model.get_parameter, TOUCHED)
+    norm.grad = torch.ones_like(norm)
+    up.grad.copy_(torch.arange(up.numel()).view_as(up) % 7 - 3)
+    down.grad.data.fill_(-2)
+    q.grad.zero_()
+    q.grad[:, 0] = 1
+
+
+@torch.no_grad()
+def weights(model, step, steps):
+    norm, up, down, q = map(model.get_parameter, TOUCHED)
+    norm.mul_(0.5)
+    up[0] = 0.25
+    down.data.neg_()
+    q.copy_(q.flip(0))
+    gradients(model, step, steps)
+
+
+@pytest.mark.parametrize("on_step", [gradients, weights])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_on_step_changes_in_half_precision_what_it_does_in_float32(on_step, dtype):
+    found = {}
+    for key, kind, change in (("half", dtype, on_step), ("whole", torch.float32, on_step),
+                              ("plain", torch.float32, None)):
+        model = half(kind)
+        quiet(model, steps=2, lr=0.05, clip=None, on_step=change)
+        found[key] = {name: p.float() for name, p in model.named_parameters()}
+    for name in TOUCHED:
+        torch.testing.assert_close(found["half"][name], found["whole"][name], rtol=0.01, atol=2e-3)
+        assert not torch.allclose(found["plain"][name], found["whole"][name], atol=0.05)
+
+
+def test_a_gradient_of_on_steps_own():
+    """Where the loss gives none: the parameter does not take part in it."""
+    model = half(torch.bfloat16)
+    model.register_parameter("unused", torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16)))
+
+    def born(model, step, steps):
+        model.unused.grad = torch.tensor([1.0, 0.0, -1.0], dtype=torch.bfloat16)
+
+    quiet(model, steps=1, lr=0.25, on_step=born)
+    assert model.unused.tolist() == [0.75, 1.0, 1.25]
+
+
+def test_what_on_step_leaves_alone_stays_exact():
+    """A rounding of what it does not change, at each step, would be another training."""
+    def look(model, step, steps):
+        model.norm.weight.grad[0] = 0
+
+    def other(model, step, steps):
+        model.norm.weight.grad = model.norm.weight.grad.clone()
+        model.norm.weight.grad[0] = 0
+
+    found = []
+    for on_step in (look, other):
+        model = half(torch.bfloat16)
+        found.append((losses(quiet(model, steps=6, lr=1e-4, clip=None, on_step=on_step)), model))
+    plain = half(torch.bfloat16)
+    quiet(plain, steps=6, lr=1e-4, clip=None)
+    assert found[0][0] == found[1][0] and same(found[0][1], found[1][1])
+    once = [half(torch.bfloat16), half(torch.bfloat16)]
+    quiet(once[0], steps=1, clip=None)
+    quiet(once[1], steps=1, clip=None, on_step=look)
+    for (name, p), q in zip(once[0].named_parameters(), once[1].parameters()):
+        assert p[1:].equal(q[1:]) if name == "norm.weight" else p.equal(q), name

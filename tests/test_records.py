@@ -144,3 +144,16 @@ def test_a_bad_conversation_is_an_error_with_its_line(write, tokenizer, messages
 def test_a_conversation_needs_a_chat_template(write, bare):
     with pytest.raises(ValueError, match="line 1: .*chat template"):
         data.read(write("a.jsonl", [{"messages": [USER, BOT]}]), bare)
+
+
+def test_fields_that_are_not_read_are_named(bare, write):
+    rows = [{"text": "one two", "label": 1, "id": None}, {"text": "three", "label": 0, "note": "x"}]
+    found = data.read(write("a.jsonl", rows), bare)
+    assert found.ignored == {"label": 2, "note": 1}
+    assert "\nnot read: 'label' in 2 records, 'note' in 1 record" in found.summary()
+    rows = [*ALPACA, {"instruction": "a", "output": "b", "text": "ab"}, {"prompt": "a", "completion": "b", "system": "c"}]
+    found = data.read(write("b.jsonl", rows), bare)
+    assert found.ignored == {"system": 1}, "an instruction reads it, a prompt does not"
+    many = {"text": "a", **{f"f{i}": 1 for i in range(10)}}
+    assert "'f7' in 1 record, and 2 more" in data.read(write("c.jsonl", [many]), bare).summary()
+    assert "not read" not in data.read(write("d.jsonl", [{"text": "a"}]), bare).summary()

@@ -506,6 +506,7 @@ def test_the_picture_says_what_it_shows(tmp_path, monkeypatch):
     monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: (
         drawn.append(figure), save(figure, *args, **options)))
     log = [record(i, **({"held_out": 3.0 - i / 10} if i % 5 == 4 else {})) for i in range(20)]
+    log[-1]["best"] = dict(step=19, value=1.1)
     picture(log, tmp_path / "a.png")
     above, below = drawn[0].axes
     assert tuple(above.get_gridspec().get_height_ratios()) == (4, 1)

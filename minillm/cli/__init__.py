@@ -39,5 +39,6 @@ def said(error, name=None):
                              ("any_base=True", "--any-base"),
                              ("anyway=True", "--option anyway=true")):
         text = text.replace(argument, option)
+    text = re.sub(r"\bcheckpoints='([^']*)', --resume", r"--checkpoints \1 --resume", text)
     text = re.sub(r"\bmax_new_tokens=(?=\d)", "--max-new-tokens ", text)
     return text.encode("utf-8", "backslashreplace").decode()

@@ -36,6 +36,7 @@ def run(args):
     if not args.out:
         return
     model.recompute = args.recompute
+    check_disk(model, technique, held_out, args)
     if args.shard:
         distributed.shard(model)
     done = False
@@ -168,11 +169,12 @@ def check_saved(model, family, name):
 
 
 def read(args, tokenizer):
-    """(examples to learn, held-out examples or None), with a line for what was cut or skipped."""
+    """(examples to learn, held-out examples or None), with a line for what was cut, skipped or not read."""
     def file(path):
         reading = data.read(path, tokenizer, length=args.length, skip_bad=args.skip_bad)
         shown = args.preview and path == args.data  # the preview begins with its summary
-        if (reading.cut or reading.skipped) and not shown and distributed.place()[0] == 0:
+        aside = reading.cut or reading.skipped or reading.unread or reading.ignored
+        if aside and not shown and distributed.place()[0] == 0:
             print(f"{path}: {reading.summary()}", file=sys.stderr)
         return reading
 
@@ -223,6 +225,30 @@ def fit(model, examples, held_out, technique, tokenizer, args):
         save_every=args.save_every if args.checkpoints else 0, keep=args.keep or 2,
         resume=args.resume, log=args.log, name=args.technique,
         write=functools.partial(write, technique=technique, tokenizer=tokenizer, args=args))
+
+
+def check_disk(model, technique, held_out, args):
+    """OSError where --out and --checkpoints together take more than the disk has."""
+    size = out_bytes(model, technique, args)
+    shards = 1 if technique or checkpoints.is_gguf(args.out) else -(-size // 5_000_000_000)
+    needs = [("--out", args.out, shards, size // shards)]
+    if args.checkpoints:
+        written = len(train.saved(args.checkpoints))
+        needs.append(train.checkpoint_needs("--checkpoints", args.checkpoints, args.keep or 2, model,
+                                            held_out is not None, written))
+    if distributed.place()[0] == 0:
+        train.check_disk(needs)
+
+
+def out_bytes(model, technique, args):
+    """The bytes of the tensors that `write` will write."""
+    gguf = technique is None and checkpoints.is_gguf(args.out)  # all in float32
+    every = {id(p): p for p in model.parameters() if technique is None or p.requires_grad}
+    for _, patch in registry.patches_of(technique.family, model, args.name) if technique else ():
+        every |= {id(t): t for t in (*patch.parameters(), *patch.buffers())}
+    for site in registry.formats_of(technique.family, model) if technique else ():
+        every |= {id(t): t for t in site.module.buffers()}
+    return sum(t.numel() * (4 if gguf else t.dtype.itemsize) for t in every.values())
 
 
 def ending(history, args):

@@ -20,7 +20,7 @@ import pathlib
 import re
 
 from minillm.data.example import check_length, learnt
-from minillm.data.records import examples_of, fitting, plain, question
+from minillm.data.records import examples_of, fitting, plain, question, unread
 from minillm.data.showing import Reason, summary
 
 
@@ -32,12 +32,13 @@ class Reading(list):
     skipped         "PATH, line N: the reason", a Reason for each bad record that was left out
     kinds           {kind: records read as it}, a kind being a tuple of field names
     unread          {kind: records that also fit it, but were read as another kind}
+    ignored         {field: records in which it has something that was not read}
     """
 
     def __init__(self, path, length):
         super().__init__()
         self.path, self.length, self.records, self.skipped = str(path), length, 0, []
-        self.kinds, self.unread = collections.Counter(), collections.Counter()
+        self.kinds, self.unread, self.ignored = (collections.Counter() for _ in range(3))
 
     @property
     def tokens(self):
@@ -93,6 +94,7 @@ def read(path, tokenizer, length=256, skip_bad=False):
         kind, *others = fitting(record)
         found.kinds[kind] += 1
         found.unread.update(others)
+        found.ignored.update(unread(record))
 
     found.records = each(path, reader, use, skip_bad, found.skipped)
     return found
@@ -162,7 +164,6 @@ def reader_of(path):
 # --- from bytes to records -----------------------------------------------------------------------
 # A reader yields (place, record). Where a record cannot be read, it yields the error in its stead,
 # for a generator that raises could not go on. It raises for what spoils the whole file.
-
 
 ODD = re.compile("[\udc80-\udcff]")  # what `opened` makes of the bytes 0x80 to 0xff
 

@@ -8,7 +8,7 @@
                                 (and, where needed: input, system)
     text                        text                                 all of it
 
-A record may have other fields, which are not read. A record that fits several kinds is read as
+A record may have other fields, which are not read; the summary of the file names them. A record that fits several kinds is read as
 the first of them in this table, and the summary of the file says so: Alpaca's own file, for
 instance, has beside its fields a `text` that joins them, from which nobody could see what to learn.
 
@@ -21,6 +21,7 @@ from minillm.data.example import clip, completion, learnt, only, pieces, spans, 
 
 KINDS = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"),
          ("text",))
+OPTIONAL = ("input", "system")  # of an Alpaca instruction
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant",
             "model": "assistant", **{role: role for role in ROLES}}
@@ -40,6 +41,15 @@ def fitting(record):
         known = "; or ".join(" and ".join(map(repr, kind)) for kind in KINDS)
         raise ValueError(f"the fields are {', '.join(map(repr, record)) or 'none'}; known: {known}")
     return found
+
+
+def unread(record):
+    """The record's fields that are of no kind and have something in them: nothing is learnt from these."""
+    kinds = fitting(record)
+    read = {field for kind in kinds for field in kind}
+    read |= set(OPTIONAL) if kinds[0] == ("instruction", "output") else set()
+    return [field for field, value in record.items()
+            if field not in read and value not in (None, "", [], {})]
 
 
 def plain(record, tokenizer):
@@ -74,7 +84,7 @@ def shown(value):
 
 def alpaca(record, tokenizer):
     """An instruction -> messages, if the tokenizer has a chat template; else Alpaca's prompt."""
-    optional = {field: record[field] for field in ("input", "system")
+    optional = {field: record[field] for field in OPTIONAL
                 if record.get(field) not in (None, "")}
     for field in optional:
         check_text(optional, field)

@@ -1,5 +1,6 @@
 """What a list of Examples teaches, for the eye: before any hour of training."""
 
+import collections
 import itertools
 
 from minillm.data.example import NOT_LEARNT, learnt
@@ -22,6 +23,11 @@ def summary(examples):
         lines.append(f"{count(n, 'record')} of {' and '.join(kind)}")
     for kind, n in getattr(examples, "unread", {}).items():
         lines.append(f"not read: {' and '.join(kind)}, beside another kind in {count(n, 'record')}")
+    fields = [f"{field!r} in {count(n, 'record')}"
+              for field, n in getattr(examples, "ignored", collections.Counter()).most_common()]
+    if fields:
+        more = f", and {len(fields) - 8} more" if len(fields) > 8 else ""
+        lines.append(f"not read: {', '.join(fields[:8])}{more}")
     if cut:
         lines.append(f"cut: {count(cut, 'example')} that would be too long; a larger length= keeps "
                      f"{count(lost, 'token')} more to learn")

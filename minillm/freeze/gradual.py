@@ -28,6 +28,7 @@ follows from the step alone, so a training that was interrupted goes on bit for 
 """
 
 import dataclasses
+import math
 
 from minillm import options
 from minillm.freeze import blocks_of, lowest
@@ -42,6 +43,10 @@ class Unfreezing:
 
     def __post_init__(self):
         options.real("until", self.until, lambda x: 0 < x <= 1, "a share of the steps, above 0")
+
+    def settled(self, steps):
+        """The step from which on all blocks learn, whatever their number."""
+        return math.ceil(self.until * steps)
 
     def waiting(self, model, step, steps):
         """The names of the modules that do not learn yet."""

@@ -44,6 +44,8 @@ class Gradual:
     end: float = 0.75
     every: int = 10
 
+    changes = ("sparsity",)  # the options of a patch that it changes
+
     def __post_init__(self):
         options.share("sparsity", self.sparsity)
         options.share("first", self.first)
@@ -52,9 +54,13 @@ class Gradual:
             raise ValueError(f"begin={self.begin!r}, end={self.end!r}: shares of the steps, "
                              "0 <= begin < end <= 1")
 
+    def settled(self, steps):
+        """The step of the last pruning: the model after it is as sparse as it was to be."""
+        return round(self.end * (steps - 1))
+
     def at(self, step, steps):
         """The sparsity of a step, from the last pruning before it."""
-        begin, end = round(self.begin * (steps - 1)), round(self.end * (steps - 1))
+        begin, end = round(self.begin * (steps - 1)), self.settled(steps)
         if step >= end:
             return self.sparsity
         t = max(0, step - begin) // self.every * self.every
@@ -68,8 +74,6 @@ class Gradual:
                              "minillm.prune.wrap(model, sparsity=0.0) first")
         now = self.at(step, steps)
         if step > 0 and now == self.at(step - 1, steps):
-            for _, patch in found:
-                patch.sparsity = now
             return
         for group in {patch.group for _, patch in found}:
             sites = [(site, patch) for site, patch in found if patch.group == group]

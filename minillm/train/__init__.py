@@ -9,7 +9,10 @@
     openings      what `loss=` and `on_step=` may be
     distill       a loss: learn from a teacher's probabilities
     history       the log, its summary and its picture
-    checkpoints   what a file holds, and how a training goes on from it
+    checkpoints   a file of all that a training changes, and how the training goes on from it
+    state         what that is: tensors, and the options of patches
+    disk          whether there is room for what will be written, asked before the training
+    rescue        what is saved where there was none after all, or where the last write fails
     identity      the model, techniques and data that a checkpoint belongs to
     interrupt     Ctrl-C
 
@@ -27,6 +30,7 @@
 
 from minillm.train import distill
 from minillm.train.checkpoints import clear, newest, restore, saved
+from minillm.train.disk import check_disk, checkpoint_needs
 from minillm.train.history import Summary, check_log, check_picture, picture, summary
 from minillm.train.interrupt import Interrupted
 from minillm.train.loop import train
@@ -35,7 +39,7 @@ from minillm.train.rates import SCHEDULES, groups, rate
 from minillm.train.room import check_room
 
 __all__ = [
-    "SCHEDULES", "Interrupted", "Summary", "check_log", "check_picture", "check_room", "clear",
-    "distill", "groups", "held_out_loss", "loss_sum", "newest", "picture", "rate", "restore",
+    "SCHEDULES", "Interrupted", "Summary", "check_disk", "check_log", "check_picture", "check_room",
+    "checkpoint_needs", "clear", "distill", "groups", "held_out_loss", "loss_sum", "newest", "picture", "rate", "restore",
     "saved", "summary", "train",
 ]

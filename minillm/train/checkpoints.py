@@ -8,31 +8,28 @@ One safetensors file holds
     patch.*       buffers of patches (masks), where `on_step` may change them
     best.*        model.* and buffer.* after the best step, where that is not this one
     random.*      the state of each process's random numbers
-    metadata      the log, the place in the data, all settings, and what else the training relies on
-                  (see `identity`): the frozen model, the techniques, the examples
+    metadata      the log, the place in the data, all settings, the options of patches where
+                  `on_step` may change them, and what else the training relies on (see `identity`):
+                  the frozen model, the techniques, the examples
 
 and is written beside its name and then renamed, so a name is always a whole checkpoint.
 Frozen weights are not in it: load the same model and wrap it the same way first.
 """
 
-import contextlib
 import json
 import logging
 import pathlib
 import re
 import shutil
-import signal
 
 import safetensors.torch
 import torch
 
 from minillm import distributed, files
-from minillm.registry import layers
-from minillm.registry.learning import buffers
+from minillm.registry.store import read
 from minillm.train import identity
 from minillm.train.history import measured
-from minillm.train.interrupt import Interrupted
-from minillm.registry.store import read
+from minillm.train.state import changing, copies, put_back, same_patches, state
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, each of the parameter's shape
 logger = logging.getLogger("minillm")
@@ -80,52 +77,16 @@ def ready(directory, resume):
     return path
 
 
-# --- what is in a file ------------------------------------------------------------------------
+# --- writing ---------------------------------------------------------------------------------
 
 
-def state(run):
-    """{name: tensor} of what the training changes in the model."""
-    found = {f"model.{name}": p.detach() for name, p in run.learning}
-    found |= {f"buffer.{name}": b for name, b in buffers(run.model)}
-    if run.options.on_step is not None:  # it may change a mask, for example
-        found |= {f"patch.{name}": b for name, b in patch_buffers(run.model)}
-    return found
+def path_of(run, directory=None):
+    """The checkpoint after the newest step; `directory`: another than the run's own."""
+    directory = pathlib.Path(directory or run.options.checkpoints)
+    return directory / f"step-{len(run.history):08d}.safetensors"
 
 
-def patch_buffers(model):
-    """(name, buffer) of what the patches keep beside their parameters."""
-    for where, layer in layers(model).items():
-        for name, patch in layer.patches.items():
-            yield from ((f"{where}.{name}.{key}", b) for key, b in patch.named_buffers())
-
-
-def copies(run):
-    """[(name in the file, float32 copy)] of what learns in half precision."""
-    return [(f"optimizer.master.{name}", run.masters[p]) for name, p in run.learning
-            if p in run.masters]
-
-
-def snapshot(run):
-    """A copy of `state`, to come back to."""
-    return {name: t.clone() for name, t in state(run).items()}
-
-
-@torch.no_grad()
-def put_back(run, tensors):
-    """Copy tensors, whole or spread over the processes as the model is, into the model."""
-    for name, t in state(run).items():
-        if any(step == 0 and n > 1 for step, n in zip(t.stride(), t.shape)):
-            t.data = tensors[name].clone()  # a buffer made by `expand`: its values are one in memory
-        else:
-            t.copy_(tensors[name])
-
-
-def path_of(run):
-    """The checkpoint after the newest step."""
-    return pathlib.Path(run.options.checkpoints) / f"step-{len(run.history):08d}.safetensors"
-
-
-def save(run):
+def save(run, directory=None):
     """Write `step-N.safetensors`, then remove all but the last `keep`; returns its path.
 
     Of several processes the first writes.
@@ -139,12 +100,13 @@ def save(run):
     for name, p in run.stepped.items():
         for key, t in run.optimizer.state.get(p, {}).items():  # none without a gradient
             tensors[f"optimizer.{key}.{name}"] = t
-    if keeps_best(run):
-        tensors |= {f"best.{name}": t for name, t in run.best_state.items()}
-    tensors = distributed.apart(tensors)
-    path = path_of(run)
     facts = dict(settings=run.compared, identity=run.identity, history=run.history,
-                 batches=run.batches.state_dict())
+                 batches=run.batches.state_dict(), options=changing(run))
+    if keeps_best(run):
+        best, facts["best_options"] = run.best_state
+        tensors |= {f"best.{name}": t for name, t in best.items()}
+    tensors = distributed.apart(tensors)
+    path = path_of(run, directory)
     if distributed.place()[0] == 0:
         with files.atomic(path) as new:
             metadata = {"format": "pt", "training": json.dumps(facts)}
@@ -161,34 +123,6 @@ def keeps_best(run):
     return run.options.restore_best and run.best and run.best["step"] != len(run.history) - 1
 
 
-@contextlib.contextmanager
-def rescued(run):
-    """An error or a Ctrl-C inside, after the last step, leaves a checkpoint of the whole training.
-
-    The error gets a note that says where. In several processes it is raised as it is: the others
-    are at another place, and cannot be asked for their parts.
-    """
-    try:
-        yield
-    except (Exception, KeyboardInterrupt) as error:
-        directory = run.options.checkpoints
-        if not run.trained or directory is None or distributed.place()[1] > 1:
-            raise
-        try:
-            with files.lock(directory):
-                path = newest(directory)
-                path = path if path == path_of(run) else save(run)
-        except (OSError, RuntimeError) as second:
-            error.add_note(f"the training is lost: no checkpoint can be written either ({second})")
-            raise error from None
-        steps = len(run.history)
-        if isinstance(error, KeyboardInterrupt):
-            raise Interrupted(path, steps, run.options.steps, signal.SIGINT) from error
-        error.add_note(f"the training is whole, and saved in {path}: resume=True goes on from "
-                       "there, and only writes")
-        raise
-
-
 # --- going on ---------------------------------------------------------------------------------
 
 
@@ -196,9 +130,9 @@ def rescued(run):
 def restore(run, path):
     """Put everything back as it was when the checkpoint was written, once all of it is checked."""
     tensors, metadata = opened(path)
-    place, history = facts_of(run, path, metadata)
-    run.history = history
-    for record in history:
+    facts = facts_of(run, path, metadata)
+    run.history = facts["history"]
+    for record in run.history:
         run.count(record)
     check(run, path, tensors)
     rank = distributed.place()[0]
@@ -209,7 +143,8 @@ def restore(run, path):
     except RuntimeError as error:
         raise ValueError(f"{path}: its random state is none ({error})") from error
     ours = state(run)
-    put_back(run, {name: distributed.like(tensors[name], t) for name, t in ours.items()})
+    now = {name: distributed.like(tensors[name], t) for name, t in ours.items()}
+    put_back(run, (now, facts["options"]))
     for name, copy in copies(run):
         copy.copy_(distributed.like(tensors[name], copy))
     for name, p in run.stepped.items():
@@ -219,9 +154,10 @@ def restore(run, path):
                 **{key: distributed.like(tensors[f"optimizer.{key}.{name}"], p) for key in MOMENTS}}
     if run.best and run.options.restore_best:
         where = "best." if keeps_best(run) else ""
-        run.best_state = {name: distributed.like(tensors[where + name], t).clone()
-                          for name, t in ours.items()}
-    run.batches.load_state_dict(place)
+        best = {name: distributed.like(tensors[where + name], t).clone()
+                for name, t in ours.items()}
+        run.best_state = best, facts["best_options" if keeps_best(run) else "options"]
+    run.batches.load_state_dict(facts["batches"])
 
 
 def opened(path):
@@ -234,30 +170,33 @@ def opened(path):
 
 
 def facts_of(run, path, metadata):
-    """(the place in the data, the log) in a file; ValueError where it is of another training."""
+    """What a file says beside its tensors; ValueError where it is of another training."""
     try:
         facts = json.loads(metadata["training"])
         then, history = facts["settings"], facts["history"]
-        place = {key: int(facts["batches"][key]) for key in ("epoch", "position")}
+        place = facts["batches"] = {key: int(facts["batches"][key]) for key in ("epoch", "position")}
         odd = {key: (then.get(key), now) for key, now in run.compared.items()
-               if then.get(key) != now}
-        other = identity.differs(run.model, facts["identity"])
+               if json.dumps(then.get(key)) != json.dumps(now)}  # so the order of `rates` counts
+        other = identity.differs(run.model, facts["identity"], run.options.on_step)
         whole = all(record["step"] == i and isinstance(record["loss"], float)
                     and isinstance(measured(record), float | None)
                     for i, record in enumerate(history))
         whole = whole and path.name == f"step-{len(history):08d}.safetensors"
         whole = whole and 0 <= place["position"] < len(run.batches.examples)
+        fits = same_patches(run, facts)
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError, IndexError) as error:
         raise ValueError(f"{path} is not a checkpoint of minillm.train "
                          f"({type(error).__name__}: {error})") from error
-    if other:  # first: another technique has another usual rate, too
+    if other and "on_step" not in odd:  # first: another technique has another usual rate, too
         raise ValueError(f"{path} belongs to another training: {other}")
     if odd:
         listed = ", ".join(f"{key}={old!r} then, {new!r} now" for key, (old, new) in odd.items())
         raise ValueError(f"{path} was written with other settings: {listed}")
+    if not fits:
+        raise ValueError(f"{path} has the options of other patches")
     if not whole:
         raise ValueError(f"{path}: its log is not whole, or not of this step")
-    return place, history
+    return facts
 
 
 def check(run, path, tensors):

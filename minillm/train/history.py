@@ -7,7 +7,7 @@
     tokens       all tokens that the model read, without padding
     seconds      of the step, without evaluation and saving
     held_out     the loss on held-out examples after the step (or `evaluation`: what evaluate= gave)
-    best         the best of these so far: {"step", "value"}
+    best         the best so far of these that count (see `openings`): {"step", "value"}
 """
 
 import contextlib
@@ -112,10 +112,15 @@ def summary(history):
         raise ValueError("the log is empty: no step was made")
     part = max(1, len(history) // 10)
     tokens, seconds = (sum(record[key] for record in history) for key in ("tokens", "seconds"))
-    best = next((record["best"] for record in reversed(history) if "best" in record), None)
+    best = best_of(history)
     measure = next((key for key in MEASURES for record in history if key in record), None)
     return Summary(len(history), mean(history[:part]), mean(history[-part:]), best, measure, tokens,
                    seconds, tokens / seconds if seconds else 0.0)
+
+
+def best_of(history):
+    """The best measure that counts: {"step", "value"}, or None."""
+    return next((record["best"] for record in reversed(history) if "best" in record), None)
 
 
 def mean(records):
@@ -143,7 +148,9 @@ def picture(history, path, force=False):
     if points:
         label = "held-out loss" if any("held_out" in r for r in history) else "evaluation"
         above.plot(*zip(*points), "o-", color="C1", markersize=4, label=label)
-        x, y = min(points, key=lambda point: point[1])
+    best = best_of(history)
+    if best:
+        x, y = best["step"] + 1, best["value"]
         above.plot(x, y, "*", color="C1", markersize=12, label=f"best: {y:.3g} after step {x}")
     above.set(ylabel="nats per learnt token")
     above.legend(fontsize="small")

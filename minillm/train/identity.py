@@ -14,10 +14,14 @@ import torch
 from minillm import data, distributed
 from minillm.registry import fingerprint
 from minillm.registry import Format, walk
+from minillm.registry.learning import buffers
 
 
-def of(model):
-    """A dict for JSON that describes all of the model that does not learn."""
+def of(model, on_step=None):
+    """A dict for JSON that describes all of the model that neither learns nor is changed by `on_step`.
+
+    A checkpoint holds what these change.
+    """
     config = getattr(model, "config", None)
     config = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else None
     return dict(
@@ -25,8 +29,23 @@ def of(model):
         dtypes=sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()}),
         config=json.loads(json.dumps(config, default=str)),  # a torch.dtype becomes its name
         modules=dict(modules(model)),
-        techniques=[list(entry) for entry in techniques(model)],
+        techniques=[list(entry) for entry in techniques(model, on_step)],
         base=fingerprint.of(model))
+
+
+def digest_of(model):
+    """Eight hex digits of all that decides what a model computes, whether it learns or not.
+
+    Of its own weights these are samples. Its buffers and its techniques count whole.
+    """
+    base = fingerprint.of(model, without=())
+    patches = [(site.name, name, patch.config(), patch.active, digest(patch.state_dict()))
+               for site in walk(model) if site.layer for name, patch in site.layer.patches.items()]
+    formats = [(site.name, site.module.config(), digest(dict(site.module.named_buffers())))
+               for site in walk(model) if isinstance(site.module, Format)]
+    whole = [base["config"], base["samples"], dict(modules(model)), patches, formats,
+             digest(dict(buffers(model)))]
+    return hashlib.sha256(json.dumps(whole, default=str).encode()).hexdigest()[:8]
 
 
 def modules(model):
@@ -41,16 +60,22 @@ def modules(model):
         yield site.name, f"{cls.__name__}({shown})"
 
 
-def techniques(model):
-    """(site, technique, its options, a digest of what it holds and does not train)."""
+def techniques(model, on_step=None):
+    """(site, technique, its options, a digest of what it holds and does not train).
+
+    An `on_step` may change the buffers of patches, and their options that it names in `changes`.
+    """
+    changes = getattr(on_step, "changes", ())
     for site in walk(model):
         if isinstance(site.module, Format):
             held = dict(site.module.named_buffers())
             yield site.name, site.module.kind, site.module.config(), digest(held)
         for name, patch in site.layer.patches.items() if site.layer else ():
             held = {key: p for key, p in patch.named_parameters() if not p.requires_grad}
-            options = patch.config() if patch.active else patch.config() | {"active": False}
-            yield site.name, name, options, digest(held | dict(patch.named_buffers()))
+            held |= dict(patch.named_buffers()) if on_step is None else {}
+            options = {key: value for key, value in patch.config().items() if key not in changes}
+            options |= {} if patch.active else {"active": False}
+            yield site.name, name, options, digest(held)
 
 
 def digest(tensors):
@@ -68,12 +93,12 @@ def examples(rows):
     return f"{len(rows)} examples ({data.fingerprint(rows)[:8]})"
 
 
-def differs(model, then):
+def differs(model, then, on_step=None):
     """What of the model is not as `then` describes it: a sentence with both values, or None.
 
     TypeError, KeyError or ValueError where `then` is no description.
     """
-    now = json.loads(json.dumps(of(model)))
+    now = json.loads(json.dumps(of(model, on_step)))
     for key in ("model", "dtypes", "config"):
         if now[key] != then[key]:
             return "the model has " + pairs({key: then[key]}, {key: now[key]})

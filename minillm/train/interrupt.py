@@ -16,12 +16,15 @@ logger = logging.getLogger("minillm")
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM has ended a training, after a checkpoint.
 
-    path: the checkpoint; step: how many of the `steps` are done; signal: the signal's number.
+    path: the checkpoint; step: how many of the `steps` are done; signal: the signal's number;
+    elsewhere: whether the checkpoint is in another directory than that of the training; how: the
+    arguments that go on from it.
     """
 
-    def __init__(self, path, step, steps, number):
+    def __init__(self, path, step, steps, number, elsewhere=False):
+        self.how = (f"checkpoints={str(path.parent)!r}, " if elsewhere else "") + "resume=True"
         super().__init__(f"interrupted after step {step} of {steps}; saved {path}: "
-                         "resume=True goes on from there")
+                         f"{self.how} goes on from there")
         self.path, self.step, self.steps, self.signal = path, step, steps, number
 
 

@@ -19,13 +19,16 @@ from tqdm.auto import tqdm
 from minillm import data, distributed, files
 from minillm.calling import native
 from minillm.train import identity, masters, openings
-from minillm.train.checkpoints import put_back, ready, rescued, restore, save, snapshot
+from minillm.train.checkpoints import ready, restore
+from minillm.train.disk import check_checkpoints
 from minillm.train.history import journal, measured
-from minillm.train.interrupt import Interrupted, deferred
+from minillm.train.interrupt import deferred
 from minillm.train.losses import held_out_loss, learnt, loss_sum
 from minillm.train.rates import groups, rate
+from minillm.train.rescue import leave, rescued, save_or_go_on
 from minillm.train.room import check_room
 from minillm.train.settings import COMPARED, resolve
+from minillm.train.state import put_back, snapshot
 
 logger = logging.getLogger("minillm")
 
@@ -53,7 +56,8 @@ def train(model, examples, *, steps=None, epochs=None, lr, batch_size=8, accumul
     evaluate         a function of the model to a number, lower being better ("evaluation"),
                      each after `every` so many steps (a tenth of all) and after the last
     patience         the training ends after so many of these without a better one
-    restore_best     the model ends as it was after the best of them; costs a copy of what learns
+    restore_best     the model ends as it was after the best of them; costs a copy of what learns.
+                     Those before `on_step` has settled do not count (see `openings`)
     checkpoints      a directory, which gets a file each `save_every` steps (a tenth of all), after
                      the last and on Ctrl-C (0: on Ctrl-C alone); the last `keep` stay. resume=True
                      goes on from the newest, or begins where there is none
@@ -81,10 +85,10 @@ def train(model, examples, *, steps=None, epochs=None, lr, batch_size=8, accumul
                 note(record)
                 show(bar, record)
                 signal = distributed.largest(asked.signal, run.device)  # to any of the processes
-                if checkpoints is not None and (run.due(run.options.save_every) or signal):
-                    path = save(run)
                 if signal:
-                    raise Interrupted(path, len(run.history), run.options.steps, signal)
+                    leave(run, signal)
+                if checkpoints is not None and run.due(run.options.save_every):
+                    save_or_go_on(run)
             run.trained = True
             finish(run)
         if write is not None:
@@ -153,7 +157,8 @@ def measure(run, record):
     record["held_out" if o.held_out is not None else "evaluation"] = value
     if run.count(record) and o.restore_best:
         run.best_state = snapshot(run)
-    record["best"] = dict(run.best)
+    if run.best is not None:
+        record["best"] = dict(run.best)
 
 
 class Run:
@@ -179,7 +184,9 @@ class Run:
         self.batches = data.batches(examples, o.batch_size, o.seed, o.pad)
         self.loss = distributed.spread(model, o.loss or loss_sum)
         self.history, self.trained = [], False
+        self.warned = False  # that a checkpoint could not be written
         self.best, self.best_state, self.waited = None, None, 0  # of the evaluations
+        self.settled = openings.settled(o.on_step, o.steps)
         self.identity = self.compared = None  # only checkpoints need them
 
     def describe(self):
@@ -192,14 +199,19 @@ class Run:
         settings |= dict(data=identity.examples(self.batches.examples),
                          held_out=o.held_out and identity.examples(o.held_out),
                          loss=openings.named(o.loss), on_step=openings.named(o.on_step),
+                         evaluate=openings.named(o.evaluate),
                          processes=distributed.place()[1])
         self.compared = json.loads(json.dumps(settings))
-        self.identity = json.loads(json.dumps(identity.of(self.model)))
+        self.identity = json.loads(json.dumps(identity.of(self.model, o.on_step)))
 
     def count(self, record):
-        """Whether the record's evaluation, if there is one, is the best; counts those since."""
+        """Whether the record's evaluation, if there is one, is the best; counts those since.
+
+        Before the step at which `on_step` has settled the model is not the one that was asked for
+        (half of the pruning, for example): such an evaluation does not count.
+        """
         value = measured(record)
-        if value is None:
+        if value is None or record["step"] < self.settled:
             return False
         if self.best is None or value < self.best["value"]:
             self.best, self.waited = dict(step=record["step"], value=value), 0
@@ -240,6 +252,7 @@ def begin(run, stack):
         if rank == 0:
             stack.enter_context(files.lock(o.checkpoints))
         path = ready(o.checkpoints, o.resume)
+        check_checkpoints(run)
         run.describe()
         if path is not None:
             restore(run, path)

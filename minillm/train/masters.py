@@ -36,13 +36,27 @@ def collect(masters):
 
 @contextlib.contextmanager
 def shown(masters):
-    """Each parameter has its gradient inside, for code that reads it or sets it to None."""
+    """Each parameter has its gradient inside, for code that reads or changes gradients and weights.
+
+    What that changes replaces the copy's value there, as float32. All else keeps its float32 value,
+    of which the parameter has but the rounding.
+    """
     for p, copy in masters.items():
         p.grad = None if copy.grad is None else copy.grad.to(p.dtype)
     yield
-    for p, copy in masters.items():
-        copy.grad = copy.grad if p.grad is not None else None
-        p.grad = None
+    with torch.no_grad():
+        for p, copy in masters.items():
+            if p.grad is None or copy.grad is None:
+                copy.grad = None if p.grad is None else p.grad.float()
+            else:
+                take(copy.grad, p.grad)
+            take(copy, p)
+            p.grad = None
+
+
+def take(copy, rounded):
+    """Take what is no rounding of the copy's value any more."""
+    copy.copy_(torch.where(rounded == copy.to(rounded.dtype), copy, rounded.float()))
 
 
 @torch.no_grad()

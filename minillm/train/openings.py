@@ -8,25 +8,43 @@ What `on_step` may do:
 
     read gradients       p.grad; in half precision they are rounded to the parameter's dtype
     leave a parameter    p.grad = None: the optimizer neither moves nor decays it in this step
-    change buffers       a patch's mask, for example
+    change gradients     p.grad.mul_(0.1), p.grad = ...; and weights, p.mul_(0.9), without a gradient
+    change buffers       a patch's mask, for example, and those of the patch's options that it
+                         names in `changes`
+
+An `on_step` may have `settled(steps)`: the step after which the model is the one that was asked
+for. The evaluations before it count neither as the best nor for `patience`. Otherwise the best
+model of a gradual pruning would be the one that is not pruned yet.
 
 A training that was interrupted goes on bit for bit if what it does follows from `step`, `steps`,
 the weights and the buffers alone. So it keeps no count of its own. Checkpoints hold the patches'
-buffers, and a resumed training has to be given the same functions: a dataclass is compared with
-its fields, a function by its name.
+buffers and options, and a resumed training has to be given the same functions: a dataclass is compared with
+its fields, a `functools.partial` with its arguments, a function by its name.
 """
 
 import dataclasses
+import functools
 
+import torch
 from torch import nn
 
 from minillm.registry import fingerprint
+from minillm.train import identity
+
+
+def settled(on_step, steps):
+    """The first step, of those counted from 0, whose evaluation counts; the last one always does."""
+    return min(on_step.settled(steps), steps - 1) if hasattr(on_step, "settled") else 0
 
 
 def named(function):
     """What a checkpoint writes down of a function, to know it again; None for None."""
     if function is None:
         return None
+    if isinstance(function, functools.partial):
+        given = [text_of(value) for value in function.args]
+        given += [f"{name}={text_of(value)}" for name, value in function.keywords.items()]
+        return f"partial({', '.join([named(function.func), *given])})"
     if not dataclasses.is_dataclass(function):
         module = getattr(function, "__module__", type(function).__module__)
         return f"{module}.{getattr(function, '__qualname__', type(function).__qualname__)}"
@@ -36,8 +54,9 @@ def named(function):
 
 
 def text_of(value):
-    """The value; of a model, its name and a digest of its weights."""
-    if not isinstance(value, nn.Module):
-        return repr(value)
-    found = fingerprint.of(value, without=())
-    return f"{fingerprint.name_of(value)} ({fingerprint.digest(found['samples'])})"
+    """The value; of a model, its name and a digest; of a function, its name and not its address."""
+    if isinstance(value, nn.Module):
+        return f"{fingerprint.name_of(value)} ({identity.digest_of(value)})"
+    if isinstance(value, torch.Tensor):
+        return f"a tensor ({identity.digest({'': value})})"
+    return named(value) if callable(value) and not isinstance(value, type) else repr(value)
