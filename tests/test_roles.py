@@ -22,7 +22,7 @@ FAMILIES = {
     "hf_mistral": lambda: hugging("MistralConfig", "MistralForCausalLM", num_key_value_heads=2, **SIZES),
     "hf_neox": lambda: hugging("GPTNeoXConfig", "GPTNeoXForCausalLM", **SIZES),
     "hf_neo": lambda: hugging("GPTNeoConfig", "GPTNeoForCausalLM", hidden_size=16, num_layers=2, num_heads=2,
-                              attention_types=[[["global", "local"], 1]], max_position_embeddings=32),
+                              attention_types=[[["global", "local"], 1]], window_size=2, max_position_embeddings=32),
     "hf_opt": lambda: hugging("OPTConfig", "OPTForCausalLM", hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
                               ffn_dim=32, word_embed_proj_dim=16, max_position_embeddings=32),
     "hf_mixtral": lambda: hugging("MixtralConfig", "MixtralForCausalLM", num_key_value_heads=2, num_local_experts=5, **SIZES),
