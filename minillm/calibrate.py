@@ -95,8 +95,7 @@ def stream(model, examples, change, targets=None, *, statistic=Gram, batch_size=
     in eval mode meanwhile. ValueError, before any leaf is changed, for a leaf that no example
     reaches, for blocks that are no chain, and for hidden states that are not finite.
     """
-    sites = select(model, targets, lambda site: bool(site.leaf) and not site.leaf.lookup,
-                   hidden_linears(model))
+    sites = select(model, targets, linear, hidden_linears(model))
     for site in sites:
         if len(site.places) > 1:
             raise ValueError(f"{site.name!r} is used in {len(site.places)} places, which have "
@@ -136,6 +135,11 @@ def stream(model, examples, change, targets=None, *, statistic=Gram, batch_size=
                 batch.x = through(batch)
                 del batch.beside[0]
         settle(whole, [site for site in rest if order.index(site.name) >= first])
+
+
+def linear(site):
+    """Whether a site is a leaf with inputs to look at: its input are no ids."""
+    return site.leaf is not None and not site.leaf.lookup
 
 
 @contextlib.contextmanager

@@ -86,7 +86,10 @@ class Integer(Format):
     def pack(self, W):
         W = (W.T if self.leaf.lookup else W).float()  # a row is an output channel, or a token
         scale, zero = self.grid.fit(W)
-        q = self.grid.round(W, scale, zero)
+        self.keep(self.grid.round(W, scale, zero), scale, zero)
+
+    def keep(self, q, scale, zero=None):
+        """Store codes (n, m) and their scales and zeros (n, groups), whoever chose them."""
         self.q = q.to(torch.int8) if self.q.dtype == torch.int8 else pack(q - self.grid.ends[0], self.width)
         self.scale = scale
         if zero is not None:
@@ -162,3 +165,5 @@ method("quant", wrap, does="stores weights as integers of 2 to 8 bits, with a sc
        paper="Dettmers et al. 2022, arXiv 2208.07339",
        small={"": {}, "int4": dict(bits=4, group=4), "zero": dict(bits=4, zero_point=True), "two": dict(bits=2, group=8),
               "int8 zero": dict(group=8, zero_point=True)})
+
+from minillm.quant import gptq  # noqa: E402, F401
