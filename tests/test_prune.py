@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from models import MODELS, build, logits, two
+from models import MODELS, build, logits
 from torch import nn
 
 import minillm

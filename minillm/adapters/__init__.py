@@ -36,6 +36,7 @@ from minillm.registry.attach import attach
 from minillm.registry.table import method
 from minillm.registry.verbs import verbs
 
+
 class Bottleneck(Patch):
     def __init__(self, site, size=32, width=None):
         super().__init__()

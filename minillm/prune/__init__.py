@@ -31,7 +31,7 @@ import torch
 
 from minillm import ops, options
 from minillm.prune import patterns
-from minillm.prune.patterns import GROUPS, matrix, model, n_m, row  # noqa: F401
+from minillm.prune.patterns import GROUPS, matrix, n_m, row  # noqa: F401
 from minillm.prune.scores import Random, magnitude  # noqa: F401
 from minillm.registry import Patch, hidden_linears, select
 from minillm.registry.attach import attach
@@ -98,3 +98,5 @@ method("prune", wrap, does="zeroes the smallest weights", paper="Han et al. 2015
               "2:4": dict(pattern=n_m(2, 4))})
 
 from minillm.prune import wanda  # noqa: E402, F401
+
+model = patterns.model
