@@ -1,6 +1,8 @@
 """Magnitude pruning: the smallest weights become zero.
 
-    W' = M * W,   M = 1 where |W| is among the largest (1 - sparsity) of its group       Han et al. 2015, arXiv 1506.02626
+    W' = M * W,   M = 1 where |W| is among the largest (1 - sparsity) of its group
+
+                                                    Han et al. 2015, arXiv 1506.02626
 
     code      paper                                 shape
     mask      the connections that are kept         (out, in), bool
@@ -70,13 +72,14 @@ class Mask(Patch):
 
 
 def wrap(model, targets=None, *, sparsity=0.5, score=magnitude, pattern=row, group=None):
-    """Put a mask on the leaves that `targets` names (see `registry.select`); in place, returns the model.
+    """Put a mask on the leaves that `targets` names; in place, returns the model.
 
-    targets: by default every linear leaf but the output head and tied matrices. sparsity: the share of
-    each group that becomes zero. score: a function of a Site that gives numbers (out, in); the smallest
-    go. pattern: `prune.row`, `prune.matrix`, `prune.model`, or `prune.n_m(2, 4)`. group: the pattern by
-    its name, as files and the command line have it. ValueError for a sparsity outside of 0 <= s < 1,
-    and for a pattern that is unknown or does not fit.
+    targets: see `registry.select`; by default every linear leaf but the output head and tied
+    matrices. sparsity: the share of each group that becomes zero. score: a function of a Site that
+    gives numbers (out, in); the smallest go. pattern: `prune.row`, `prune.matrix`, `prune.model` or
+    `prune.n_m(2, 4)`. group: the pattern by its name, as files and the command line have it.
+    ValueError for a sparsity outside of 0 <= s < 1, and for a pattern that is unknown or does not
+    fit.
     """
     options.share("sparsity", sparsity)
     pattern = patterns.given(pattern) if group is None else patterns.named(group)
@@ -94,8 +97,8 @@ def wrap(model, targets=None, *, sparsity=0.5, score=magnitude, pattern=row, gro
 
 unwrap, merge, unmerge, save, load = verbs("prune", Mask)
 method("prune", wrap, does="zeroes the smallest weights", paper="Han et al. 2015, arXiv 1506.02626",
-       small={"": {}, "matrix": dict(sparsity=0.25, group="matrix"), "model": dict(sparsity=0.4, group="model"),
-              "2:4": dict(pattern=n_m(2, 4))})
+       small={"": {}, "matrix": dict(sparsity=0.25, group="matrix"),
+              "model": dict(sparsity=0.4, group="model"), "2:4": dict(group="2:4")})
 
 from minillm.prune import wanda  # noqa: E402, F401
 

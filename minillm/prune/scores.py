@@ -22,7 +22,8 @@ class Magnitude:
         """|W| (out, in), as all patches leave it, or those beneath the technique `below`."""
         scores = site.dense(below)[0].detach().abs().contiguous()
         if scores.numel() and scores.amax().isnan():
-            raise ValueError(f"the weight of {site.name!r} holds nan: prune cannot say how large it is")
+            raise ValueError(f"the weight of {site.name!r} holds nan: how large it is, prune "
+                             "cannot say")
         return scores
 
     def __repr__(self):

@@ -1,6 +1,7 @@
 """Wanda: a weight goes if it is small and its input is small.
 
-    S_ij = |W_ij| ||X_j||₂        the smallest of each row go         Sun et al. 2023, arXiv 2306.11695, eq. 1
+    S_ij = |W_ij| ||X_j||₂      the smallest of each row go
+                                             Sun et al. 2023, arXiv 2306.11695, eq. 1
 
     code       paper      shape
     W          W          (out, in)
@@ -11,15 +12,16 @@ Language models have a few inputs that are a hundred times larger than the other
 weight on one of them matters more than a large one elsewhere. Nothing is trained, and no weight is
 changed: the result is a mask as `prune.wrap` makes it, and its file is a file of `prune`.
 
-The leaves are masked block by block, each block with the inputs that the masked blocks before it
-give (see `calibrate`). So the whole model cannot be one group. The paper's code takes one pass for
-all leaves of a block; here o and down see what the masked leaves before them in the block give.
+Each leaf is masked with the inputs that the masked leaves before it give (see `calibrate`). So the
+whole model cannot be one group. The paper's code takes one pass for all leaves of a block, which is
+faster: there o and down are scored with the inputs that the dense leaves before them give.
 
 Cost: as many forward passes as `calibrate` says, and one sum of squares for each input.
 
 >>> import torch, minillm
 >>> model = minillm.Transformer(minillm.Config(vocab_size=50, width=8, layers=1, heads=2))
->>> wrap(model, torch.randint(50, (4, 10)), sparsity=0.25, progress=False).layers[0].mlp.up_proj.patches["prune"].mask.sum(1)[:4].tolist()
+>>> model = wrap(model, torch.randint(50, (4, 10)), sparsity=0.25, progress=False)
+>>> model.layers[0].mlp.up_proj.patches["prune"].mask.sum(1)[:4].tolist()     # six of eight
 [6, 6, 6, 6]
 """
 
@@ -36,22 +38,23 @@ def wrap(model, examples, targets=None, *, sparsity=0.5, pattern=patterns.row, b
     """Put Wanda's masks on the leaves that `targets` names; in place, returns the model.
 
     examples: texts to calibrate with, as `calibrate.stream` takes them; the paper uses 128 of 2048
-    tokens. targets: see `registry.select`; by default every linear leaf but the output head and tied
-    matrices. sparsity: the share of zeros. pattern: `prune.row`, `prune.matrix` or `prune.n_m(2, 4)`.
-    batch_size: examples in a forward pass. progress: whether to show a bar.
+    tokens. targets: see `registry.select`; by default every linear leaf but the output head and
+    tied matrices. sparsity: the share of zeros. pattern: `prune.row`, `prune.matrix` or
+    `prune.n_m(2, 4)`. batch_size: examples in a forward pass. progress: whether to show a bar.
 
     ValueError, before any leaf is changed, where prune.wrap or `calibrate.stream` has one. If it is
     interrupted, the leaves up to there are masked.
     """
     options.share("sparsity", sparsity)
     if patterns.given(pattern).joint:
-        raise ValueError(f"pattern={pattern.name} compares all leaves at once, and Wanda masks block by "
-                         "block: use prune.row, prune.matrix or prune.n_m")
+        raise ValueError(f"pattern={pattern.name} compares all leaves at once, and Wanda masks one "
+                         "after another: use prune.row, prune.matrix or prune.n_m")
     sites = select(model, targets, calibrate.linear, hidden_linears(model))
     pattern.check(sparsity, sites)
     for site in sites:
         if site.layer and "prune" in site.layer.patches:
-            raise ValueError(f"{site.name!r} is already wrapped with prune: unwrap or merge it first")
+            raise ValueError(f"{site.name!r} is already wrapped with prune: unwrap or merge it "
+                             "first")
 
     def change(site, squares):
         norms = squares.sum.sqrt()  # (in,)
@@ -70,4 +73,5 @@ def wrap(model, examples, targets=None, *, sparsity=0.5, pattern=patterns.row, b
 
 method("wanda", wrap, kind="prune", does="zeroes what is small and has a small input",
        paper="Sun et al. 2023, arXiv 2306.11695",
-       small={"": {}, "2:4": dict(pattern=patterns.n_m(2, 4)), "matrix": dict(sparsity=0.25, pattern=patterns.matrix)})
+       small={"": {}, "2:4": dict(pattern=patterns.n_m(2, 4)),
+              "matrix": dict(sparsity=0.25, pattern=patterns.matrix)})

@@ -1,4 +1,4 @@
-"""The parts of any model by their role: where its blocks are, and what each block is made of.
+"""The parts of any model by their role: its blocks, and what each block is made of.
 
     embedding                       ids -> vectors
     blocks                          the layers that the vectors pass one after another
@@ -6,27 +6,24 @@
     norms                           of the whole model; those of the blocks are among them
     head                            vectors -> logits
 
-minillm's Transformer, Hugging Face's GPT-2, Llama, Qwen2, Mistral, GPT-NeoX, OPT, and most models
-that are built like them. What comes back are Sites, under their author's names. Freezing, adapters
-and calibration ask here, and none of them guesses.
+It knows minillm's Transformer, Hugging Face's GPT-2, Llama, Qwen2, Mistral, Mixtral, GPT-NeoX,
+GPT-Neo and OPT, and most models that are built like them. It returns Sites, under their author's
+names. Freezing, adapters and calibration ask here, and none of them guesses.
 
-How it is found, and what it is not taken for:
-
-- The blocks are the members of a ModuleList. A list within a block (the experts of a mixture) and a
-  list that is called `experts` hold no blocks. Where leaves alone are listed, they are the blocks
-  only if no other list is there.
+- The blocks are the members of a ModuleList. A list within a block (the experts of a mixture) is
+  none, nor is a list called `experts`. A list of bare leaves is one where there is no other list.
 - Two lists of blocks (the encoder and the decoder of T5) are an error that names both.
-- The attention and the MLP are found by their usual names, the outermost first: GPT-Neo's
+- The attention and the MLP have one of the usual names, nearest to the block: GPT-Neo's
   `attn.attention` is a part of its attention `attn`.
-- OPT has no MLP module: its two matrices lie in the block itself. `loose` names such leaves.
+- OPT has no MLP module: its two matrices lie in the block itself. `loose` has such leaves.
 
 >>> import minillm
 >>> model = minillm.Transformer(minillm.Config(vocab_size=50, width=8, layers=2, heads=2))
 >>> [block.site.name for block in parts(model).blocks]
 ['layers.0', 'layers.1']
 >>> block = parts(model).blocks[1]
->>> block.attention.name, block.mlp.name, [norm.name for norm in block.norms]
-('layers.1.self_attn', 'layers.1.mlp', ['layers.1.input_layernorm', 'layers.1.post_attention_layernorm'])
+>>> block.attention.name, block.mlp.name, len(block.norms)
+('layers.1.self_attn', 'layers.1.mlp', 2)
 >>> parts(model).embedding.name, parts(model).head.name
 ('embed_tokens', 'lm_head')
 """
@@ -118,8 +115,8 @@ def under(site, other):
 def holds_leaves(site, sites):
     """Whether the members of a list are made of linear leaves, and are none themselves."""
     depth = site.name.count(".") + 2
-    return any(one.leaf and not one.leaf.lookup and under(one, site) and one.name.count(".") >= depth
-               for one in sites)
+    return any(one.leaf and not one.leaf.lookup and under(one, site)
+               and one.name.count(".") >= depth for one in sites)
 
 
 def block_of(site, sites):
@@ -142,12 +139,13 @@ def is_norm(site):
 
 
 def asked(model, method, sites):
-    """The site of what the model's own method returns, as Hugging Face's models have it; or None."""
+    """The site of what the model's own method returns (Hugging Face's have it); or None."""
     try:
         module = getattr(model, method, lambda: None)()
     except NotImplementedError:
         return None
-    return first(site for site in sites if module is not None and module in (site.module, site.layer))
+    return first(site for site in sites
+                 if module is not None and module in (site.module, site.layer))
 
 
 def last_leaf(sites, inside):
