@@ -21,12 +21,16 @@ Making it small, wrapped in place with `minillm.NAME.wrap(model)`:
 
     quant           stores weights as integers of 2 to 8 bits, with a scale for each row or group
                     Dettmers et al. 2022, arXiv 2208.07339
+    quant.gptq      rounds column by column; those that are left repair it
+                    Frantar et al. 2022, arXiv 2210.17323
     quant.nf4       stores weights as 4-bit codes of 16 levels, spaced as a normal distribution is
                     Dettmers et al. 2023, arXiv 2305.14314
     quant.qat       trains with weights that are rounded already, to store them so
                     Jacob et al. 2018, arXiv 1712.05877
     prune           zeroes the smallest weights
                     Han et al. 2015, arXiv 1506.02626
+    prune.wanda     zeroes what is small and has a small input
+                    Sun et al. 2023, arXiv 2306.11695
     sparse          stores only what is not zero (CSR)
                     Saad 2003
 

@@ -9,7 +9,7 @@ FLOORS = [
     ["files", "swap", "ops", "options", "distributed"],
     ["registry", "data"],
     ["model"],
-    ["calling"],
+    ["calling", "calibrate"],
     ["freeze", "prompts", "lora", "adapters", "quant", "prune", "sparse"],
     ["train", "measure"],
     ["checkpoints"],
@@ -19,7 +19,7 @@ FLOORS = [
     ["__main__"],
 ]
 FLOOR = {part: i for i, parts in enumerate(FLOORS) for part in parts}
-HELPERS = {"files": "swap"}  # one idea in two files, and no folder
+HELPERS = {"files": "swap", "calibrate": "calling"}  # one idea in two files, and no folder
 ROOT = pathlib.Path(minillm.__file__).parent
 
 

@@ -72,7 +72,8 @@ def test_the_right_ones_are_taken():
 
 def test_what_wrap_takes_is_known():
     assert options.known(minillm.lora.wrap) == dict(targets=None, r=8, alpha=16.0, rank_stabilized=False, dropout=0.0)
-    assert options.known(minillm.prune.wrap) == dict(targets=None, sparsity=0.5, group="row")
+    assert options.known(minillm.prune.wrap) == dict(
+        targets=None, sparsity=0.5, score=minillm.prune.magnitude, pattern=minillm.prune.row, group=None)
     for module in minillm.techniques().values():
         assert "model" not in options.known(module.wrap)
 

@@ -23,6 +23,7 @@ from minillm import compare, options, train
 from minillm.checkpoints import layouts
 from minillm.cli import arguments
 from minillm.measure import report
+from minillm.registry import roles
 from minillm.train import rates, settings
 from minillm.zoo import pretrain
 
@@ -97,7 +98,7 @@ def test_the_constants():
     told = dict(rates=compare.RATES, of_tiny=compare.row.OF_TINY, step=compare.row.STEP, most=compare.row.MOST,
                 sizes=compare.SIZES, recipe=pretrain.RECIPE, compared=sorted(settings.COMPARED),
                 schedules=sorted(rates.SCHEDULES), groups=minillm.prune.GROUPS,
-                adapters=minillm.adapters.SUBLAYERS)
+                attention=roles.ATTENTION, mlp=roles.MLP)
     check("constants.json", json.dumps(told, indent=2) + "\n")
 
 

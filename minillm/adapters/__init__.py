@@ -31,12 +31,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from minillm import options
-from minillm.registry import Patch
+from minillm.registry import Patch, roles
 from minillm.registry.attach import attach
 from minillm.registry.table import method
 from minillm.registry.verbs import verbs
-
-SUBLAYERS = ("self_attn", "attn", "attention", "mlp", "feed_forward")
 
 
 class Bottleneck(Patch):
@@ -82,14 +80,21 @@ class Bottleneck(Patch):
 def wrap(model, targets=None, *, name=None, size=32, width=None):
     """Put a bottleneck of `size` units after each sublayer that `targets` names; in place, returns the model.
 
-    By default the modules named self_attn, attn, attention, mlp or feed_forward. `width` is the size of their output,
-    found by looking at the last leaf in each; give it where that is wrong. Only the adapters learn afterwards.
+    By default the attention and the MLP of each block (see `registry.roles`); where a block has no MLP module (OPT,
+    nn.TransformerEncoder), the last leaf that lies in the block itself. `width` is the size of their output, found by
+    looking at the last leaf in each; give it where that is wrong. Only the adapters learn afterwards.
     """
-    return attach(Bottleneck, model, targets, default=named_sublayers, what="sublayer", name=name, size=size, width=width)
+    default = sublayers if targets is None else lambda model: None
+    return attach(Bottleneck, model, targets, default=default, what="sublayer", name=name, size=size, width=width)
 
 
-def named_sublayers(model):
-    return lambda site: site.leaf is None and site.name.rsplit(".", 1)[-1] in SUBLAYERS
+def sublayers(model):
+    """Whether a site is the attention or the MLP of a block."""
+    blocks = roles.parts(model).blocks if roles.lists(model) else [roles.alone(model)]
+    found = [block.attention for block in blocks] + [block.mlp for block in blocks]
+    found += [block.loose[-1] for block in blocks if not block.mlp and block.attention and block.loose]
+    names = {site.name for site in found if site}
+    return lambda site: site.name in names
 
 
 unwrap, merge, unmerge, save, load = verbs("adapters", Bottleneck)

@@ -19,9 +19,7 @@ counts as frozen if either of its names is.
 ['layers.3', 'norm.weight']
 """
 
-from torch import nn
-
-from minillm.registry import method, parameters, select, walk
+from minillm.registry import method, parameters, roles, select, walk
 from minillm.registry.claiming import VERBS, Claim, say_of
 from minillm.registry.learning import slots, stopped_by
 from minillm.registry.verbs import verbs
@@ -38,10 +36,9 @@ def wrap(model, targets=None, *, last=2):
     ValueError where nothing would be left to learn, and where a part of it is frozen already.
     """
     if targets is None:
-        modules = lowest(model, last)
+        names = within(model, lowest(model, last)) | own(model)
     else:
-        modules = [site.name for site in select(model, targets, lambda site: True, None, "module")]
-    names = frozenset(name for name, *_ in slots(model) if any(name.startswith(m + ".") for m in modules))
+        names = within(model, select(model, targets, lambda site: True, None, "module"))
     already = sorted(stopped_by(model, "freeze") & names)
     if already:
         raise ValueError(f"{already[0]!r} is frozen already: minillm.freeze.unwrap(model) first lets all of it learn again")
@@ -51,23 +48,34 @@ def wrap(model, targets=None, *, last=2):
     return say_of(model, Freeze, lambda name: name in names)
 
 
-def blocks_of(model):
-    """The site of the blocks, the longest ModuleList; ValueError where there is none."""
-    lists = [site for site in walk(model) if isinstance(site.module, nn.ModuleList)]
-    if not lists:
-        raise ValueError(f"this {type(model).__name__} has no list of blocks: name what to freeze in targets=")
-    return max(lists, key=lambda site: len(site.module))
-
-
 def lowest(model, last):
-    """The names of all modules up to the last `last` blocks."""
-    sites, blocks = walk(model), blocks_of(model)
-    n = len(blocks.module)
+    """The Sites of all modules up to the last `last` blocks, but for what holds the blocks."""
+    sites, blocks = walk(model), roles.blocks(model)
+    n = len(blocks)
     if not 0 < last < n:
-        raise ValueError(f"last={last}: {blocks.name!r} has {n} blocks, so last lies between 1 and {n - 1}")
-    order = [site.name for site in sites]
-    below = order[: order.index(f"{blocks.name}.{n - last}")]
-    return [name for name in below if not f"{blocks.name}.".startswith(f"{name}.")]  # not what holds the list itself
+        name = blocks[0].name.rpartition(".")[0]
+        raise ValueError(f"last={last}: {name!r} has {n} blocks, so last lies between 1 and {n - 1}")
+    first = blocks[n - last].name
+    below = sites[: [site.name for site in sites].index(first)]
+    return [site for site in below if not first.startswith(f"{site.name}.")]
+
+
+def own(model):
+    """The names of the parameters that belong to what holds the blocks, and to no module in it.
+
+    A learned position or a class token of an ordinary model is one: it lies below the blocks.
+    """
+    first = roles.blocks(model)[0].name
+    holders = [site.module for site in walk(model) if first.startswith(f"{site.name}.")]
+    inside = within(model, walk(model))
+    return {name for name, owner, *_ in slots(model)
+            if name not in inside or any(owner is holder for holder in holders)}
+
+
+def within(model, sites):
+    """The names of all parameters in these sites, also where another module shares them."""
+    owners = {id(module) for site in sites for module in site.module.modules()}
+    return {name for name, owner, *_ in slots(model) if id(owner) in owners}
 
 
 unwrap, merge, unmerge, save, load = verbs("freeze", Freeze, VERBS)

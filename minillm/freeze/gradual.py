@@ -20,7 +20,7 @@ follows from the step alone, so a training that was interrupted goes on bit for 
 >>> model = minillm.Transformer(minillm.Config(vocab_size=50, width=8, layers=4, heads=2))
 >>> for step in (0, 10, 20, 30):
 ...     waiting = Unfreezing(until=0.5).waiting(model, step, 80)
-...     print(step, [name for name in waiting if name.startswith("layers.") and name.count(".") == 1])
+...     print(step, [site.name for site in waiting if site.name.startswith("layers.") and site.name.count(".") == 1])
 0 ['layers.0', 'layers.1', 'layers.2']
 10 ['layers.0', 'layers.1']
 20 ['layers.0']
@@ -31,8 +31,8 @@ import dataclasses
 import math
 
 from minillm import options
-from minillm.freeze import blocks_of, lowest
-from minillm.registry import layers, parameters
+from minillm.freeze import lowest, own, within
+from minillm.registry import parameters, roles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,16 +49,16 @@ class Unfreezing:
         return math.ceil(self.until * steps)
 
     def waiting(self, model, step, steps):
-        """The names of the modules that do not learn yet."""
-        n = len(blocks_of(model).module)
+        """The Sites of the modules that do not learn yet."""
+        n = len(roles.blocks(model))
         joined = min(n, 1 + int(step * n / (self.until * steps)))
         return [] if joined == n else lowest(model, joined)
 
     def __call__(self, model, step, steps):
-        waiting = tuple(f"{name}." for name in self.waiting(model, step, steps))
-        every = [(name, p) for name, _, _, p in parameters(model)]
-        for where, layer in layers(model).items():
-            every += [(f"{where}.", p) for p in layer.patches.parameters()]
-        for name, p in every:
-            if name.startswith(waiting):
-                p.grad = None
+        sites = self.waiting(model, step, steps)
+        names = within(model, sites) | own(model) if sites else ()
+        every = [p for name, _, _, p in parameters(model) if name in names]
+        for site in sites:
+            every += site.layer.patches.parameters() if site.layer else ()
+        for p in every:
+            p.grad = None

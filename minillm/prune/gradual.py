@@ -30,7 +30,7 @@ import dataclasses
 import torch
 
 from minillm import options
-from minillm.prune import magnitude, masks_of
+from minillm.prune import magnitude, patterns
 from minillm.registry import patches_of
 
 
@@ -77,8 +77,8 @@ class Gradual:
             return
         for group in {patch.group for _, patch in found}:
             sites = [(site, patch) for site, patch in found if patch.group == group]
-            scores = {site.name: magnitude(site, below=patch.name) for site, patch in sites}
-            masks = masks_of(scores, now, group)
+            scores = ((site.name, magnitude(site, below=patch.name)) for site, patch in sites)
+            masks = patterns.named(group).masks(scores, now)
             for site, patch in sites:
                 patch.mask.copy_(masks[site.name])
                 patch.sparsity = now

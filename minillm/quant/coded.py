@@ -52,8 +52,12 @@ class Coded:
 
     def pack(self, W):
         W = (W.T if self.leaf.lookup else W).float()
-        self.scale, zero = self.grid.fit(W)
-        q = self.grid.round(W, self.scale, zero)
+        scale, zero = self.grid.fit(W)
+        self.keep(self.grid.round(W, scale, zero), scale, zero)
+
+    def keep(self, q, scale, zero=None):
+        """Store codes (n, m) and their scales and zeros (n, groups), whoever chose them."""
+        self.scale = scale
         plain = self.q.dtype == torch.int8
         self.q = q.to(torch.int8) if plain else pack(q - self.grid.ends[0], self.width)
         if zero is not None:

@@ -30,12 +30,17 @@ def attach(cls, model, targets=None, default=hidden_linears, what="leaf", name=N
         return store(model, sites, make)
     name = check_name(name, cls.kind, model)
     for site in sites:
-        if site.layer and name in site.layer.patches:
-            again = "" if name != cls.kind else f", or give the new one a name: wrap(model, name={cls.kind + '-2'!r})"
-            raise ValueError(f"{site.name!r} is already wrapped with {name}: unwrap or merge it first{again}")
+        check_free(site, name, cls.kind)
     pairs = [(site, make(site)) for site in sites]
     over = taking_part(model) - {name} if fill or cls.reads else ()
     return surround(model, name, pairs, over)
+
+
+def check_free(site, name, kind):
+    """ValueError where a patch of this name lies around the site."""
+    if site.layer and name in site.layer.patches:
+        again = "" if name != kind else f", or give the new one a name: wrap(model, name={kind + '-2'!r})"
+        raise ValueError(f"{site.name!r} is already wrapped with {name}: unwrap or merge it first{again}")
 
 
 def surround(model, name, pairs, over):

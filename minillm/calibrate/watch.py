@@ -1,0 +1,168 @@
+"""What the leaves and the blocks of a model get: hooks that note it, and are gone afterwards.
+
+A leaf's inputs are seen by a hook on the leaf, or on the Layer around it: a patch that changes the
+weight computes with it and never calls the leaf. Where a patch changes the input, the leaf sees it.
+"""
+
+import collections
+import contextlib
+
+import torch
+
+
+class Stop(Exception):
+    """What was wanted has been seen: the rest of the forward pass is not computed."""
+
+
+# --- what a leaf gets ---------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def watching(*hooks):
+    """Hooks, given as functions that register one, while the context lasts."""
+    handles = []
+    try:
+        handles += [register() for register in hooks]
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def on_input(site, see):
+    """A function that registers a hook, which calls see(x) with each input x of a leaf."""
+    patches = site.layer.patches.values() if site.layer else ()
+    changed = any(getattr(patch, "touches", None) == "input" for patch in patches)
+    module = site.module if changed or not site.layer else site.layer
+
+    def hook(module, args, kwargs):
+        see(args[0] if args else next(iter(kwargs.values())))
+
+    return lambda: module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def groups(run, batch, sites):
+    """[(sites that read one and the same tensor, whether each is called once)], as they are called.
+
+    A site that this batch does not reach (an expert) comes last, alone.
+    """
+    calls, found, last = [], [], None  # calls keeps the inputs, so no two of them share memory
+    notes = [on_input(site, lambda x, site=site: calls.append((site, x))) for site in sites]
+    with watching(*notes):
+        if sites:
+            run(batch)
+    times = collections.Counter(site.name for site, _ in calls)
+    for site, x in calls:
+        if any(site is other for group in found for other in group):
+            continue
+        same = last is not None and x.data_ptr() == last.data_ptr() and (
+            (x.shape, x.stride()) == (last.shape, last.stride()))
+        found[-1].append(site) if same else found.append([site])
+        last = x
+    found += [[site] for site in sites if not times[site.name]]
+    return [(group, all(times[site.name] <= 1 for site in group)) for group in found]
+
+
+def gather(run, batches, site, once, found):
+    """Add all inputs of a site to the statistic `found`; returns it."""
+    for batch in batches:
+        def see(x):
+            found.add(tokens(x, batch.mask, site.name))
+            if once:
+                raise Stop
+
+        with watching(on_input(site, see)), contextlib.suppress(Stop):
+            run(batch)
+    if not found.count:
+        raise ValueError(f"no example reaches {site.name!r}: give more of them, or leave it out of "
+                         "targets=")
+    return found
+
+
+def tokens(x, mask, name):
+    """x (b, t, in) -> (tokens, in) without what is padded, at least float32."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if mask is None:
+        return x.flatten(0, -2)  # (b, t, in) -> (b * t, in)
+    if x.shape[:-1] == (mask.numel(),):
+        mask = mask.flatten()  # OPT's blocks make one list of all tokens
+    if x.shape[:-1] != mask.shape:
+        raise ValueError(f"the input of {name!r} is {tuple(x.shape)} for a batch of "
+                         f"{tuple(mask.shape)} tokens, which does not say what is padding: give "
+                         "examples of one length")
+    return x[mask != 0]
+
+
+# --- what a block gets --------------------------------------------------------------------------
+
+
+def enter(run, blocks, batches, sites):
+    """Note in each batch what the blocks get. ValueError where they cannot be run one by one."""
+    if len({id(block.module) for block in blocks}) < len(blocks):
+        raise ValueError(f"some of the blocks of {blocks[0].name.rpartition('.')[0]!r} are one and "
+                         "the same module, which has different inputs each time")
+    reached = set()
+    notes = [on_input(site, lambda x, name=site.name: reached.add(name)) for site in sites]
+    for batch in batches if blocks else ():
+        with watching(*notes, *doors(blocks, batch)), contextlib.suppress(Stop):
+            run(batch)
+        if len(batch.beside) != len(blocks):
+            raise ValueError(f"the model calls {len(batch.beside)} of its {len(blocks)} blocks")
+    missed = [site.name for site in sites if site.name not in reached]
+    if missed:
+        raise ValueError(f"no example reaches {missed[0]!r} ({len(missed)} such): give more of "
+                         "them, or leave it out of targets=")
+
+
+def doors(blocks, batch):
+    """Hooks that note in the batch what goes into each block, and stop behind the last."""
+    passed = [0, None]  # how many blocks the hidden state has passed; the state
+
+    def into(i, block):
+        def hook(module, args, kwargs):
+            x, *beside = apart(args, kwargs)
+            if passed[0] != i or i and not torch.equal(x, passed[1]):
+                raise ValueError(f"what {block.name!r} gets is not what the block before it gives: "
+                                 "this model cannot be run block by block")
+            batch.x = x if i == 0 else batch.x
+            batch.beside.append(beside)
+
+        module = standing(block)
+        return lambda: module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+
+    def out(block):
+        def hook(module, args, output):
+            passed[:] = passed[0] + 1, state(output)
+            if passed[0] == len(blocks):
+                if not passed[1].isfinite().all():
+                    raise ValueError(f"what {block.name!r} gives holds nan or infinity")
+                raise Stop
+
+        return lambda: standing(block).register_forward_hook(hook)
+
+    return [into(i, block) for i, block in enumerate(blocks)] + [out(block) for block in blocks]
+
+
+def standing(block):
+    """The module that is in a block's place now."""
+    parent, key = block.places[0]
+    return getattr(parent, key)
+
+
+def state(output):
+    """The hidden state in what a block returns: itself, or the first of a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def apart(args, kwargs):
+    """The hidden state of a block's arguments, and the others, without a cache of keys."""
+    kwargs = {key: value for key, value in kwargs.items() if key != "use_cache"}
+    if args:
+        x, *args = args
+    else:
+        x = kwargs.pop("hidden_states" if "hidden_states" in kwargs else next(iter(kwargs)))
+
+    def plain(value):
+        return None if hasattr(value, "get_seq_length") else value
+
+    return x, [plain(value) for value in args], {key: plain(value) for key, value in kwargs.items()}

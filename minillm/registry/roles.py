@@ -1,0 +1,162 @@
+"""The parts of any model by their role: its blocks, and what each block is made of.
+
+    embedding                       ids -> vectors
+    blocks                          the layers that the vectors pass one after another
+        attention, mlp, norms       the parts of each
+    norms                           of the whole model; those of the blocks are among them
+    head                            vectors -> logits
+
+It knows minillm's Transformer, Hugging Face's GPT-2, Llama, Qwen2, Mistral, Mixtral, GPT-NeoX,
+GPT-Neo and OPT, and most models that are built like them. It returns Sites, under their author's
+names. Freezing, adapters and calibration ask here, and none of them guesses.
+
+- The blocks are the members of a ModuleList. A list within a block (the experts of a mixture) is
+  none, nor is a list called `experts`. A list of bare leaves is one where there is no other list.
+- Two lists of blocks (the encoder and the decoder of T5) are an error that names both.
+- The attention and the MLP have one of the usual names, nearest to the block: GPT-Neo's
+  `attn.attention` is a part of its attention `attn`.
+- OPT has no MLP module: its two matrices lie in the block itself. `loose` has such leaves.
+
+>>> import minillm
+>>> model = minillm.Transformer(minillm.Config(vocab_size=50, width=8, layers=2, heads=2))
+>>> [block.site.name for block in parts(model).blocks]
+['layers.0', 'layers.1']
+>>> block = parts(model).blocks[1]
+>>> block.attention.name, block.mlp.name, len(block.norms)
+('layers.1.self_attn', 'layers.1.mlp', 2)
+>>> parts(model).embedding.name, parts(model).head.name
+('embed_tokens', 'lm_head')
+"""
+
+import dataclasses
+import re
+
+from torch import nn
+
+from minillm.registry.sites import Site, walk
+
+ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
+NORM = re.compile("Norm(1d|2d|3d)?$|Norm[A-Z]")  # the class of a norm ends so: LlamaRMSNorm
+
+
+@dataclasses.dataclass
+class Block:
+    site: Site | None  # None: the whole model
+    attention: Site | None
+    mlp: Site | None
+    norms: list
+    loose: list  # the linear leaves that lie in neither attention nor mlp
+
+
+@dataclasses.dataclass
+class Parts:
+    embedding: Site | None
+    blocks: list
+    norms: list
+    head: Site | None
+
+
+def parts(model):
+    """The Parts of a model. ValueError where it is not clear which modules the blocks are."""
+    sites = walk(model)
+    inside = block_sites(model, sites)
+    return Parts(embedding=asked(model, "get_input_embeddings", sites) or first(
+                     site for site in sites if site.leaf and site.leaf.lookup),
+                 blocks=[block_of(site, sites) for site in inside],
+                 norms=[site for site in sites if is_norm(site)],
+                 head=asked(model, "get_output_embeddings", sites) or last_leaf(sites, inside))
+
+
+def blocks(model):
+    """[Site] of the blocks, in order; ValueError where it is not clear which modules they are."""
+    return block_sites(model, walk(model))
+
+
+def alone(model):
+    """A model without a list of blocks, as a Block."""
+    return block_of(None, walk(model))
+
+
+def lists(model):
+    """The Sites of the lists of blocks: one for most models, none for a plain stack of leaves."""
+    return block_lists(walk(model))
+
+
+def block_sites(model, sites):
+    found = block_lists(sites)
+    kind = type(model).__name__
+    if not found:
+        raise ValueError(f"this {kind} has no list of blocks (an nn.ModuleList): name the modules "
+                         "in targets=")
+    if len(found) > 1:
+        names = " and ".join(f"{site.name!r} ({len(site.module)})" for site in found)
+        raise ValueError(f"this {kind} has several lists of blocks, {names}: name the modules in "
+                         "targets=, or give the part of the model that has one list")
+    here = {id(site.layer or site.module): site for site in sites}
+    return [here[id(member)] for member in found[0].module]
+
+
+def block_lists(sites):
+    """The outermost ModuleLists that may hold blocks; of these, those of more than bare leaves."""
+    every = [site for site in sites if isinstance(site.module, nn.ModuleList) and len(site.module)]
+    every = [site for site in every if not re.search(r"(^|[._])experts?$", site.name)]
+    outer = [site for site in every
+             if not any(under(site, other) for other in every if other is not site)]
+    holds = [site for site in outer if holds_leaves(site, sites)]
+    return holds or outer
+
+
+def under(site, other):
+    """Whether a site lies within another, by its name."""
+    return site.name.startswith(f"{other.name}.")
+
+
+def holds_leaves(site, sites):
+    """Whether the members of a list are made of linear leaves, and are none themselves."""
+    depth = site.name.count(".") + 2
+    return any(one.leaf and not one.leaf.lookup and under(one, site)
+               and one.name.count(".") >= depth for one in sites)
+
+
+def block_of(site, sites):
+    inner = [one for one in sites if site is None or under(one, site)]
+    attention, mlp = outermost(inner, ATTENTION), outermost(inner, MLP)
+    held = [part for part in (attention, mlp) if part]
+    loose = [one for one in inner if one.leaf and not one.leaf.lookup
+             and not any(one is part or under(one, part) for part in held)]
+    return Block(site, attention, mlp, [one for one in inner if is_norm(one)], loose)
+
+
+def outermost(inner, names):
+    """The site within a block whose key is one of `names`, nearest to the block; or None."""
+    found = [site for site in inner if site.name.rsplit(".", 1)[-1] in names]
+    return min(found, key=lambda site: site.name.count("."), default=None)
+
+
+def is_norm(site):
+    return bool(NORM.search(type(site.module).__name__)) and not site.leaf
+
+
+def asked(model, method, sites):
+    """The site of what the model's own method returns (Hugging Face's have it); or None."""
+    try:
+        module = getattr(model, method, lambda: None)()
+    except NotImplementedError:
+        return None
+    return first(site for site in sites
+                 if module is not None and module in (site.module, site.layer))
+
+
+def last_leaf(sites, inside):
+    """The last linear leaf behind the blocks, or None."""
+    if not inside:
+        return None
+    after = sites[sites.index(inside[-1]):]
+    behind = [site for site in after if site.leaf and not site.leaf.lookup and site not in inside
+              and not any(under(site, block) for block in inside)]
+    return behind[-1] if behind else None
+
+
+def first(found):
+    return next(iter(found), None)
