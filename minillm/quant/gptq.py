@@ -61,8 +61,9 @@ def wrap(model, examples, targets=None, *, bits=4, group=None, zero_point=False,
     examples: texts to calibrate with, as `calibrate.stream` takes them; the paper uses 128 of 2048
     tokens. targets: see `registry.select`; by default every linear leaf but the output head and
     tied matrices. bits, group, zero_point: the grid, see `quant.wrap`. order: columns with large
-    inputs first; False: as they are, as in the paper. damp: a share above 0. block: columns that are repaired at once; it changes the
-    time alone. batch_size: examples in a forward pass. progress: whether to show a bar.
+    inputs first; False: as they are, as in the paper. damp: a share above 0. block: columns that
+    are repaired at once; it changes the time alone. batch_size: examples in a forward pass.
+    progress: whether to show a bar.
 
     ValueError, before any leaf is changed, where quant.wrap or `calibrate.stream` has one. If it is
     interrupted, the leaves up to there are stored, and `quant.unwrap` gives them back rounded.
