@@ -163,6 +163,28 @@ def test_only_the_blocks_that_are_named_are_run():
     assert not runs
 
 
+def test_a_leaf_that_a_block_calls_twice_counts_twice():
+    model, seen = build("Linear"), {}
+    for block in model.layers:
+        block.mlp.append(nn.Sequential(nn.GELU(), nn.Linear(16, 16), nn.GELU()))
+        block.mlp.append(block.mlp[3])
+    calibrate.stream(model, ROWS, lambda site, s: seen.update({site.name: s}), batch_size=1, progress=False)
+    for where in ("layers.1.mlp.0", "layers.1.mlp.3.1", "layers.2.mlp.2"):
+        X = by_hand(model, where)
+        assert seen[where].count == len(X) == (44 if where.endswith("3.1") else 22)
+        torch.testing.assert_close(seen[where].H.double(), X.T @ X, rtol=1e-4, atol=1e-4)
+
+
+def test_hooks_of_the_user_run_as_in_the_whole_model():
+    model, seen = small("llama"), {}
+    model.layers[1].register_forward_pre_hook(lambda _, args: (2 * args[0], *args[1:]))
+    model.layers[1].register_forward_hook(lambda _, args, output: output + 1)
+    calibrate.stream(model, ROWS, lambda site, s: seen.update({site.name: s}), progress=False)
+    for where in ("layers.1.mlp.down_proj", "layers.2.mlp.down_proj"):
+        X = by_hand(model, where)
+        torch.testing.assert_close(seen[where].H.double(), X.T @ X, rtol=1e-4, atol=1e-4)
+
+
 def test_examples_are_a_tensor_lists_or_examples():
     found = []
     for examples in (torch.tensor(ROWS[::3]), ROWS[::3], [Example(row, row) for row in ROWS[::3]]):

@@ -156,7 +156,7 @@ def state(output):
 
 def apart(args, kwargs):
     """The hidden state of a block's arguments, and the others, without a cache of keys."""
-    kwargs = {key: value for key, value in kwargs.items() if key != "use_cache"}
+    kwargs = dict(kwargs)
     if args:
         x, *args = args
     else:

@@ -26,6 +26,10 @@ The result is `quant`'s Integer, and its file is a file of quant. A group's scal
 first column comes up, to the weights as they are by then. With `order` the columns of a group come
 up at different times, so all scales are fitted at the start.
 
+`order` is not in the paper. It rounds what matters most while many columns are left to repair it,
+and is the default: on SmolLM2, with 4 bits and a scale for each row, GPTQ closes 73% of the gap
+between rounding and the dense model with it, and 51% without (`benchmarks/compress.py`).
+
 Cost: in² operations for each token, and two Cholesky factors and an inverse (in, in) for each
 input. The paper's code sets a weight to 0 if its input is always 0; here it is rounded to the
 nearest, for another text may use it. An H without a Cholesky factor is damped ten times as much,
@@ -50,15 +54,16 @@ from minillm.registry.attach import attach, check_formats
 from minillm.registry.table import method
 
 
-def wrap(model, examples, targets=None, *, bits=4, group=None, zero_point=False, order=False,
+def wrap(model, examples, targets=None, *, bits=4, group=None, zero_point=False, order=True,
          damp=0.01, block=128, batch_size=8, progress=True):
     """Store the leaves that `targets` names as integers that fit their inputs; returns the model.
 
     examples: texts to calibrate with, as `calibrate.stream` takes them; the paper uses 128 of 2048
     tokens. targets: see `registry.select`; by default every linear leaf but the output head and
     tied matrices. bits, group, zero_point: the grid, see `quant.wrap`. order: columns with large
-    inputs first. damp: a share above 0. block: columns that are repaired at once; it changes the
-    time alone. batch_size: examples in a forward pass. progress: whether to show a bar.
+    inputs first; False: as they are, as in the paper. damp: a share above 0. block: columns that
+    are repaired at once; it changes the time alone. batch_size: examples in a forward pass.
+    progress: whether to show a bar.
 
     ValueError, before any leaf is changed, where quant.wrap or `calibrate.stream` has one. If it is
     interrupted, the leaves up to there are stored, and `quant.unwrap` gives them back rounded.
@@ -135,4 +140,4 @@ def solve(W, U, places, grid, order, block):
 method("gptq", wrap, kind="quant", does="rounds column by column; those that are left repair it",
        paper="Frantar et al. 2022, arXiv 2210.17323",
        small={"": dict(bits=4), "group": dict(bits=3, group=4, zero_point=True),
-              "order": dict(bits=4, group=8, order=True)})
+              "paper": dict(bits=4, group=8, order=False)})
