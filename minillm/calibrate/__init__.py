@@ -142,11 +142,19 @@ def linear(site):
 
 @contextlib.contextmanager
 def quiet(model):
-    """Eval mode, no gradients, nothing compiled; afterwards each module is in its mode again."""
+    """Eval mode, no gradients, nothing compiled; afterwards each module is in its mode again, new ones in that of their site."""
+    known, modes = {id(module) for module in model.modules()}, {site.name: site.module.training for site in walk(model)}
     compiled = any(module._compiled_call_impl is not None for module in model.modules())
     stance = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
-    with evaluating(model), torch.no_grad(), stance:
-        yield
+    try:
+        with evaluating(model), torch.no_grad(), stance:
+            yield
+    finally:
+        for site in walk(model):
+            for module in (site.layer or site.module).modules():
+                if id(module) not in known:
+                    module.training = modes[site.name]
+                    known.add(id(module))
 
 
 def cut(model, examples, size):
