@@ -10,6 +10,7 @@ import itertools
 import pathlib
 import pickle
 import pkgutil
+import random
 import subprocess
 import sys
 
@@ -31,7 +32,19 @@ PAIRS = [pair for pair in itertools.permutations(NAMES, 2) if not set(pair) <= s
 ALONE = [(key,) for key in OPTIONS]
 LOSSY = [name for name in FORMATS if KINDS[name].not_neutral]
 
-every_model = pytest.mark.parametrize("kind", MODELS)
+
+
+class Whole(str):
+    """The name of a model on which every pair is run, and not a third of them."""
+
+
+every_model = pytest.mark.parametrize("kind", [*MODELS, *(pytest.param(Whole(kind), marks=pytest.mark.slow, id=f"{kind}-all")
+                                                          for kind in MODELS)])
+
+
+def pairs(kind):
+    """Pairs of kinds for one model: each pair is run on two of the six models, and under `slow` on all."""
+    return PAIRS if isinstance(kind, Whole) else PAIRS[list(MODELS).index(kind) % 3 :: 3]
 
 
 class technique:
@@ -122,7 +135,7 @@ def forgets(*names):
 
 @every_model
 def test_neutral_at_birth_and_frozen_below(kind):
-    for names in ALONE + PAIRS:
+    for names in ALONE + pairs(kind):
         model = attach(build(kind), *names[:-1])
         ids = minillm.prepare(model, IDS)[0]
         before, bits = logits(model, ids), {id(p): p.clone() for p in model.parameters()}
@@ -176,7 +189,7 @@ def test_a_step_of_training_reaches_all_that_learns(kind):
 
 @every_model
 def test_fold_equals_forward(kind):
-    for names in ALONE + PAIRS:
+    for names in ALONE + pairs(kind):
         model = attach(build(kind), *names)
         for where, layer in minillm.layers(model).items():
             what = f"{names} on {kind} at {where}"
@@ -203,7 +216,7 @@ def test_fold_equals_forward(kind):
 
 @every_model
 def test_format_and_patch_commute(kind):
-    for a, b in PAIRS:
+    for a, b in pairs(kind):
         if kind_of(a) is not Format or kind_of(b) is not Patch:
             continue
         one, two = attach(build(kind), a, b), attach(build(kind), b, a)
@@ -223,7 +236,7 @@ def test_two_formats_are_an_error_that_names_both():
 
 @every_model
 def test_unwrap_gives_the_original_back(kind):
-    for names, order in [(names, order) for names in ALONE + PAIRS for order in itertools.permutations(names)]:
+    for names, order in [(names, order) for names in ALONE + pairs(kind) for order in itertools.permutations(names)]:
         model = build(kind)
         modules, before, learns = list(map(id, model.modules())), state(model), [p.requires_grad for p in model.parameters()]
         for name in names:
@@ -241,7 +254,7 @@ def test_unwrap_gives_the_original_back(kind):
 
 @every_model
 def test_merge_equals_forward_and_unmerge_gives_it_back(kind):
-    for names in ALONE + PAIRS:
+    for names in ALONE + pairs(kind):
         name, beneath = names[-1], names[0] if len(names) > 1 else None
         if kind_of(name) is not Patch:
             continue
@@ -294,24 +307,26 @@ for kind, files, expected, order in pickle.load(open(sys.argv[1], "rb")):
 """
 
 
-def test_save_and_load_in_a_fresh_process(tmp_path):
+@pytest.mark.parametrize("kinds", [[*MODELS], pytest.param([Whole(kind) for kind in MODELS], marks=pytest.mark.slow)],
+                         ids=["some", "all"])
+def test_save_and_load_in_a_fresh_process(kinds, tmp_path):
     jobs = []
-    for kind in MODELS:
+    for kind in kinds:
         try:
             build(kind)
         except pytest.skip.Exception:
             continue
-        for names in ALONE + PAIRS:
+        for names in ALONE + pairs(kind):
             model = attach(build(kind), *names)
             files = []
             for name in names:
                 files.append((technique(name).name, str(tmp_path / f"{len(jobs)}-{len(files)}.safetensors")))
                 technique(name).save(model, files[-1][1])
-            jobs.append((kind, files, logits(model).detach(), ""))
+            jobs.append((str(kind), files, logits(model).detach(), ""))
             if len(files) > 1:  # the other order: equal with a format, an error where one was made over the other
                 kinds = [kind_of(name) for name in names]
                 order = "" if Format in kinds or kinds == [None, None] else "error"
-                jobs.append((kind, files[::-1], jobs[-1][2], order))
+                jobs.append((str(kind), files[::-1], jobs[-1][2], order))
     (tmp_path / "jobs").write_bytes(pickle.dumps(jobs))
     here = pathlib.Path(__file__).parent
     done = subprocess.run([sys.executable, "-c", FRESH, str(tmp_path / "jobs")], capture_output=True, text=True,
@@ -341,7 +356,7 @@ def test_loading_computes_nothing(key, tmp_path, monkeypatch):
 
 @every_model
 def test_deepcopy_state_dict_and_half_precision(kind):
-    for names in ALONE + PAIRS:
+    for names in ALONE + pairs(kind):
         what = f"{names} on {kind}"
         model = attach(build(kind), *names)
         expected = logits(model)
@@ -363,7 +378,7 @@ def test_deepcopy_state_dict_and_half_precision(kind):
 @every_model
 def test_training_mode(kind):
     """What is wrapped follows the model's mode, and only dropout tells the modes apart."""
-    for names in ALONE + PAIRS:
+    for names in ALONE + pairs(kind):
         model = attach(build(kind), *names)
         expected, what = logits(model), f"{names} on {kind}"
         model.train()
@@ -430,19 +445,67 @@ def test_compile_without_graph_breaks(kind):
 @pytest.mark.slow
 @every_model
 def test_compile_every_stack_without_graph_breaks(kind):
-    compiles(kind, ALONE + (PAIRS if kind in ("Linear", "llama") else []))
+    compiles(kind, ALONE + pairs(kind))
 
 
 @pytest.mark.cuda
 @every_model
 def test_on_cuda(kind):
-    for names in ALONE + PAIRS:
+    for names in ALONE + pairs(kind):
         model = attach(build(kind), *names)
         expected = logits(model)
         close("7 cuda", logits(model.cuda()).cpu(), expected, f"{names} on {kind}", 1e-4)
         there = attach(build(kind).cuda(), *names)
         law("7 cuda", all(t.is_cuda for t in there.state_dict().values()), f"{names} on {kind}: wrapped on the device")
         law("7 cuda", bool(logits(there).isfinite().all()), f"{names} on {kind}")
+
+
+# --- stacks -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [*range(6), *(pytest.param(n, marks=pytest.mark.slow) for n in range(6, 60))])
+def test_a_stack_of_several_methods(number, tmp_path):
+    """Three to five methods, drawn with their options: copied, saved, loaded, unwrapped in another order."""
+    draw = random.Random(number)
+    kind = draw.choice([kind for kind in MODELS if kind != "Conv1D"])
+    keys = draw.sample(sorted(OPTIONS), 14)
+    model, names = build(kind), []
+    for key in keys:
+        if len(names) < draw.randint(3, 5) and technique(key).name not in map(name_of, names):
+            try:
+                learn(wrap(model, key), key)
+            except (ValueError, CannotMerge):  # two formats, a part of a weight beneath a mask: refused before any change
+                continue
+            names.append(key)
+    what, expected = f"{names} on {kind}", logits(model)
+    law("8 stacks", bool(expected.isfinite().all()), what)
+    law("8 stacks", torch.equal(logits(copy.deepcopy(model)), expected), f"deepcopy of {what}")
+    again = build(kind)
+    for i, key in enumerate(names):
+        technique(key).save(model, tmp_path / str(i))
+    for i, key in enumerate(names):
+        technique(key).load(again, tmp_path / str(i))
+    close("8 stacks", logits(again), expected, f"{what}: loaded")
+    plain, left = build(kind), list(names)
+    while left:
+        draw.shuffle(left)
+        before = len(left)
+        for key in list(left):
+            try:
+                technique(key).unwrap(model)
+            except ValueError as error:  # a part of a weight that is stored by now
+                law("8 stacks", "took a part out of" in str(error), f"{what}: {error}")
+                continue
+            left.remove(key)
+        assert len(left) < before, what
+    law("8 stacks", [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in plain.parameters()], f"{what}: learns")
+    same_names = state(model).keys() == state(plain).keys()
+    forgotten = forgets(*names) or "freeze" in map(name_of, names) or "bitfit" in map(name_of, names)  # these moved the model itself
+    law("8 stacks", same_names and (forgotten or same(state(model), state(plain))), f"{what}: unwrapped")
+
+
+def name_of(key):
+    return technique(key).name
 
 
 # --- the table ------------------------------------------------------------------------------------------------------------------
