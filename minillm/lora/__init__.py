@@ -1,31 +1,42 @@
-"""LoRA: learn a low-rank change of a frozen weight.
+"""LoRA: freeze each weight and learn a change of it that has a low rank.
 
-    y = W x + b + s B A d(x),   s = alpha / r          Hu et al. 2021, "LoRA", arXiv 2106.09685, equation 3
+    y = W x + b + s B A d(x)      Hu et al. 2021, "LoRA", arXiv 2106.09685, equation 3
 
-    code      paper    shape        at birth
-    A         A        (r, in)      kaiming uniform, a = sqrt(5): U(-1/sqrt(in), 1/sqrt(in))
-    B         B        (out, r)     zero, so that nothing changes
-    scale     alpha/r  ()           rank_stabilized: alpha/sqrt(r) (rsLoRA, Kalajdzievski 2023, arXiv 2312.03732)
-    dropout   d                     while training: each input to the branch is 0 with this probability
+In words, and in the code below: the output beneath, plus a branch.
 
-Cost: r (in + out) parameters a leaf, and as much compute a token, beside in * out for the
-leaf itself; the gradient and AdamW's two states exist only for A and B. Merged, it costs
-nothing.
+    y = below(x) + branch(x)      branch(x) = s B (A d(x))
 
-A is (r, in), as nn.Linear keeps a weight: the initialisation reads the fan-in from the last
-dimension, and a transposed A gets r for it, at r = 8 and in = 768 seven times too large a
-start. An embedding is a leaf whose input is one-hot, W (width, vocabulary): there A x is a
-lookup of A's columns, d(x) drops the branch of a whole token, and the row of `padding_idx`
-neither changes nor learns.
+    code      paper      shape       at birth
+    A         A          (r, in)     kaiming uniform: U(-1/sqrt(in), 1/sqrt(in))
+    B         B          (out, r)    zero, so that nothing changes
+    scale     alpha/r    ()          s; with rank_stabilized alpha/sqrt(r) (rsLoRA, Kalajdzievski
+                                     2023, arXiv 2312.03732)
+    dropout   d                      in training, each input of the branch is 0 with this probability
+    below                            what lies beneath this patch: the leaf, in whatever format, and
+                                     the patches that were wrapped before. below(x) is its output,
+                                     below.compute(x, A) the same leaf with A for its matrix
 
-Dropout is no change of the weight. Where something reads the folded weight while LoRA
-trains with dropout (a mask around it, nn.MultiheadAttention), that is an error; merging is
-not, since it folds what was learnt.
+Cost: r (in + out) parameters a leaf, and as many multiplications a token, beside in * out for the
+leaf itself. The gradient and AdamW's two states exist for A and B alone. Merged, it costs nothing.
 
-peft keeps several named adapters on a layer and switches between them, and casts x to
-float32 where A is float32; here A is cast to x's type, so a bfloat16 model runs in bfloat16
-and the optimizer still sees float32. Not included: a change of the bias, a rank for each
-leaf (call `wrap` once for each rank, with its targets).
+A is (r, in), as nn.Linear keeps a weight. The initialisation takes 1/sqrt(fan-in) from the last
+dimension. A transposed A would give it r for `in`: at r = 8 and in = 768 the start would be 9.8
+times too large.
+
+An embedding is a leaf whose input is one-hot, W (width, vocabulary). There A x is a lookup of A's
+columns, d(x) drops the branch of a whole token, and the row of `padding_idx` neither changes nor
+learns.
+
+Dropout is no change of the weight. Where something reads the folded weight while LoRA trains with
+dropout (a mask around it, nn.MultiheadAttention), that is an error. Merging is not, since it folds
+what was learnt.
+
+Several LoRAs with names of their own add up on one leaf, and `minillm.use` switches them. peft has
+a dictionary of them in each layer for that. It casts x to float32 where A is float32. Here A is
+cast to x's type, so a bfloat16 model computes in bfloat16, and the optimizer still sees float32.
+
+`dora` is a kind of its own, and `pissa` is this one with another start. Not included: a change of
+the bias, a rank for each leaf (call `wrap` once for each rank, with its targets).
 
 >>> from torch import nn; import torch, minillm
 >>> model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(2, 8)
@@ -89,14 +100,18 @@ class LoRA(Patch):
 
     def forward(self, below, x):
         y = below(x)
+        return y + self.branch(below, x, y.dtype)
+
+    def branch(self, below, x, dtype):
+        """s B (A d(x)): x (..., in), or ids (...) -> (..., out)"""
         if self.random and not self.lookup:
             x = F.dropout(x, self.dropout)
-        Ax = below.compute(x, self.A.to(y.dtype))  # (..., in), or ids (...) -> (..., r)
+        Ax = below.compute(x, self.A.to(dtype))  # (..., r)
         if self.padding is not None:
             Ax = Ax.masked_fill((x == self.padding)[..., None], 0)
         if self.random and self.lookup:  # of a one-hot input only the 1 can be dropped
             Ax = Ax * F.dropout(Ax.new_ones(*x.shape, 1), self.dropout)
-        return y + F.linear(self.scale * Ax, self.B.to(y.dtype))  # r products for the scale, not `out`
+        return F.linear(self.scale * Ax, self.B.to(dtype))  # r products for the scale, not `out`
 
     def fold(self, W, b):
         A = self.A

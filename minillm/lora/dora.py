@@ -43,7 +43,6 @@ True
 """
 
 import torch
-import torch.nn.functional as F
 
 from minillm.lora import LoRA
 from minillm.registry.attach import attach
@@ -78,9 +77,7 @@ class DoRA(LoRA):
         scale = self.m / self.norm(W)
         y = below(x)
         y = y if b is None else y - b.to(y.dtype)  # W x
-        d = F.dropout(x, self.dropout) if self.random else x
-        Ax = below.compute(d, self.A.to(y.dtype))  # (..., in) -> (..., r)
-        y = scale.to(y.dtype) * (y + F.linear(self.scale * Ax, self.B.to(y.dtype)))
+        y = scale.to(y.dtype) * (y + self.branch(below, x, y.dtype))
         return y if b is None else y + b.to(y.dtype)
 
     def fold(self, W, b):
