@@ -1,5 +1,7 @@
 """What a user has on a module stays there when the module is wrapped: hooks, attributes, and the way to the weight."""
 
+import copy
+
 import pytest
 import torch
 from conftest import hugging_face
@@ -104,3 +106,30 @@ def test_a_compiled_or_parallel_model_has_the_names_of_the_model(tmp_path):
         minillm.freeze.wrap(outer, last=1)
         assert not model.layers[0].mlp[0].base.weight.requires_grad
         minillm.freeze.save(outer, tmp_path / "f")
+
+
+@pytest.mark.parametrize("wrap", [minillm.quant.wrap, minillm.lora.wrap, minillm.adapters.wrap])
+def test_save_pretrained_of_a_wrapped_model_is_an_error(wrap, tmp_path):
+    transformers = hugging_face()
+    model, plain = wrap(build("hf_llama")), build("hf_llama")
+    with pytest.raises(ValueError, match="techniques of minillm are attached to this model.*merge or unwrap them first"):
+        model.save_pretrained(tmp_path / "a")
+    with pytest.raises(ValueError, match="are attached"):
+        copy.deepcopy(model).save_pretrained(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    family = wrap.__module__.split(".")[-1]
+    minillm.techniques()[family].unwrap(model)
+    model.save_pretrained(tmp_path / "a")
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "a")
+    assert family == "quant" or torch.equal(logits(again), logits(plain))
+    minillm.freeze.wrap(plain, last=1).save_pretrained(tmp_path / "b")  # an ordinary model
+
+
+def test_an_optimizer_of_before_takes_no_step_more():
+    model = two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    model(torch.randn(3, 6)).sum().backward()
+    minillm.lora.wrap(model, r=2)
+    before = model[0].base.weight.clone()
+    optimizer.step()
+    assert torch.equal(model[0].base.weight, before)

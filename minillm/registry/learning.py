@@ -21,6 +21,7 @@ learning.
 
 import dataclasses
 
+from minillm.registry.foreign import mark
 from minillm.registry.kinds import Format
 from minillm.registry.layer import Layer
 from minillm.registry.sites import bare, parameters, walk
@@ -95,11 +96,13 @@ def settle(model):
         learns = decided(says, claimed)
         if p is not None and p.requires_grad and not learns:
             note_changes(p, says)
+            p.grad = None  # an optimizer that was made before would take one more step
         if p is not None and p.requires_grad != learns:
             p.requires_grad_(learns)
         for one in says:
             one.last, one.firm = learns, one.firm and busy
             one.user = one.user if busy else learns
+    mark(model)
     return model
 
 
