@@ -63,7 +63,8 @@ def transformers(side, settings):
 def ours(side, settings):
     model, _ = minillm.load(settings["checkpoint"], dtype=side["dtype"], device=settings["device"])
     if side.get("int8"):
-        minillm.quant.wrap(minillm.untie(model), ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"])
+        minillm.quant.wrap(model, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+                                   "embed_tokens", "lm_head"])  # the last two share their matrix, and its codes
     if side.get("compiled"):
         minillm.compile(model)
     ids = torch.tensor([settings["ids"]], device=settings["device"])
