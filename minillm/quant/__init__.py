@@ -61,7 +61,7 @@ class Integer(Format):
 
     def __init__(self, site, bits=8, group=None, zero_point=False):
         self.grid = Grid(bits, group, zero_point)
-        self.bits, self.group, self.zero_point = bits, group, zero_point
+        self.bits, self.group, self.zero_point = int(bits), group and int(group), zero_point
         self.width = next(width for width in (2, 4, 8) if width >= bits)  # bits that a code takes
         m = site.shape[0 if site.leaf.lookup else 1]
         if m % (group or 1) or m % (8 // self.width):
