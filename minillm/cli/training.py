@@ -12,6 +12,7 @@ from minillm import checkpoints, compare, data, distributed, files, options, reg
 from minillm.registry import learning, store
 from minillm.cli.paths import check_paths
 from minillm.cli.using import given, load, needs_tokenizer, refuse_second
+from minillm.cli.words import of_technique
 
 
 def run(args):
@@ -41,14 +42,19 @@ def run(args):
         distributed.shard(model)
     done = False
     try:
-        history = fit(model, examples, held_out, technique, tokenizer, args)
-        done = True
-    finally:
-        tidy(args, done)
-    if distributed.place()[0] == 0:
-        print(f"{train.summary(history)}\n{ending(history, args)}")
-        if args.picture:
-            train.picture(history, args.picture, args.force)
+        try:
+            history = fit(model, examples, held_out, technique, tokenizer, args)
+            done = True
+        finally:
+            tidy(args, done)
+        if distributed.place()[0] == 0:
+            print(f"{train.summary(history)}\n{ending(history, args)}")
+            if args.picture:
+                train.picture(history, args.picture, args.force)
+    except KeyboardInterrupt as error:
+        if not done:
+            raise
+        raise KeyboardInterrupt(f"interrupted; saved {args.out}") from error
 
 
 def check(args):
@@ -70,6 +76,9 @@ def check_options(args):
     for option in ("--log", "--picture", "--checkpoints"):
         if args.preview and not args.out and given(args, option):
             args.parser.error(f"{option} needs --out PATH: without it, --preview trains nothing")
+    steps = args.steps or (None if args.epochs else 100)
+    if steps and args.warmup > steps:
+        args.parser.error(f"--warmup {args.warmup} is more than the {steps} steps of the training")
     if args.skip_bad and not args.data:
         args.parser.error("--skip-bad needs --data FILE: the records to leave out")
     if args.technique == "full" and args.adapter:
@@ -121,7 +130,10 @@ def wrap_options(technique, args):
         if texts:
             args.parser.error(f"--technique full has no options; {args.option[0]!r} is one")
         return {}
-    return options.parse(technique.wrap, texts)
+    try:
+        return options.parse(technique.wrap, texts)
+    except ValueError as error:
+        raise ValueError(of_technique(error, texts)) from error
 
 
 def wrap(model, technique, keywords, args):
@@ -143,7 +155,10 @@ def wrap(model, technique, keywords, args):
             other.requires_grad_(False)
     torch.manual_seed(args.seed)  # for what the technique draws at its start
     if name not in brought:
-        technique.wrap(model, **keywords)
+        try:
+            technique.wrap(model, **keywords)
+        except ValueError as error:
+            raise ValueError(of_technique(error, keywords)) from error
     learning.settle(model)  # what does not learn any more claims nothing
     check_saved(model, technique.family, name)
     try_out(model)
