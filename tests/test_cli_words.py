@@ -65,3 +65,14 @@ def test_ctrl_c_after_the_last_write_says_what_is_saved(where, run, capsys, monk
     args = ["train", "--model", run.model, *FAST, "--steps", 2, "--out", "a.safetensors", "--picture", "a.png"]
     assert cli.main([str(arg) for arg in args]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "minillm train: interrupted; saved a.safetensors"
+
+
+@pytest.mark.parametrize("command", [["eval"], ["train", "--out", "x.safetensors"]])
+def test_a_larger_length_is_advised_where_it_helps(command, run, tmp_path):
+    rows = [dict(prompt="so " * n, completion=" yes") for n in (600, 20)]
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for length, said in ((32, "a larger --length keeps it"), (512, "and the model has no more than 512 positions")):
+        assert said in run(*command, "--data", "qa.jsonl", "--length", length, code=1)
+    (tmp_path / "qa.jsonl").write_text(json.dumps(dict(prompt="a", completion=" yes" * 90)))
+    printed = run(*command, "--data", "qa.jsonl", "--length", 32, *["--steps", 1] * (command[0] == "train"))
+    assert "a larger --length keeps " in printed + run.error

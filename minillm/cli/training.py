@@ -11,7 +11,9 @@ import torch
 from minillm import checkpoints, compare, data, distributed, files, options, registry, train
 from minillm.registry import learning, store
 from minillm.cli.paths import check_paths
-from minillm.cli.using import given, load, needs_tokenizer, refuse_second
+from minillm.cli.using import (
+    given, load, needs_tokenizer, read_records, refuse_second, summary,
+)
 from minillm.cli.words import of_technique
 
 
@@ -29,7 +31,7 @@ def run(args):
         checkpoints.check_save(model, args.out, tokenizer, force=args.force)
     if args.out and technique is not None and not technique.calibrated:
         args.name = wrap(model, technique, keywords, args)
-    examples, held_out = read(args, tokenizer)
+    examples, held_out = read(args, tokenizer, model)
     if args.out and technique is not None and technique.calibrated:
         args.name = wrap(model, technique, dict(keywords, examples=examples), args)
     if args.preview and distributed.place()[0] == 0:
@@ -183,14 +185,14 @@ def check_saved(model, family, name):
                          "export the model with its --adapter first")
 
 
-def read(args, tokenizer):
+def read(args, tokenizer, model):
     """(examples to learn, held-out examples or None), with a line for what was cut, skipped or not read."""
     def file(path):
-        reading = data.read(path, tokenizer, length=args.length, skip_bad=args.skip_bad)
+        reading = read_records(path, tokenizer, model, args)
         shown = args.preview and path == args.data  # the preview begins with its summary
         aside = reading.cut or reading.skipped or reading.unread or reading.ignored
         if aside and not shown and distributed.place()[0] == 0:
-            print(f"{path}: {reading.summary()}", file=sys.stderr)
+            print(f"{path}: {summary(reading)}", file=sys.stderr)
         return reading
 
     if args.data:
