@@ -31,7 +31,7 @@ from minillm.swap import flush, others, swap
 
 
 def check_writable(path, directory=False, force=False, own=(), needs=None):
-    """Raise the error that a later write of `path` would meet; write nothing.
+    """Raise the error that a later write of `path` would meet; write nothing that stays.
 
     directory: a directory is wanted at `path`, not a file. force: an existing file may be
     replaced, and a directory may be written in which other files are. own: names in the existing
@@ -81,6 +81,12 @@ def check_above(path):
     if not os.access(above, os.W_OK | os.X_OK):
         raise PermissionError(f"{path} cannot be written: there is no permission to write in "
                               f"{above}")
+    try:
+        with tempfile.TemporaryFile(dir=above):  # /proc says yes, and takes no file
+            pass
+    except OSError as error:
+        why = error.strerror or error
+        raise type(error)(f"{path} cannot be written: {above} takes no new file ({why})") from error
 
 
 def behind_links(path):

@@ -72,6 +72,14 @@ def test_a_directory_without_permission_is_named(tmp_path, monkeypatch):
         files.check_writable(tmp_path / "a" / "b")
 
 
+def test_a_directory_that_takes_no_file_is_named(tmp_path):
+    before = os.listdir(tmp_path)
+    files.check_writable(tmp_path / "a" / "b")
+    assert os.listdir(tmp_path) == before
+    with pytest.raises(OSError, match="^/proc/a/z cannot be written: /proc takes no new file \\("):
+        files.check_writable("/proc/a/z")
+
+
 def test_a_directory_is_replaced_and_what_others_wrote_stays(tmp_path):
     old = made(tmp_path / "d", own_txt="old", stale_txt="old", notes_txt="mine")
     made(old / "sub" / "deep", deep_txt="mine too")

@@ -33,7 +33,7 @@ def fill(config, parts, dtype, device, source):
             continue
         dtype = dtype or t.dtype
         owner, _, key = name.rpartition(".")
-        t = t.to(device=device, dtype=dtype, copy=True).contiguous()
+        t = cast(t, device, dtype, f"{source}: {name}")
         setattr(model.get_submodule(owner), key, nn.Parameter(t))
         del t
     if wrong:
@@ -42,6 +42,16 @@ def fill(config, parts, dtype, device, source):
     if config.tied:
         model.lm_head.weight = model.embed_tokens.weight
     return model.eval()
+
+
+def cast(t, device, dtype, where):
+    """A copy of the tensor; ValueError where the dtype makes infinity of a number."""
+    new = t.to(device=device, dtype=dtype, copy=True).contiguous()
+    if new.isinf().any() and not t.isinf().any():
+        names = [str(one).removeprefix("torch.") for one in (dtype, t.dtype)]
+        raise ValueError(f"{where} holds {t.abs().max().item():.3g}, which is beyond {names[0]} "
+                         f"(at most {torch.finfo(dtype).max:.3g}): load it as {names[1]}")
+    return new
 
 
 def empty(config, source="this configuration"):

@@ -11,7 +11,10 @@ import torch
 from minillm import checkpoints, compare, data, distributed, files, options, registry, train
 from minillm.registry import learning, store
 from minillm.cli.paths import check_paths
-from minillm.cli.using import given, load, needs_tokenizer, refuse_second
+from minillm.cli.using import (
+    given, load, needs_tokenizer, read_records, refuse_second, summary,
+)
+from minillm.cli.words import of_technique
 
 
 def run(args):
@@ -28,7 +31,7 @@ def run(args):
         checkpoints.check_save(model, args.out, tokenizer, force=args.force)
     if args.out and technique is not None and not technique.calibrated:
         args.name = wrap(model, technique, keywords, args)
-    examples, held_out = read(args, tokenizer)
+    examples, held_out = read(args, tokenizer, model)
     if args.out and technique is not None and technique.calibrated:
         args.name = wrap(model, technique, dict(keywords, examples=examples), args)
     if args.preview and distributed.place()[0] == 0:
@@ -41,14 +44,19 @@ def run(args):
         distributed.shard(model)
     done = False
     try:
-        history = fit(model, examples, held_out, technique, tokenizer, args)
-        done = True
-    finally:
-        tidy(args, done)
-    if distributed.place()[0] == 0:
-        print(f"{train.summary(history)}\n{ending(history, args)}")
-        if args.picture:
-            train.picture(history, args.picture, args.force)
+        try:
+            history = fit(model, examples, held_out, technique, tokenizer, args)
+            done = True
+        finally:
+            tidy(args, done)
+        if distributed.place()[0] == 0:
+            print(f"{train.summary(history)}\n{ending(history, args)}")
+            if args.picture:
+                train.picture(history, args.picture, args.force)
+    except KeyboardInterrupt as error:
+        if not done:
+            raise
+        raise KeyboardInterrupt(f"interrupted; saved {args.out}") from error
 
 
 def check(args):
@@ -70,6 +78,9 @@ def check_options(args):
     for option in ("--log", "--picture", "--checkpoints"):
         if args.preview and not args.out and given(args, option):
             args.parser.error(f"{option} needs --out PATH: without it, --preview trains nothing")
+    steps = args.steps or (None if args.epochs else 100)
+    if steps and args.warmup > steps:
+        args.parser.error(f"--warmup {args.warmup} is more than the {steps} steps of the training")
     if args.skip_bad and not args.data:
         args.parser.error("--skip-bad needs --data FILE: the records to leave out")
     if args.technique == "full" and args.adapter:
@@ -121,7 +132,10 @@ def wrap_options(technique, args):
         if texts:
             args.parser.error(f"--technique full has no options; {args.option[0]!r} is one")
         return {}
-    return options.parse(technique.wrap, texts)
+    try:
+        return options.parse(technique.wrap, texts)
+    except ValueError as error:
+        raise ValueError(of_technique(error, texts)) from error
 
 
 def wrap(model, technique, keywords, args):
@@ -143,7 +157,10 @@ def wrap(model, technique, keywords, args):
             other.requires_grad_(False)
     torch.manual_seed(args.seed)  # for what the technique draws at its start
     if name not in brought:
-        technique.wrap(model, **keywords)
+        try:
+            technique.wrap(model, **keywords)
+        except ValueError as error:
+            raise ValueError(of_technique(error, keywords)) from error
     learning.settle(model)  # what does not learn any more claims nothing
     check_saved(model, technique.family, name)
     try_out(model)
@@ -168,14 +185,14 @@ def check_saved(model, family, name):
                          "export the model with its --adapter first")
 
 
-def read(args, tokenizer):
+def read(args, tokenizer, model):
     """(examples to learn, held-out examples or None), with a line for what was cut, skipped or not read."""
     def file(path):
-        reading = data.read(path, tokenizer, length=args.length, skip_bad=args.skip_bad)
+        reading = read_records(path, tokenizer, model, args)
         shown = args.preview and path == args.data  # the preview begins with its summary
         aside = reading.cut or reading.skipped or reading.unread or reading.ignored
         if aside and not shown and distributed.place()[0] == 0:
-            print(f"{path}: {reading.summary()}", file=sys.stderr)
+            print(f"{path}: {summary(reading)}", file=sys.stderr)
         return reading
 
     if args.data:

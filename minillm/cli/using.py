@@ -11,6 +11,7 @@ from minillm.cli.paths import check_paths
 from minillm.model.generate import check_options
 from minillm.measure.show import show
 from minillm.registry.store import holds
+from minillm.train.room import positions
 
 
 def load(args):
@@ -47,6 +48,23 @@ def needs_tokenizer(tokenizer, args):
     if tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer (tokenizer.json or tokenizer.model), which {args.command} needs")
     return tokenizer
+
+
+def read_records(path, tokenizer, model, args):
+    """The Reading of a file. Advice to take a larger --length comes only where the model has room."""
+    most = positions(model)
+    try:
+        return data.read(path, tokenizer, length=args.length, skip_bad=args.skip_bad)
+    except ValueError as error:
+        if most is None or args.length < most:
+            raise
+        instead = f"and the model has no more than {most} positions"
+        raise ValueError(str(error).replace("a larger length= keeps it", instead)) from error
+
+
+def summary(reading):
+    """Its summary in the command line's words."""
+    return reading.summary().replace("a larger length= keeps", "a larger --length keeps")
 
 
 # --- eval --------------------------------------------------------------------------------------------
@@ -104,11 +122,11 @@ def refuse_second(args, *options):
 def answers(model, tokenizer, args):
     """The loss of the user's answers, the metrics of generated ones, and some of both side by side."""
     new = args.max_new_tokens or 64
-    reading = data.read(args.data, tokenizer, length=args.length, skip_bad=args.skip_bad)
+    reading = read_records(args.data, tokenizer, model, args)
     most = measure.room(model, new)
     asked = data.questions(args.data, tokenizer, skip_bad=args.skip_bad, most=most)
     train.check_room(model, reading)
-    print(reading.summary())
+    print(summary(reading))
     found = measure.completions(model, reading, pad=tokenizer.pad or 0)
     print(f"loss {math.log(found):.4f} for each learnt token; {found!r}")
     uncounted = {reason.where for reason in reading.skipped}

@@ -22,9 +22,12 @@ For each technique, in a process of its own:
   those that are missing or failed.
 """
 
+import contextlib
 import difflib
 import multiprocessing
+import signal
 import sys
+import threading
 import traceback
 
 from tqdm.auto import tqdm
@@ -164,14 +167,18 @@ def apart(function, *arguments):
     where it fails or the process is killed.
     """
     spawn = multiprocessing.get_context("spawn")
-    receiver, sender = spawn.Pipe(duplex=False)
-    process = spawn.Process(target=send, args=(sender, function, arguments), daemon=True)
-    process.start()
-    sender.close()  # so that the end of the process is the end of the pipe
+    here, there = spawn.Pipe()
+    process = spawn.Process(target=answer, args=(there,), daemon=True)
+    with ignored():
+        process.start()
+    there.close()  # so that the end of the process is the end of the pipe
     try:
-        result, error = receiver.recv()
+        here.send((function, arguments))
+        while not here.poll(0.2):  # a Ctrl-C that another thread gets ends no longer wait
+            pass
+        result, error = here.recv()
         process.join()  # its end cleans up
-    except EOFError:
+    except (EOFError, ConnectionError):
         process.join()
         code = process.exitcode
         how = (
@@ -188,11 +195,29 @@ def apart(function, *arguments):
     return result
 
 
-def send(sender, function, arguments):
-    """What the process of `apart` does."""
+@contextlib.contextmanager
+def ignored():
+    """A process that is started inside ignores Ctrl-C, which would make it print a traceback.
+
+    The one that started it gets Ctrl-C as well, and ends it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is ignored is inherited
     try:
-        answer = function(*arguments), None
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def answer(there):
+    """What the process of `apart` does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where nothing is inherited (Windows)
+    try:
+        function, arguments = there.recv()
+        found = function(*arguments), None
     except Exception as error:
         traceback.print_exc()
-        answer = None, f"{type(error).__name__}: {error}"
-    sender.send(answer)
+        found = None, f"{type(error).__name__}: {error}"
+    there.send(found)

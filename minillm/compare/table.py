@@ -17,6 +17,7 @@ from minillm.measure import report
 from minillm.compare.picture import picture
 
 FORMAT = "minillm.compare 1"
+OUTPUTS = ("table.json", "table.md", "table.png")
 
 
 class Table:
@@ -28,8 +29,8 @@ class Table:
 
     def __init__(self, directory, force=False):
         """Check that the directory can take the table. FileExistsError for files that
-        minillm did not write, OSError where nothing can be written, ImportError without
-        matplotlib; none of them with anything changed."""
+        minillm did not write, OSError where nothing can be written or a directory has the
+        name of a file, ImportError without matplotlib; none of them with anything changed."""
         self.directory, self.rows, self.old = (
             None if directory is None else pathlib.Path(directory),
             {},
@@ -40,6 +41,8 @@ class Table:
         files.need("matplotlib", "plot")
         if self.directory.exists() and not self.directory.is_dir():
             raise FileExistsError(f"{directory} is a file: the table needs a directory")
+        for name in OUTPUTS:
+            files.check_writable(self.directory / name, force=True)
         if not force:
             self.old = read(self.directory)
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -104,8 +107,10 @@ class Table:
             yield
             return
         with files.lock(self.directory):
-            yield
-            files.unlock(self.directory)
+            try:
+                yield
+            finally:
+                files.unlock(self.directory)
 
     def finish(self):
         """table.md and table.png."""

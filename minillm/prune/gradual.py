@@ -12,7 +12,8 @@
 
 The cube prunes fast at first, when many weights are of no use, and slowly at the end. The mask of
 step t keeps the largest weights of each group, as `prune.wrap` does. A pruned weight gets no
-gradient, so it comes back only if others become smaller than it was.
+gradient, but AdamW still moves it beneath the mask: by what is left of its momentum, for some
+steps, and by the weight decay. It comes back if it is then larger than others that were kept.
 
     prune.wrap(model, sparsity=0.0)
     train(model, examples, ..., on_step=Gradual(sparsity=0.5))
@@ -47,12 +48,17 @@ class Gradual:
     changes = ("sparsity",)  # the options of a patch that it changes
 
     def __post_init__(self):
-        options.share("sparsity", self.sparsity)
-        options.share("first", self.first)
-        options.whole("every", self.every)
-        if not 0 <= self.begin < self.end <= 1:
+        exact = dict(sparsity=options.share("sparsity", self.sparsity),
+                     first=options.share("first", self.first),
+                     every=options.whole("every", self.every))
+        for name in ("begin", "end"):
+            exact[name] = options.real(name, getattr(self, name), lambda x: 0 <= x <= 1,
+                                       "a share of the steps, from 0 to 1")
+        if not self.begin < self.end:
             raise ValueError(f"begin={self.begin!r}, end={self.end!r}: shares of the steps, "
                              "0 <= begin < end <= 1")
+        for name, value in exact.items():
+            object.__setattr__(self, name, value)  # it is frozen
 
     def settled(self, steps):
         """The step of the last pruning: the model after it is as sparse as it was to be."""

@@ -61,7 +61,7 @@ class Integer(Coded, Format):
 
     def __init__(self, site, bits=8, group=None, zero_point=False):
         self.grid = Grid(bits, group, zero_point)
-        self.bits, self.group, self.zero_point = bits, group, zero_point
+        self.bits, self.group, self.zero_point = int(bits), group and int(group), zero_point
         self.width = width_of(bits)
         check_rows(site, bits, group)
         super().__init__(site)

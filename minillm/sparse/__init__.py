@@ -74,7 +74,7 @@ class CSR(Format):
         x = ops.in_autocast(x)
         rows = x.reshape(-1, self.shape[1])  # (..., in) -> (n, in)
         y = csr_matmul(self.crow, self.col, self.values, rows, self.shape[0])
-        y = y.view(*x.shape[:-1], -1)
+        y = y.view(*x.shape[:-1], self.shape[0])  # also where there is no row
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def check(self, where):

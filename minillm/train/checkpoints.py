@@ -191,7 +191,9 @@ def facts_of(run, path, metadata):
         raise ValueError(f"{path} belongs to another training: {other}")
     if odd:
         listed = ", ".join(f"{key}={old!r} then, {new!r} now" for key, (old, new) in odd.items())
-        raise ValueError(f"{path} was written with other settings: {listed}")
+        longer = (". The learning rate follows a schedule for its steps: to train longer, begin a "
+                  "new training from the model that this one has made") if "steps" in odd else ""
+        raise ValueError(f"{path} was written with other settings: {listed}{longer}")
     if not fits:
         raise ValueError(f"{path} has the options of other patches")
     if not whole:

@@ -36,6 +36,7 @@ from minillm import data, options
 from minillm.calling import logits_at
 from minillm.model.generate import evaluating
 from minillm.registry import prepare
+from minillm.train.room import check_room
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +48,17 @@ class Distillation:
     share: float = 0.9
 
     def __post_init__(self):
+        if not isinstance(self.teacher, nn.Module):
+            raise ValueError(f"teacher={self.teacher!r} is not a model")
         options.positive("temperature", self.temperature)
         options.real("share", self.share, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+
+    def check(self, examples):
+        """ValueError where the teacher cannot read one of the examples: `train` asks before its work."""
+        try:
+            check_room(self.teacher, examples)
+        except ValueError as error:
+            raise ValueError(f"the teacher cannot read this: {error}") from error
 
     def __call__(self, model, ids, labels, mask=None):
         """The summed loss, in nats, over the learnt labels of a batch: ids, labels, mask (b, t)."""

@@ -113,7 +113,7 @@ def update(run):
     count = sum(learnt(labels) for _, labels, _ in micro)
     total = 0.0
     for batch in micro:
-        part = run.loss(*distributed.rows(batch))
+        part = openings.checked(run.loss(*distributed.rows(batch)))
         (part * (distributed.place()[1] / count)).backward()
         masters.collect(run.masters)
         total += part.item()
@@ -171,6 +171,7 @@ class Run:
         o = options
         check_room(self.model, examples)
         check_room(self.model, options.held_out or (), "held-out example")
+        openings.check(o.loss, examples)
         sets = groups(self.model, o.lr, o.weight_decay, o.rates)
         self.learning = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         for _, p in self.learning:

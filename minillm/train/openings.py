@@ -32,6 +32,23 @@ from minillm.registry import fingerprint
 from minillm.train import identity
 
 
+def check(loss, examples):
+    """ValueError where a loss says that it cannot take the examples: it may have `check(examples)`."""
+    if hasattr(loss, "check"):
+        loss.check(examples)
+
+
+def checked(part):
+    """The loss of a batch. ValueError where it is no single number that has a gradient."""
+    if not isinstance(part, torch.Tensor) or part.numel() != 1:
+        what = f"of the shape {tuple(part.shape)}" if isinstance(part, torch.Tensor) else ""
+        raise ValueError(f"loss= gives a {type(part).__name__} {what}".rstrip() + ": it has to be "
+                         "one number, the sum over the tokens that the batch learns")
+    if not part.requires_grad:
+        raise ValueError("loss= gives a number without a gradient: nothing that learns has made it")
+    return part
+
+
 def settled(on_step, steps):
     """The first step, of those counted from 0, whose evaluation counts; the last one always does."""
     return min(on_step.settled(steps), steps - 1) if hasattr(on_step, "settled") else 0

@@ -38,6 +38,7 @@ def resolve(examples, given):
     warmup(o)
     rate(0, o.steps, o.schedule)
     evaluation(o)
+    functions(o)
     files_of(o)
     return o
 
@@ -114,6 +115,24 @@ def evaluation(o):
         if getattr(o, name) is not None:
             raise ValueError(f"{name}={getattr(o, name)} needs something to evaluate: "
                              "give held_out= examples, or a function evaluate=")
+
+
+def functions(o):
+    """The two openings, and `write`: each is called, and a class is not the object to call."""
+    for name, takes in (("loss", "model, ids, labels, mask"), ("on_step", "model, step, steps"),
+                        ("write", "model"), ("evaluate", "model")):
+        value = getattr(o, name)
+        if isinstance(value, type):
+            raise ValueError(f"{name}={value.__name__} is a class: give an object of it, "
+                             f"{name}={value.__name__}(...)")
+        if value is not None and not callable(value):
+            raise ValueError(f"{name}={shortly(value)} is not a function {name}({takes})")
+
+
+def shortly(value):
+    """The value on one line."""
+    written = repr(value)
+    return written if len(written) <= 60 and "\n" not in written else f"a {type(value).__name__}"
 
 
 def files_of(o):
