@@ -40,9 +40,10 @@ class IA3(Patch):
 
 
 def wrap(model, targets=None, *, name=None):
-    """Put a factor on each output of the leaves that `targets` names; in place, returns the model."""
+    """Put a factor on each output of the leaves that `targets` names; returns the model."""
     return attach(IA3, model, targets, name=name)
 
 
 unwrap, merge, unmerge, save, load = verbs("ia3", IA3)
-method("ia3", wrap, does="learns a factor for each output", paper="Liu et al. 2022, arXiv 2205.05638")
+method("ia3", wrap, does="learns a factor for each output",
+       paper="Liu et al. 2022, arXiv 2205.05638", rates=dict(tiny=1e-1))
