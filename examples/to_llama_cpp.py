@@ -25,7 +25,7 @@ def main(source="tiny"):
     task = minillm.data.task("language", tokenizer, "validation")
     text = minillm.data.task("language", tokenizer, "test").text
     calibration = task.examples[: 2 if SHORT else 8]
-    windows = 2 if SHORT else 12
+    windows = 2 if SHORT else 12 if source == "tiny" else 4
 
     def line(what, size=None):
         found = minillm.measure.perplexity(model, tokenizer, text, length=256, windows=windows)
@@ -34,7 +34,7 @@ def main(source="tiny"):
 
     line("as it is")
 
-    # Wanda: a quarter of each row becomes zero, where |weight| times the norm of its input is small.
+    # Wanda: a quarter of each row becomes zero, by |weight| times the norm of the weight's input.
     minillm.prune.wanda.wrap(model, calibration, sparsity=0.25, progress=False)
     minillm.prune.merge(model, keep=False)
     zeros = sum(int((p == 0).sum()) for p in model.parameters())
