@@ -22,8 +22,8 @@ from minillm.registry.verbs import verbs
 
 logging.getLogger("minillm").setLevel(logging.WARNING)
 plt.rcParams["figure.dpi"] = 80
-SHORT = bool(os.environ.get("MINILLM_SHORT"))
 torch.manual_seed(0)
+SHORT = bool(os.environ.get("MINILLM_SHORT"))
 
 # %% [markdown]
 # ## The idea

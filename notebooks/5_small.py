@@ -20,8 +20,8 @@ from minillm.registry import walk
 
 logging.getLogger("minillm").setLevel(logging.WARNING)
 plt.rcParams["figure.dpi"] = 80
-SHORT = bool(os.environ.get("MINILLM_SHORT"))
 torch.manual_seed(0)
+SHORT = bool(os.environ.get("MINILLM_SHORT"))
 
 original, tokenizer = minillm.load("tiny")
 text = minillm.data.task("language", tokenizer, "test").text
@@ -141,7 +141,7 @@ print(f"nf4:    perplexity {table['nf4, groups of 32'][1]:.2f}")
 # %% [markdown]
 # ## Pruning: which weights are not needed?
 #
-# $$W' = M * W, \quad M_{ij} = 1 \text{ where } \mathrm{score}(W_{ij}) \text{ is among the largest}$$
+# $$W' = M * W, \quad M_{ij} = 1 \text{ if } \mathrm{score}(W_{ij}) \text{ is among the largest}$$
 #
 # Magnitude pruning takes $|w|$ as the score. Wanda (Sun et al. 2023, arXiv 2306.11695) takes
 # $|w|\,\|x\|$: a weight matters as much as its input is large. Random numbers show what a score
