@@ -115,7 +115,7 @@ fig.tight_layout()
 #
 # Each token asks ($q$), and the tokens up to it answer ($k$) and give ($v$):
 #
-# $$\mathrm{attention}(q, k, v) = \mathrm{softmax}\left(q k^\top / \sqrt d + \mathrm{mask}\right) v$$
+# $$\mathrm{attention}(q, k, v) = \mathrm{softmax}(q k^\top / \sqrt d + \mathrm{mask})\, v$$
 #
 # This model has 4 heads of queries and 2 of keys and values: two heads of queries share one.
 

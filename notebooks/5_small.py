@@ -109,8 +109,8 @@ for name, (bits, group) in settings.items():
     assert predicted == table[name][0]
 
 # %% [markdown]
-# int8 costs next to nothing. A scale for each 32 weights takes 4 / 32 = 0.125 bytes a weight, and
-# gives back a part of what int4 by row loses. With 3 and 2 bits the way of rounding begins to
+# int8 costs next to nothing. The rows here are short, 96 or 256 weights, so a scale for each 32
+# of them gains little over a scale for each row. With 3 and 2 bits the way of rounding begins to
 # matter.
 #
 # ## Rounding that looks at the inputs
