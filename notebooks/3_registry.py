@@ -104,6 +104,7 @@ assert sum(predicted.values()) == sum(bytes_by_format(model).values())
 #
 # The format swaps the leaf. The patch asks the leaf. So their order does not matter.
 
+
 # %%
 def learnt(model):
     """Move what the patches have to learn, as training would."""
@@ -173,6 +174,7 @@ minillm.adapters.unwrap(model)
 # Patches that change the weight lie inside those that change the output. Among equals the order
 # is that of the `wrap` calls. A mask around LoRA prunes what LoRA has learnt too, and LoRA around
 # a mask fills the zeros.
+
 
 # %%
 def zeros(model):
