@@ -288,9 +288,9 @@ for name, wrap in formats.items():
 print("(signs uses a byte for a sign, and so 8 bits: packing 8 in a byte would make it 1)")
 
 fig, axis = plt.subplots(figsize=(6, 3))
-for name, (bits, error) in found.items():
-    axis.scatter(bits, error)
-    axis.annotate(name, (bits, error), textcoords="offset points", xytext=(5, 4), fontsize=8)
+for (name, (bits, error)), marker in zip(found.items(), "osv^D"):
+    axis.scatter(bits, error, marker=marker, label=name)
 axis.set(title="what a format costs and loses", xlabel="bits a weight", yscale="log",
          ylabel="|W' - W| / |W|", xlim=(0, 11))
+axis.legend(fontsize=7)
 fig.tight_layout()

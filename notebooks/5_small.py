@@ -184,7 +184,8 @@ fig, axis = plt.subplots(figsize=(6, 3))
 for name, values in curves.items():
     axis.plot([0, *shares], [float(whole), *map(float, values)], marker=".", label=name)
 axis.scatter([0.5], [float(repaired)], color="black", zorder=3, label="wanda, trained on")
-axis.set(title="what a pruned share costs", xlabel="sparsity", ylabel="perplexity", yscale="log")
+axis.set(title="what a pruned share costs", xlabel="sparsity", ylabel="perplexity", yscale="log",
+         ylim=(30, 150))
 axis.legend()
 fig.tight_layout()
 
@@ -256,12 +257,10 @@ for share in (0.5, 0.75, 0.9, 0.95):
 
 # %%
 fig, axes = plt.subplots(1, 2, figsize=(11, 3.6))
-for name, (size, value) in table.items():
-    axes[0].scatter(size / 2**20, float(value))
-    axes[0].annotate(name, (size / 2**20, float(value)), fontsize=7, xytext=(4, 3),
-                     textcoords="offset points")
-axes[0].set(title="bytes and perplexity", xlabel="MiB", ylabel="perplexity", yscale="log",
-            xlim=(0.4, 2.3))
+for i, (name, (size, value)) in enumerate(table.items()):
+    axes[0].scatter(size / 2**20, float(value), marker="osv^D<>Pp*X"[i], label=name)
+axes[0].set(title="bytes and perplexity", xlabel="MiB", ylabel="perplexity", yscale="log")
+axes[0].legend(fontsize=7)
 axes[1].plot(*zip(*points), marker=".")
 axes[1].axhline(1, color="grey", linestyle=":", label="dense")
 axes[1].set(title="time of a CSR product", xlabel="share of zeros", ylabel="of the dense time")
