@@ -143,7 +143,8 @@ def check_order(site, patch, merged):
 def unmerge(family, model, name=None):
     """Put back the base that `merge` kept, and the patch around it; in place, returns the model.
 
-    name: what has this name alone. By default all of the technique that was merged last.
+    name: what has this name alone. By default all of the technique that was merged last. What the
+    merged base has learned since goes with it: save the model first, where that is worth keeping.
     """
     check_patches(family, "it has nothing to fold, so nothing to put back")
 
