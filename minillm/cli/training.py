@@ -186,7 +186,7 @@ def check_saved(model, family, name):
 
 
 def read(args, tokenizer, model):
-    """(examples to learn, held-out examples or None), with a line for what was cut, skipped or not read."""
+    """(examples to learn, held-out examples or None), with a line for what was not learnt."""
     def file(path):
         reading = read_records(path, tokenizer, model, args)
         shown = args.preview and path == args.data  # the preview begins with its summary
@@ -251,8 +251,9 @@ def check_disk(model, technique, held_out, args):
     needs = [("--out", args.out, shards, size // shards)]
     if args.checkpoints:
         written = len(train.saved(args.checkpoints))
-        needs.append(train.checkpoint_needs("--checkpoints", args.checkpoints, args.keep or 2, model,
-                                            held_out is not None, written))
+        keep, best = args.keep or 2, held_out is not None
+        needs.append(train.checkpoint_needs("--checkpoints", args.checkpoints, keep, model, best,
+                                            written))
     if distributed.place()[0] == 0:
         train.check_disk(needs)
 

@@ -51,7 +51,7 @@ def needs_tokenizer(tokenizer, args):
 
 
 def read_records(path, tokenizer, model, args):
-    """The Reading of a file. Advice to take a larger --length comes only where the model has room."""
+    """The Reading of a file. A larger --length is advised only where the model has room for it."""
     most = positions(model)
     try:
         return data.read(path, tokenizer, length=args.length, skip_bad=args.skip_bad)

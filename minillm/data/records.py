@@ -8,9 +8,10 @@
                                 (and, where needed: input, system)
     text                        text                                 all of it
 
-A record may have other fields, which are not read; the summary of the file names them. A record that fits several kinds is read as
-the first of them in this table, and the summary of the file says so: Alpaca's own file, for
-instance, has beside its fields a `text` that joins them, from which nobody could see what to learn.
+A record may have other fields, which are not read; the summary of the file names them. A record
+that fits several kinds is read as the first of them in this table, and the summary says so:
+Alpaca's own file, for instance, has beside its fields a `text` that joins them, from which nobody
+could see what to learn.
 
 Messages are {"role":, "content":} or, as ShareGPT writes them, {"from":, "value":}.
 """
@@ -44,7 +45,7 @@ def fitting(record):
 
 
 def unread(record):
-    """The record's fields that are of no kind and have something in them: nothing is learnt from these."""
+    """The record's fields that are of no kind and have something in them. They are not learnt."""
     kinds = fitting(record)
     read = {field for kind in kinds for field in kind}
     read |= set(OPTIONAL) if kinds[0] == ("instruction", "output") else set()

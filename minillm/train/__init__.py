@@ -40,6 +40,6 @@ from minillm.train.room import check_room
 
 __all__ = [
     "SCHEDULES", "Interrupted", "Summary", "check_disk", "check_log", "check_picture", "check_room",
-    "checkpoint_needs", "clear", "distill", "groups", "held_out_loss", "loss_sum", "newest", "picture", "rate", "restore",
-    "saved", "summary", "train",
+    "checkpoint_needs", "clear", "distill", "groups", "held_out_loss", "loss_sum", "newest",
+    "picture", "rate", "restore", "saved", "summary", "train",
 ]

@@ -174,7 +174,8 @@ def facts_of(run, path, metadata):
     try:
         facts = json.loads(metadata["training"])
         then, history = facts["settings"], facts["history"]
-        place = facts["batches"] = {key: int(facts["batches"][key]) for key in ("epoch", "position")}
+        place = {key: int(facts["batches"][key]) for key in ("epoch", "position")}
+        facts["batches"] = place
         odd = {key: (then.get(key), now) for key, now in run.compared.items()
                if json.dumps(then.get(key)) != json.dumps(now)}  # so the order of `rates` counts
         other = identity.differs(run.model, facts["identity"], run.options.on_step)

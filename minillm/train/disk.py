@@ -1,4 +1,4 @@
-"""Whether the disk has room for what a training will write: asked before it starts, not at its end."""
+"""Whether the disk has room for what a training will write: asked before it starts."""
 
 import os
 import pathlib
@@ -69,7 +69,8 @@ def check_checkpoints(run):
     o, best = run.options, run.options.restore_best and run.options.every
     if o.save_every and distributed.place()[0] == 0:
         written = len(saved(o.checkpoints))
-        check_disk([checkpoint_needs("checkpoints", o.checkpoints, o.keep, run.model, best, written)])
+        check_disk([checkpoint_needs("checkpoints", o.checkpoints, o.keep, run.model, best,
+                                     written)])
 
 
 def checkpoint_needs(what, directory, keep, model, best, written=0):

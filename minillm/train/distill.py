@@ -54,7 +54,7 @@ class Distillation:
         options.real("share", self.share, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 
     def check(self, examples):
-        """ValueError where the teacher cannot read one of the examples: `train` asks before its work."""
+        """ValueError where the teacher cannot read an example: `train` asks before its work."""
         try:
             check_room(self.teacher, examples)
         except ValueError as error:

@@ -18,9 +18,9 @@ from minillm.registry.learning import buffers
 
 
 def of(model, on_step=None):
-    """A dict for JSON that describes all of the model that neither learns nor is changed by `on_step`.
+    """A dict for JSON that describes what of the model neither learns nor is changed by `on_step`.
 
-    A checkpoint holds what these change.
+    A checkpoint holds all that is.
     """
     config = getattr(model, "config", None)
     config = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else None

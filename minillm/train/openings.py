@@ -8,7 +8,8 @@ What `on_step` may do:
 
     read gradients       p.grad; in half precision they are rounded to the parameter's dtype
     leave a parameter    p.grad = None: the optimizer neither moves nor decays it in this step
-    change gradients     p.grad.mul_(0.1), p.grad = ...; and weights, p.mul_(0.9), without a gradient
+    change gradients     p.grad.mul_(0.1), or p.grad = ...
+    change weights       p.mul_(0.9), under torch.no_grad()
     change buffers       a patch's mask, for example, and those of the patch's options that it
                          names in `changes`
 
@@ -18,8 +19,8 @@ model of a gradual pruning would be the one that is not pruned yet.
 
 A training that was interrupted goes on bit for bit if what it does follows from `step`, `steps`,
 the weights and the buffers alone. So it keeps no count of its own. Checkpoints hold the patches'
-buffers and options, and a resumed training has to be given the same functions: a dataclass is compared with
-its fields, a `functools.partial` with its arguments, a function by its name.
+buffers and options, and a resumed training has to be given the same functions: a dataclass is
+compared with its fields, a `functools.partial` with its arguments, a function by its name.
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ from minillm.train import identity
 
 
 def check(loss, examples):
-    """ValueError where a loss says that it cannot take the examples: it may have `check(examples)`."""
+    """ValueError where a loss cannot take the examples: it may have `check(examples)`."""
     if hasattr(loss, "check"):
         loss.check(examples)
 
@@ -50,7 +51,7 @@ def checked(part):
 
 
 def settled(on_step, steps):
-    """The first step, of those counted from 0, whose evaluation counts; the last one always does."""
+    """The first step, counted from 0, whose evaluation counts; the last one always does."""
     return min(on_step.settled(steps), steps - 1) if hasattr(on_step, "settled") else 0
 
 

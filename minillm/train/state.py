@@ -71,7 +71,7 @@ def put_back(run, kept):
     tensors, options = kept
     for name, t in state(run).items():
         if any(step == 0 and n > 1 for step, n in zip(t.stride(), t.shape)):
-            t.data = tensors[name].clone()  # a buffer made by `expand`: its values are one in memory
+            t.data = tensors[name].clone()  # made by `expand`: its values are one in memory
         else:
             t.copy_(tensors[name])
     now = changing(run)
