@@ -14,7 +14,7 @@ import sys
 import minillm
 
 SHORT = bool(os.environ.get("MINILLM_SHORT"))
-STEPS = 2 if SHORT else 40
+STEPS = 2 if SHORT else 30
 PLAIN = ("{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}"
          "{% if add_generation_prompt %}assistant: {% endif %}")  # for a model without a template
 
@@ -23,7 +23,7 @@ def load():
     """(model, tokenizer, learning rate)."""
     try:
         if not SHORT:
-            return *minillm.load("smollm2"), 1e-3
+            return *minillm.load("smollm2", dtype="float32"), 1e-3
     except FileNotFoundError as error:
         print(f"{error}\nThe tiny model takes its place.\n")
     model, tokenizer = minillm.load("tiny")
@@ -55,7 +55,7 @@ def answer(model, tokenizer, messages):
 
 def main():
     model, tokenizer, rate = load()
-    train, test = some("train", 8 if SHORT else 160), some("test", 3 if SHORT else 24)
+    train, test = some("train", 8 if SHORT else 120), some("test", 3 if SHORT else 16)
     examples, held_out = ([minillm.data.conversation(messages, tokenizer, 128) for messages in part]
                           for part in (train, test))
     print(minillm.data.preview(examples[:1], tokenizer))

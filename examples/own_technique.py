@@ -22,20 +22,26 @@ LEAVES = ["k_proj", "v_proj", "up_proj"]  # the paper's: keys, values, the insid
 
 
 def small():
-    """A Llama of random weights, the same at every call."""
+    """A Llama of random weights and biases, the same at every call."""
     torch.manual_seed(0)
     config = minillm.Config(vocab_size=50, width=32, layers=2, heads=4, kv_heads=2, qkv_bias=True)
-    return minillm.Transformer(config).eval()
+    model = minillm.Transformer(config).eval()
+    move(model.parameters())
+    return model
 
 
 def learnt(model):
     """Move what the technique has to learn, as training would."""
     torch.manual_seed(1)
-    with torch.no_grad():
-        for layer in minillm.layers(model).values():
-            for p in layer.patches.parameters():
-                p.add_(0.1 * torch.randn_like(p))
+    for layer in minillm.layers(model).values():
+        move(layer.patches.parameters())
     return model
+
+
+@torch.no_grad()
+def move(parameters):
+    for p in parameters:
+        p.add_(0.1 * torch.randn_like(p))
 
 
 def state(model):

@@ -24,7 +24,7 @@ import ia3  # the one line
 from minillm.registry import METHODS
 for name in set(METHODS) - {"ia3", "lora", "prune", "quant"}:  # the pairs of all would take minutes
     del METHODS[name]
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", "(Linear or llama) and not hf_llama or loading or neutral", sys.argv[1]]))
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", "Linear or loading or neutral", sys.argv[1]]))
 """
 
 
@@ -75,4 +75,4 @@ def test_a_technique_is_one_file_of_thirty_lines_and_one_line():
 @pytest.mark.slow
 def test_the_laws_of_minillm_hold_for_it():
     done = run("-c", LAWS, ROOT / "tests" / "test_laws.py")
-    assert not done.returncode and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+    assert not done.returncode and "5 merge" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
