@@ -263,3 +263,13 @@ def test_a_row_of_codes_is_for_one_row_in_compiled_code():
     assert compiled(x, q)
     for x, q in ((torch.randn(2, 16), q), (x.double(), q), (x.clone().requires_grad_(), q), (x, q[:, :14]), (x, q.T)):
         assert not compiled(x, q)
+
+
+@pytest.mark.parametrize("W, options", [(torch.full((4, 8), 1e40, dtype=torch.float64), {}),
+                                        (torch.tensor([[-3e38, 3e38] * 4]), dict(zero_point=True))])
+def test_weights_beyond_float32_are_an_error(W, options):
+    model = nn.Sequential(nn.Linear(8, len(W), dtype=W.dtype))
+    model[0].weight.data = W
+    with pytest.raises(ValueError, match="beyond float32, in which quant keeps its scales"):
+        minillm.quant.wrap(model, **options)
+    assert isinstance(model[0], nn.Linear)

@@ -53,6 +53,9 @@ class Coded:
     def pack(self, W):
         W = (W.T if self.leaf.lookup else W).float()
         scale, zero = self.grid.fit(W)
+        if not torch.isfinite(scale).all():
+            raise ValueError(f"a weight of a ({', '.join(map(str, W.shape))}) matrix is beyond float32, "
+                             f"in which {self.kind} keeps its scales")
         self.keep(self.grid.round(W, scale, zero), scale, zero)
 
     def keep(self, q, scale, zero=None):
