@@ -10,22 +10,19 @@
     grid     codes, scales, zero points: see `grid`
 
 The gradient of rounding is 0 almost everywhere, so nothing would learn by it. The straight-through
-gradient moves W by what would have helped Q. Small steps add up in W until a code changes, and the
-model learns weights that lose little when they are rounded. At 8 bits rounding loses next to
-nothing anyway; from 4 bits down training with it pays.
+gradient moves W by what would have helped Q. Small steps add up in W until a code changes. At 8
+bits rounding loses next to nothing anyway; from 4 bits down training with it pays.
 
-`convert` uses the functions `fit`, `round` and `dense` of the same grid, so what is stored is bit
-for bit what training saw. A fake-quantization is a Patch that has nothing to learn itself and
-freezes nothing, as a pruning mask is: the model's own parameters learn through it. LoRA beneath it
-learns too, in W + s BA, which is rounded as a whole: merge LoRA, then convert.
+`convert` uses the functions of the same grid, so what is stored is bit for bit what training saw. A
+fake-quantization has nothing to learn itself and freezes nothing, as a mask: the model learns
+through it. LoRA beneath it learns too, in W + s BA, rounded as a whole: merge LoRA, then convert.
 
 Cost: W is rounded once more in the backward pass, and no Q is kept for it. In compiled code
 rounding is one pass over W.
 
-The scales follow W at each step, and get no gradient (LSQ, arXiv 1902.08153, learns them). Jacob et
-al. round the activations too, with ranges averaged over the training, and fold batch norms first.
-torchao's `QATConfig` swaps the linear layer's class twice, to prepare and to convert. Not included:
-activations, and a delayed start (wrap when it is to begin).
+The scales follow W at each step, and get no gradient (LSQ, arXiv 1902.08153, learns them). torchao's
+`QATConfig` swaps the linear layer's class twice, to prepare and to convert. Not included: rounded
+activations (Jacob et al. average their ranges), and a delayed start (wrap when it is to begin).
 
 >>> from torch import nn; import torch, minillm
 >>> model, x = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(2, 16)
@@ -98,14 +95,12 @@ class FakeQuant(Patch):
 
     def store(self, model, names):
         """Store the leaves with these names on this grid."""
-        def named(name, module):
+        def chosen(name, module):
             return name in names
 
         if self.levels is None:
-            options = dict(bits=self.bits, group=self.group, zero_point=self.zero_point)
-            return attach(Integer, model, named, **options)
-        return attach(Codebook, model, named, group=self.group,
-                      fill=lambda form, site: fill(form, site, self.levels))
+            return attach(Integer, model, chosen, bits=self.bits, group=self.group, zero_point=self.zero_point)
+        return attach(Codebook, model, chosen, group=self.group, fill=lambda form, site: fill(form, site, self.levels))
 
     def extra_repr(self):
         return f"bits={self.bits}, group={self.group}, zero_point={self.zero_point}"
