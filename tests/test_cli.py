@@ -63,11 +63,31 @@ def test_an_adapter_goes_on_learning(run):
     assert 0 < max(moved) < 0.2, "on from where it was, not anew"
 
 
-def test_two_files_of_one_technique_are_refused_by_name(run):
+def test_two_files_of_one_name_are_refused(run):
     for name in ("one", "two"):
         run(*TRAIN, "--steps", 1, "--out", f"{name}.safetensors")
     said = run("eval", "--adapter", "one.safetensors", "--adapter", "two.safetensors", "--text", "a.txt", code=1)
-    assert "one.safetensors and two.safetensors are both files of lora" in said
+    assert "one.safetensors and two.safetensors both hold 'lora', and a model takes one of a name" in said
+    assert "minillm train --option name=NAME gives an adapter its own" in said
+
+
+def test_adapters_with_names(run):
+    """One more on top of the first, evaluated and exported together; which one learns on is asked where two could."""
+    model = ["--data", "a.txt", "--length", 64, "--steps", 3, "--rate", 0.01]
+    run("train", *model, "--option", "r=2", "--option", "name=sql", "--out", "sql.safetensors")
+    run("train", *model, "--adapter", "sql.safetensors", "--option", "name=chat", "--option", "r=2", "--out", "chat.safetensors")
+    both = ["--adapter", "sql.safetensors", "--adapter", "chat.safetensors"]
+    run("eval", *both, "--text", "a.txt", "--length", 64)
+    assert "made over sql" in run("eval", "--adapter", "chat.safetensors", "--text", "a.txt", "--length", 64, code=1)
+    said = run("train", *model, *both, "--out", "more.safetensors", code=1)
+    assert "--adapter brings 'sql', 'chat' of lora: which one goes on learning? --option name=sql" in said
+    before = minillm.registry.store.read("chat.safetensors")[0]
+    run("train", *model, *both, "--option", "name=chat", "--out", "more.safetensors")
+    after, fields = minillm.registry.store.read("more.safetensors")
+    assert fields["name"] == "chat" and after.keys() == before.keys()
+    assert any(not torch.equal(after[key], before[key]) for key in before)
+    run("export", *both, "--out", "merged")
+    assert "wrote merged" in run("export", *both, "--out", "merged")
 
 
 def test_an_adapter_of_another_model_is_refused_by_name(run, tmp_path):

@@ -43,8 +43,8 @@ every_model = pytest.mark.parametrize("kind", [*MODELS, *(pytest.param(Whole(kin
 
 
 def pairs(kind):
-    """Pairs of kinds for one model: each pair is run on two of the six models, and under `slow` on all."""
-    return PAIRS if isinstance(kind, Whole) else PAIRS[list(MODELS).index(kind) % 3 :: 3]
+    """Pairs of kinds for one model: each pair is run on one of the six models, and under `slow` on all."""
+    return PAIRS if isinstance(kind, Whole) else PAIRS[list(MODELS).index(kind) :: 6]
 
 
 class technique:
@@ -437,7 +437,7 @@ def compiles(kind, stacks):
         close("7 compile", logits(compiled, ids), logits(model, ids), f"{names} on {kind}")
 
 
-@pytest.mark.parametrize("kind", ["Linear", "Conv1D", "llama"])
+@pytest.mark.parametrize("kind", ["Linear", "llama"])
 def test_compile_without_graph_breaks(kind):
     compiles(kind, [(name,) for name in NAMES])
 

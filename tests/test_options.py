@@ -59,8 +59,9 @@ def test_the_right_ones_are_taken():
 
     model = minillm.lora.wrap(two(), r=Whole(1), alpha=3, rank_stabilized=True, dropout=0)
     kept = model[0].patches["lora"].config()
-    assert kept == dict(r=1, alpha=3.0, rank_stabilized=True, dropout=0.0)
-    assert {key: type(value) for key, value in kept.items()} == dict(r=int, alpha=float, rank_stabilized=bool, dropout=float)
+    assert kept == dict(r=1, alpha=3.0, rank_stabilized=True, dropout=0.0, start=False)
+    assert {key: type(value) for key, value in kept.items()} == dict(
+        r=int, alpha=float, rank_stabilized=bool, dropout=float, start=bool)
     assert minillm.prune.wrap(two(), sparsity=0)[0].patches["prune"].mask.all()
     assert options.whole("n", 5, 1, 5) == 5
     with pytest.raises(ValueError, match="n=6 is not a whole number from 1 to 5"):
@@ -71,9 +72,9 @@ def test_the_right_ones_are_taken():
 
 
 def test_what_wrap_takes_is_known():
-    assert options.known(minillm.lora.wrap) == dict(targets=None, r=8, alpha=16.0, rank_stabilized=False, dropout=0.0)
+    assert options.known(minillm.lora.wrap) == dict(targets=None, name=None, r=8, alpha=16.0, rank_stabilized=False, dropout=0.0)
     assert options.known(minillm.prune.wrap) == dict(
-        targets=None, sparsity=0.5, score=minillm.prune.magnitude, pattern=minillm.prune.row, group=None)
+        targets=None, name=None, sparsity=0.5, score=minillm.prune.magnitude, pattern=minillm.prune.row, group=None)
     for module in minillm.techniques().values():
         assert "model" not in options.known(module.wrap)
 
@@ -100,7 +101,7 @@ def test_a_text_becomes_what_the_default_is(technique, texts, values):
 
 
 @pytest.mark.parametrize("texts, message", [
-    (dict(foo="1"), "lora has no option 'foo'; its options and their defaults: targets=None, r=8, alpha=16.0, rank_stabilized=False"),
+    (dict(foo="1"), "lora has no option 'foo'; its options and their defaults: targets=None, name=None, r=8, alpha=16.0, rank_stabilized=False"),
     (dict(model="x"), "lora has no option 'model'"),
     (dict(r="abc"), "r='abc' is not a whole number"),
     (dict(r="2.5"), "r='2.5' is not a whole number"),

@@ -68,13 +68,14 @@ class LoRA(Patch):
     additive = True
     reads = False
 
-    def __init__(self, site, r=None, alpha=16.0, rank_stabilized=False, dropout=0.0, start=False):
+    def __init__(self, site, r=8, alpha=16.0, rank_stabilized=False, dropout=0.0, start=False):
         super().__init__()
         out, into = site.shape
-        r = min(8, out, into) if r is None else options.whole("r", r)
-        if r > min(out, into):
+        r = options.whole("r", r)
+        if r > max(out, into):
             raise ValueError(f"r={r} at {site.name!r}: the rank of a ({out}, {into}) matrix lies between 1 "
                              f"and {min(out, into)}")
+        r = min(r, out, into)  # a head with two outputs
         self.r, self.alpha = r, options.positive("alpha", alpha)
         self.rank_stabilized = options.flag("rank_stabilized", rank_stabilized)
         self.dropout = options.share("dropout", dropout)
@@ -126,12 +127,12 @@ class LoRA(Patch):
         return f"r={self.r}, alpha={self.alpha}"
 
 
-def wrap(model, targets=None, *, name=None, r=None, alpha=16.0, rank_stabilized=False, dropout=0.0):
+def wrap(model, targets=None, *, name=None, r=8, alpha=16.0, rank_stabilized=False, dropout=0.0):
     """Put LoRA around the leaves that `targets` names (see `registry.select`); in place, returns the model.
 
     By default every linear leaf but the output head and tied matrices. Only A and B learn
     afterwards. name: what it is called, by default "lora"; several of different names add up (see
-    `minillm.use`). r: the rank, by default 8, or less in a leaf that is smaller. alpha: s = alpha / r;
+    `minillm.use`). r: the rank, or the smaller side of a leaf where that is less. alpha: s = alpha / r;
     rank_stabilized: s = alpha / sqrt(r). The dropout (of the branch's input, while training) is off by
     default: it costs a copy of x for each leaf. ValueError for an r that is no rank of one of the leaves, an alpha that
     is not above 0, and a dropout outside of 0 <= d < 1.

@@ -55,7 +55,7 @@ class DoRA(LoRA):
     reads = True
     accepts = Patch.accepts
 
-    def __init__(self, site, r=None, alpha=16.0, rank_stabilized=False, dropout=0.0):
+    def __init__(self, site, r=8, alpha=16.0, rank_stabilized=False, dropout=0.0):
         super().__init__(site, r, alpha, rank_stabilized, dropout)
         self.m = site.new(site.shape[0])
 
@@ -85,12 +85,12 @@ class DoRA(LoRA):
         return ((self.m / self.norm(W))[:, None] * V).to(W.dtype), b
 
 
-def wrap(model, targets=None, *, name=None, r=None, alpha=16.0, rank_stabilized=False, dropout=0.0):
+def wrap(model, targets=None, *, name=None, r=8, alpha=16.0, rank_stabilized=False, dropout=0.0):
     """Put DoRA around the leaves that `targets` names (see `registry.select`); in place, returns the model.
 
     By default every linear leaf but the output head and tied matrices. Only A, B and m learn
-    afterwards. name: what it is called, by default "dora". r: the rank, by default 8, or less in a leaf
-    that is smaller. alpha: s = alpha / r; rank_stabilized: s = alpha / sqrt(r). dropout: of the branch's
+    afterwards. name: what it is called, by default "dora". r: the rank, or the smaller side of a leaf
+    where that is less. alpha: s = alpha / r; rank_stabilized: s = alpha / sqrt(r). dropout: of the branch's
     input, while training. ValueError for an r that is no rank of one of the leaves, an alpha that is
     not above 0, and a dropout outside of 0 <= d < 1.
     """

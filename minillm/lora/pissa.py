@@ -46,7 +46,7 @@ from minillm.registry.attach import attach
 from minillm.registry.table import method
 
 
-def wrap(model, targets=None, *, name=None, r=None, alpha=16.0, rank_stabilized=False, dropout=0.0, iterations=None):
+def wrap(model, targets=None, *, name=None, r=8, alpha=16.0, rank_stabilized=False, dropout=0.0, iterations=None):
     """Put LoRA with the principal part of W around the leaves that `targets` names; in place, returns the model.
 
     By default every linear leaf but the output head and tied matrices. iterations: None for the exact

@@ -206,3 +206,6 @@ class Format(Kind):
 
     def extra_repr(self):
         return f"{self.shape[1]} -> {self.shape[0]}, bias={self.bias is not None}"
+
+    def __repr__(self):  # without the emptied leaf that waits in it
+        return super().__repr__() if "past" in self._modules else f"{type(self).__name__}({self.extra_repr()})"

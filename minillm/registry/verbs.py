@@ -22,7 +22,7 @@ from minillm.registry.layer import Layer
 from minillm.registry.names import follow
 from minillm.registry.past import past
 from minillm.registry.sites import ties, walk
-from minillm.registry.table import KINDS, attached, patches_of, register
+from minillm.registry.table import KINDS, attached, formats_of, patches_of, register
 
 log = logging.getLogger("minillm")
 
@@ -94,7 +94,7 @@ def merge(family, model, name=None, *, keep=True, tolerance=0.5):
     merged. CannotMerge where the technique is no change of a weight; ValueError where another patch lies beneath it, unless
     both add to the weight.
     """
-    check_patches(family, "it has nothing to fold, and unwrap gives the dense weight back")
+    check_patches(family, model, name, "it has nothing to fold, and unwrap gives the dense weight back")
     found, bases, plan, worst = patches_of(family, model, name), {}, [], 0.0
     idle = sorted({patch.name for _, patch in found if not patch.active})
     if idle and (name or all(not patch.active for _, patch in found)):
@@ -124,10 +124,17 @@ def merge(family, model, name=None, *, keep=True, tolerance=0.5):
     return model
 
 
-def check_patches(family, why):
-    """CannotMerge for a family of formats alone."""
-    if all(issubclass(cls, Format) for cls in KINDS.values() if cls.family == family):
-        raise CannotMerge(f"{family} is a format: {why}")
+def check_patches(family, model, name, why):
+    """CannotMerge where there are formats of the family and no patches, or could be nothing else."""
+    kinds = [cls for cls in KINDS.values() if cls.family == family and name in (None, cls.kind)]
+    patches = patches_of(family, model, name) or any(is_of(past(site.module), family) for site in walk(model))
+    formats = [site.module.name for site in formats_of(family, model, name)]
+    if not patches and (formats or kinds and all(issubclass(cls, Format) for cls in kinds)):
+        raise CannotMerge(f"{(formats or [name or family])[0]} is a format: {why}")
+
+
+def is_of(record, family):
+    return record is not None and record.patch.family == family
 
 
 def check_order(site, patch, merged):
@@ -146,7 +153,7 @@ def unmerge(family, model, name=None):
     name: what has this name alone. By default all of the technique that was merged last. What the
     merged base has learned since goes with it: save the model first, where that is worth keeping.
     """
-    check_patches(family, "it has nothing to fold, so nothing to put back")
+    check_patches(family, model, name, "it has nothing to fold, so nothing to put back")
 
     def ours(one):
         return one.family == family and name in (None, one.name)
