@@ -166,7 +166,7 @@ try:
     minillm.adapters.merge(model)
 except CannotMerge as error:
     print("CannotMerge:", error)
-minillm.adapters.unwrap(model)
+model = minillm.adapters.unwrap(model)
 
 # %% [markdown]
 # ## Order: what a patch touches
