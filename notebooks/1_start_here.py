@@ -46,7 +46,7 @@ print(minillm.show(model))
 # from. The package's own name is masked. Training and test texts come from different modules.
 
 # %%
-train = minillm.data.task("package", tokenizer, "train", limit=64 if SHORT else 1200)
+train = minillm.data.task("package", tokenizer, "train", limit=64 if SHORT else 800)
 test = minillm.data.task("package", tokenizer, "test", limit=8 if SHORT else 128)
 print(test.prompts[0], "->", test.references[0])
 print(len(train.examples), "examples to learn,", len(test.examples), "to test")

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 3 The registry: formats and patches
 #
-# **How can fourteen techniques fit together, each in a file that knows nothing of the others?**
+# **How can all these techniques fit together, each in a file that knows nothing of the others?**
 
 # %%
 import inspect
@@ -166,7 +166,7 @@ try:
     minillm.adapters.merge(model)
 except CannotMerge as error:
     print("CannotMerge:", error)
-minillm.adapters.unwrap(model)
+model = minillm.adapters.unwrap(model)
 
 # %% [markdown]
 # ## Order: what a patch touches

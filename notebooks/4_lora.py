@@ -134,8 +134,7 @@ axes[1].set(title="perplexity of the test's answers", xlabel="r", yscale="log")
 fig.tight_layout()
 
 # %% [markdown]
-# A rank of 1 already learns most of this task. What the perplexities cannot tell apart, their
-# intervals say.
+# A rank of 1 already learns most of this task.
 #
 # ## What was learnt
 #
