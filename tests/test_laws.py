@@ -33,7 +33,6 @@ ALONE = [(key,) for key in OPTIONS]
 LOSSY = [name for name in FORMATS if KINDS[name].not_neutral]
 
 
-
 class Whole(str):
     """The name of a model on which every pair is run, and not a third of them."""
 

@@ -13,7 +13,7 @@ from torch import nn
 import minillm
 from minillm.measure import report
 from minillm.quant.grid import Levels, unpack
-from minillm.quant.nf4 import LEVELS, Codebook
+from minillm.quant.nf4 import LEVELS
 from minillm.registry import store, verbs
 
 nf4 = minillm.quant.nf4

@@ -101,7 +101,7 @@ def test_a_text_becomes_what_the_default_is(technique, texts, values):
 
 
 @pytest.mark.parametrize("texts, message", [
-    (dict(foo="1"), "lora has no option 'foo'; its options and their defaults: targets=None, name=None, r=8, alpha=16.0, rank_stabilized=False"),
+    (dict(foo="1"), "lora has no option 'foo'; its options and their defaults: targets=None, name=None, r=8, alpha=16.0"),
     (dict(model="x"), "lora has no option 'model'"),
     (dict(r="abc"), "r='abc' is not a whole number"),
     (dict(r="2.5"), "r='2.5' is not a whole number"),

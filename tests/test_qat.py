@@ -22,7 +22,12 @@ OPTIONS = [dict(bits=4), dict(bits=4, group=8), dict(bits=3, group=8, zero_point
            dict(bits=8, zero_point=True), dict(group=8, levels=LEVELS), dict(levels=LEVELS)]
 CHEAP = [dict(bits=3, group=8), dict(group=8, levels=LEVELS)]
 
-every_option = pytest.mark.parametrize("options", OPTIONS, ids=lambda o: ",".join(f"{k}={v}" for k, v in o.items() if k != "levels") + ("nf4" if "levels" in o else ""))
+def called(options):
+    plain = ",".join(f"{key}={value}" for key, value in options.items() if key != "levels")
+    return plain + ("nf4" if "levels" in options else "")
+
+
+every_option = pytest.mark.parametrize("options", OPTIONS, ids=called)
 
 
 def grid_of(bits=4, group=None, zero_point=False, levels=None):
@@ -252,7 +257,8 @@ def test_laws_of_a_patch(kind):
     learns = [p.requires_grad for p in model.parameters()]
     qat.wrap(model, bits=4, group=8)
     expected = logits(model)
-    assert [p.requires_grad for p in model.parameters()] == learns and not [m for m in model.modules() if isinstance(m, FakeQuant) and m.random]
+    assert [p.requires_grad for p in model.parameters()] == learns
+    assert not [m for m in model.modules() if isinstance(m, FakeQuant) and m.random]
     expected.square().mean().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
     model.zero_grad()

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import hugging_face
-from models import IDS, build, learnt, logits, two
+from models import build, learnt, logits, two
 from torch import nn
 
 import minillm

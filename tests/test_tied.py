@@ -72,6 +72,6 @@ def test_freezing_and_learning_of_a_tied_format():
 
 
 def test_decoding_with_both_in_integers():
-    model = minillm.quant.wrap(tied("llama"), lambda name, module: True)
-    ids = minillm.model.generate.generate(model, IDS, 5)
-    assert torch.equal(ids, minillm.model.generate.generate(minillm.quant.wrap(minillm.untie(tied("llama")), lambda name, module: True), IDS, 5))
+    one, two = (minillm.quant.wrap(model, lambda name, module: True) for model in (tied("llama"), minillm.untie(tied("llama"))))
+    ids = minillm.model.generate.generate(one, IDS, 5)
+    assert torch.equal(ids, minillm.model.generate.generate(two, IDS, 5))

@@ -63,4 +63,6 @@ def wrap(model, targets=None):
 
 register("bitfit", BitFit, family="freeze")
 method("bitfit", wrap, does="trains the biases alone", paper="Ben Zaken et al. 2022, arXiv 2106.10199",
-       rates=dict(tiny=3e-3, smollm2=3e-3), small={"": dict(targets=lambda name, module: "norm" in name or getattr(module, "bias", None) is not None)})
+       rates=dict(tiny=3e-3, smollm2=3e-3),
+       small={"": dict(targets=lambda name, module: "norm" in name
+                       or getattr(module, "bias", None) is not None)})
