@@ -22,6 +22,7 @@ OPTIONS = [dict(bits=4), dict(bits=4, group=8), dict(bits=3, group=8, zero_point
            dict(bits=8, zero_point=True), dict(group=8, levels=LEVELS), dict(levels=LEVELS)]
 CHEAP = [dict(bits=3, group=8), dict(group=8, levels=LEVELS)]
 
+
 def called(options):
     plain = ",".join(f"{key}={value}" for key, value in options.items() if key != "levels")
     return plain + ("nf4" if "levels" in options else "")
