@@ -127,6 +127,8 @@ def floats(scores):
 
 def threads(work, pieces):
     """[work(*piece)] on all threads; numpy lets them run at once."""
+    if len(pieces) == 1 or torch.get_num_threads() == 1:
+        return [work(*piece) for piece in pieces]  # a pool costs more than a small matrix
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         return list(pool.map(work, *zip(*pieces)))
 

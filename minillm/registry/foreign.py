@@ -6,7 +6,8 @@ which says what to do, as long as a patch or a format is in the tree.
 """
 
 from minillm.registry.kinds import Format
-from minillm.registry.sites import bare, walk
+from minillm.registry.layer import Layer
+from minillm.registry.sites import bare
 
 
 def save_pretrained(*_, **__):
@@ -18,7 +19,7 @@ def mark(model):
     """Put the error where `save_pretrained` is called, or take it away."""
     model = bare(model)
     if hasattr(type(model), "save_pretrained"):
-        if any(site.layer or isinstance(site.module, Format) for site in walk(model)):
+        if any(isinstance(module, (Layer, Format)) for module in model.modules()):
             model.__dict__["save_pretrained"] = save_pretrained
         else:
             model.__dict__.pop("save_pretrained", None)

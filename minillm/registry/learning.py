@@ -22,7 +22,7 @@ learning.
 import dataclasses
 
 from minillm.registry.foreign import mark
-from minillm.registry.kinds import Format
+from minillm.registry.kinds import Format, Patch
 from minillm.registry.layer import Layer
 from minillm.registry.sites import bare, parameters, walk
 
@@ -44,9 +44,10 @@ class Say:
 
 def slots(model):
     """[(name, owner, key, parameter)] of the model's own parameters; None for a weight that a Format stores."""
+    sites = walk(model)
     stored = [(f"{site.name}.weight", site.module, "weight", None)
-              for site in walk(model) if isinstance(site.module, Format)]
-    return parameters(model) + stored
+              for site in sites if isinstance(site.module, Format)]
+    return parameters(model, sites) + stored
 
 
 def buffers(model):
@@ -129,7 +130,7 @@ def version(p):
 
 
 def patches(model):
-    return [patch for site in walk(model) if site.layer for patch in site.layer.patches.values()]
+    return [module for module in bare(model).modules() if isinstance(module, Patch)]
 
 
 def claims(patch):
@@ -167,7 +168,8 @@ def gone(model, name):
 
 def noted(model):
     """The names of the techniques that claim or forbid parameters of the model's own."""
-    return {name for *_, one in said(model) for name in one.claims | one.forbids}
+    says = [module.__dict__.get("says", {}) for module in bare(model).modules()]
+    return {name for known in says for one in known.values() for name in one.claims | one.forbids}
 
 
 def changed_beside(model, name):

@@ -108,21 +108,24 @@ def layers(model):
     return {site.name: site.layer for site in walk(model) if site.layer is not None}
 
 
-def parameters(model):
-    """[(name, owner, key, parameter)] of the model's own parameters, under their author's names: no patch's are among them."""
+def parameters(model, sites=None):
+    """[(name, owner, key, parameter)] of the model's own parameters, under their author's names: no patch's are among them.
+
+    sites: what `walk` returns for the model, where the caller has it.
+    """
     model = bare(model)
     root = [("", model.base if isinstance(model, Layer) else model)]
-    owners = root + [(site.name + ".", site.module) for site in walk(model)]
+    owners = root + [(site.name + ".", site.module) for site in (walk(model) if sites is None else sites)]
     return [(name + key, owner, key, p) for name, owner in owners for key, p in owner._parameters.items() if p is not None]
 
 
 def ties(model):
     """{name of a leaf: names of the other leaves that share its matrix}."""
-    owners = {}
-    for name, _, key, p in parameters(model):
+    owners, sites = {}, walk(model)
+    for name, _, key, p in parameters(model, sites):
         if key == "weight":
             owners.setdefault(id(p), []).append(name.removesuffix(".weight"))
-    for site in walk(model):
+    for site in sites:
         if isinstance(site.module, Format):
             owners.setdefault(id(site.module._buffers), []).append(site.name)
     return {name: [n for n in names if n != name] for names in owners.values() if len(names) > 1 for name in names}
