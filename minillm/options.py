@@ -51,9 +51,10 @@ def one_of(name, value, known):
 
 
 def known(wrap):
-    """{name: default} of what `wrap(model, ...)` takes."""
+    """{name: default} of the options of `wrap(model, ...)`; the examples to calibrate with are none."""
     every = list(inspect.signature(wrap).parameters.values())[1:]  # without the model
-    return {p.name: p.default for p in every if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return {p.name: p.default for p in every if p.kind in kinds and p.default is not p.empty}
 
 
 def parse(wrap, texts):

@@ -40,7 +40,8 @@ def test_train_then_eval_then_generate_with_what_was_learnt(run, model, tmp_path
     assert "lora(r=4" in shown and "optimizer" in shown
 
 
-@pytest.mark.parametrize("technique", ["full", *minillm.techniques()])
+@pytest.mark.parametrize("technique", ["full", *minillm.techniques(), *(
+    pytest.param(name, marks=pytest.mark.slow) for name in ("wanda", "gptq", "dora", "pissa", "qat"))])
 def test_what_each_technique_learns_is_saved(technique, run, model):
     """train, then eval of the file in another load: the loss is that of the trained model."""
     more = {"sparse": ["--option", "anyway=true"], "freeze": ["--option", "last=1"]}.get(technique, [])

@@ -75,8 +75,10 @@ def test_what_wrap_takes_is_known():
     assert options.known(minillm.lora.wrap) == dict(targets=None, name=None, r=8, alpha=16.0, rank_stabilized=False, dropout=0.0)
     assert options.known(minillm.prune.wrap) == dict(
         targets=None, name=None, sparsity=0.5, score=minillm.prune.magnitude, pattern=minillm.prune.row, group=None)
-    for module in minillm.techniques().values():
-        assert "model" not in options.known(module.wrap)
+    for method in minillm.registry.METHODS.values():
+        assert not {"model", "examples"} & options.known(method.wrap).keys()
+    with pytest.raises(ValueError, match="wanda has no option 'examples'"):
+        options.parse(minillm.prune.wanda.wrap, {"examples": "a.txt"})
 
 
 @pytest.mark.parametrize("technique, texts, values", [

@@ -13,8 +13,9 @@ from minillm import data, measure, train, zoo
 from minillm.measure import report
 from minillm.registry import METHODS, CannotMerge, techniques
 
-# The usual learning rate of each, where its sweep begins: near the best that `compare` has found
-# on SmolLM2, and on the tiny model, whose weights take larger steps. "full" trains everything,
+# The usual learning rate of each, where its sweep begins: of the base methods near the best that
+# `compare` has found on SmolLM2, and on the tiny model, whose weights take larger steps; of the
+# others (bitfit, dora, pissa) a guess. "full" trains everything,
 # "none" nothing.
 RATES, OF_TINY = (
     {"none": None, "full": full}

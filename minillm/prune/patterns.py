@@ -15,7 +15,8 @@ what equals it the last ones, as many as are missing.
 - A matrix, a model: a sample gives two numbers with the threshold between them. Only the few scores
   between these are looked at. Counting shows whether the sample was wrong; then all are.
 
-A billion weights take about 4 s on two cores. One thread and whole rows took 32 s.
+A billion float32 weights take 6 to 8 s of CPU time, which all cores share. To partition whole rows
+took 43 s on one core of the same machine.
 
 >>> scores = torch.tensor([[0.1, 0.5, 0.3, 0.2], [4.0, 3.0, 2.0, 1.0]])
 >>> for pattern in (row, matrix, n_m(1, 2)):
