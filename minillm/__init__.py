@@ -36,22 +36,24 @@ Making it small, wrapped in place with `minillm.NAME.wrap(model)`:
 
 Beneath them:
 
-    registry       Layer, Patch and Format: where they meet
+    registry       Layer, Patch and Format, and the verbs that all techniques share
     model          the transformer and its tokenizers
     data           tasks, files of records, batches
-    distributed    several processes
+    distributed    training in several processes
 
 Around them:
 
     train          the training loop and its checkpoints
-    measure        perplexity, accuracy, F1, BLEU, ROUGE; what memory costs
+    measure        perplexity, accuracy, F1, BLEU, ROUGE; parameters and bytes
     checkpoints    Hugging Face directories and GGUF files, both ways
     zoo            the models that have a name
     compare        all techniques side by side
 """
 
 # isort: skip_file  (the order is the order of the table)
-from minillm.registry import CannotMerge, Format, Layer, Patch, layers, prepare, rows, techniques, untie, use
+from minillm.registry import (
+    CannotMerge, Format, Layer, Patch, layers, prepare, rows, techniques, untie, use,
+)
 from minillm.model.transformer import Cache, Config, Transformer, compile
 from minillm import freeze, prompts, lora, adapters
 from minillm import quant, prune, sparse
@@ -64,7 +66,8 @@ from minillm.checkpoints import save
 from minillm.zoo import load
 
 __all__ = [
-    "Cache", "CannotMerge", "Config", "Format", "Layer", "Patch", "Transformer", "adapters", "compare", "compile", "data",
-    "checkpoints", "distributed", "freeze", "layers", "load", "lora", "measure", "prepare", "prompts", "prune", "quant", "report", "rows",
-    "save", "show", "sparse", "techniques", "train", "untie", "use", "zoo",
+    "Cache", "CannotMerge", "Config", "Format", "Layer", "Patch", "Transformer", "adapters",
+    "compare", "compile", "data", "checkpoints", "distributed", "freeze", "layers", "load", "lora",
+    "measure", "prepare", "prompts", "prune", "quant", "report", "rows", "save", "show", "sparse",
+    "techniques", "train", "untie", "use", "zoo",
 ]

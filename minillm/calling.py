@@ -10,13 +10,13 @@ from minillm.model.transformer import Transformer
 def native(model):
     """Whether this is minillm's Transformer, which has `hidden` and `loss`, compiled or not.
 
-    The class says so. A user's model may well hold a module that is called `loss` or `hidden`.
+    The class decides, because a user's model may hold a module named `loss` or `hidden`.
     """
     return isinstance(getattr(model, "_orig_mod", model), Transformer)
 
 
 def arguments(model):
-    """{name: parameter} of the forward of the model; of what torch.compile or peft has wrapped."""
+    """{name: parameter} of the model's forward, without the wrapper of torch.compile or peft."""
     model = getattr(model, "_orig_mod", model)
     if callable(getattr(type(model), "get_base_model", None)):
         model = model.get_base_model()
@@ -24,14 +24,15 @@ def arguments(model):
 
 
 def logits(model, ids, mask=None, alone=True):
-    """The logits (b, t, vocab) of any model for ids (b, t); mask (b, t) is True at real
-    tokens, None where all are real.
+    """The logits (b, t, vocab) of any model for ids (b, t).
+
+    mask (b, t) is True at real tokens; None means that all are real.
 
     A model that takes `position_ids` gets them: the first real token of a row has
-    position 0, on whichever side the padding is. (GPT-2 of transformers would count the
-    padding.) A model that takes no mask sees its padded rows one by one, without
-    padding. With alone=False that is a ValueError, and a forward with **kwargs is
-    trusted to take the mask.
+    position 0, on whichever side the padding is. (Without them GPT-2 of transformers
+    counts the padding.) A model that takes no mask gets its padded rows one by one,
+    without padding. With alone=False that is a ValueError instead, and a forward with
+    **kwargs is trusted to take the mask.
     """
     if mask is None or bool((mask == 1).all()):
         return logits_of(model(ids))
@@ -60,14 +61,14 @@ def logits(model, ids, mask=None, alone=True):
 
 
 def logits_at(model, ids, mask, keep):
-    """The logits (n, vocab) in the n places of ids[:, :-1] where keep (b, t - 1) is True."""
+    """The logits (n, vocab) at the n places of ids[:, :-1] where keep (b, t - 1) is True."""
     if native(model):
         return model.lm_head(model.hidden(ids, mask)[:, :-1][keep])
     return logits(model, ids, mask, alone=False)[:, :-1][keep]
 
 
 def logits_of(output):
-    """The logits in what a model returns: itself, or, of a Hugging Face model, its `logits`."""
+    """The logits in a model's output: the output itself, or its `logits` (Hugging Face)."""
     found = getattr(output, "logits", output)
     if not isinstance(found, torch.Tensor) or found.dim() != 3:
         given = type(found).__name__

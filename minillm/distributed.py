@@ -3,16 +3,16 @@
     gradient = sum over processes of (gradient of its summed loss) / (learnt tokens of the batch)
 
     data parallel   each process holds the whole model; the gradients are summed
-    sharded         each holds 1/world of every weight, and gets the others' parts when it is a
-                    block's turn: call `shard(model)` before the training
+    sharded         each holds 1/world of every weight, and gathers the other parts of a block
+                    when it computes that block: call `shard(model)` before the training
 
 Data parallel: DDP, Li et al. 2020, arXiv 2006.15704. Sharded: FSDP2, after ZeRO-3, Rajbhandari et
 al. 2020, arXiv 1910.02054.
 
 Every process draws the whole batch, which is only ids, and takes every world-th row. So the order
-of the data does not depend on the number of processes, the learnt tokens are known without asking
-the others, and the losses are those of one process. (Both of torch's wrappers take the mean over
-the processes: multiplying by their number makes it the sum.)
+of the data does not depend on the number of processes, each process knows the number of learnt
+tokens without communication, and the losses equal those of one process. (Both of torch's wrappers
+take the mean over the processes: multiplying by their number makes it the sum.)
 
 accelerate and the Trainer hide this behind a launcher's configuration; here it is two functions
 that `train` calls. Not included: tensor and pipeline parallelism, mixed precision inside FSDP
@@ -33,12 +33,12 @@ from torch.nn.parallel import DistributedDataParallel
 def start():
     """Join the processes that torchrun started, if it did; returns the device of this process.
 
-    They talk through NCCL with CUDA, else through gloo.
+    The backend is NCCL with CUDA, else gloo.
     """
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)  # first: the processes then talk to each other through it
+        torch.cuda.set_device(device)  # before init_process_group, which uses the current device
     if "RANK" in os.environ and not dist.is_initialized():
         if device.type == "cuda":
             dist.init_process_group("nccl", device_id=device)
@@ -49,16 +49,16 @@ def start():
 
 
 def place():
-    """(this process's number, how many there are): (0, 1) where there is but one."""
+    """(this process's rank, the number of processes): (0, 1) if there is only one."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def shard(model):
     """Spread every weight of minillm's Transformer over the processes, block by block.
 
-    In place; returns the model. Wrap it with techniques before: they are spread as well. What
-    `save` of a technique and the checkpoints write is whole again. RuntimeError where there are
-    no other processes, TypeError for another model.
+    In place; returns the model. Wrap it with techniques first: their weights are spread as well.
+    `save` and the checkpoints write whole tensors. RuntimeError if `start` has joined no
+    processes, TypeError for another model.
     """
     if not dist.is_initialized():
         raise RuntimeError("shard needs several processes: start the program with torchrun, and "
@@ -73,7 +73,7 @@ def shard(model):
 
 
 class Loss(nn.Module):
-    """loss(model, ids, labels, mask) as a module's forward, which is what DDP wraps."""
+    """loss(model, ids, labels, mask) as the forward of a module, because DDP wraps a module."""
 
     def __init__(self, model, loss):
         super().__init__()
@@ -98,13 +98,16 @@ def rows(batch):
 
 
 def check_rows(examples, batch_size):
-    """ValueError if a batch of an epoch of so many examples has no row for some process."""
+    """ValueError if the last batch of an epoch has fewer rows than there are processes.
+
+    examples: how many an epoch has.
+    """
     world = place()[1]
     least = min(examples % batch_size or batch_size, examples)
     if least < world:
         raise ValueError(f"a batch of {least} rows cannot be shared by {world} processes: choose "
                          "batch_size, and the number of examples, so that the last batch of an "
-                         "epoch has a row for each")
+                         "epoch has a row for each process")
 
 
 def total(value, device):
@@ -126,7 +129,7 @@ def largest(number, device):
 
 
 def gathered(value):
-    """The tensor that each process has, in their order."""
+    """The tensors of all processes, a list in the order of their ranks."""
     values = [None] * place()[1]
     if len(values) == 1:
         return [value]
@@ -135,20 +138,20 @@ def gathered(value):
 
 
 def wait():
-    """Until every process is here: what the first has written, the others can then read."""
+    """Wait for all processes. What the first has written before, the others can read after."""
     if place()[1] > 1:
         dist.barrier()
 
 
 def whole(t):
-    """A tensor that may be spread over the processes, whole. Every process has to ask."""
+    """The whole of a tensor that may be spread over the processes. Every process must call it."""
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
 def apart(tensors):
-    """{name: tensor}, each whole, contiguous and in memory of its own, as safetensors wants them.
+    """{name: tensor}, each whole, contiguous and in memory of its own, as safetensors needs them.
 
-    Every process has to ask.
+    Every process must call it.
     """
     seen, found = set(), {}
     for name, t in tensors.items():
@@ -160,7 +163,7 @@ def apart(tensors):
 
 
 def like(t, parameter):
-    """A whole tensor, spread as the parameter is."""
+    """A whole tensor, spread over the processes as the parameter is, and on its device."""
     if isinstance(parameter, DTensor):
         return distribute_tensor(t, parameter.device_mesh, parameter.placements)
     return t.to(parameter.device)

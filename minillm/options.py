@@ -1,8 +1,9 @@
-"""What a technique's options may be: one check for each kind of value, and the command line's texts turned into values.
+"""The options of techniques: one check for each kind of value, and a parser for the command line.
 
-A check returns the value, or raises a ValueError of one line that repeats what was written
-and says what is possible. The techniques call it where their Patch or Format is built, so a
-wrong option stops `wrap` and `load` before the model is touched."""
+A check returns the value, or raises a ValueError of one line that repeats the value and says
+what is possible. The techniques call it where they build their Patch or Format, so a wrong
+option stops `wrap` and `load` before they change the model.
+"""
 
 import ast
 import inspect
@@ -27,17 +28,17 @@ def real(name, value, fits, possible):
 
 
 def positive(name, value):
-    """A number above 0 that is not infinite."""
+    """A finite number above 0."""
     return real(name, value, lambda x: 0 < x < math.inf, "a number above 0")
 
 
 def share(name, value):
-    """A number from 0 up to, but not, 1."""
+    """A number from 0 up to (but not) 1."""
     return real(name, value, lambda x: 0 <= x < 1, "a number from 0 up to (but not) 1")
 
 
 def flag(name, value):
-    """True or False: no other value counts as one of them."""
+    """True or False; no other value counts as either."""
     if not isinstance(value, bool):
         raise ValueError(f"{name}={value!r} is neither True nor False")
     return value
@@ -51,18 +52,22 @@ def one_of(name, value, known):
 
 
 def known(wrap):
-    """{name: default} of the options of `wrap(model, ...)`; the examples to calibrate with are none."""
+    """{name: default} of the options of `wrap(model, ...)`: the arguments that have a default.
+
+    The examples that a method calibrates with have none, so they are no option.
+    """
     every = list(inspect.signature(wrap).parameters.values())[1:]  # without the model
     kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return {p.name: p.default for p in every if p.kind in kinds and p.default is not p.empty}
 
 
 def parse(wrap, texts):
-    """The keyword arguments for `wrap` of the command line's {name: text}.
+    """The keyword arguments for `wrap` from the command line's {name: text}.
 
-    A text is read as the type of the option's default says: `16` for a whole number, `0.5`, `true` or `false`, and
-    for an option whose default is None `none`, a number, names with commas between them, or the text itself.
-    ValueError for a name that `wrap` does not know, and for a text that is nothing of the kind.
+    The type of an option's default decides how its text is read: `16` as a whole number,
+    `0.5`, `true` or `false`. If the default is None, the text is `none`, a number, names
+    separated by commas, or a plain text. ValueError for a name that `wrap` does not know, and
+    for a text that is not of the type.
 
     >>> import minillm
     >>> parse(minillm.lora.wrap, {"r": "16", "rank_stabilized": "true", "targets": "q_proj,v_proj"})
@@ -73,12 +78,13 @@ def parse(wrap, texts):
         if name not in possible:
             technique = wrap.__module__.rpartition(".")[2]
             shown = ", ".join(f"{key}={default}" for key, default in possible.items())
-            raise ValueError(f"{technique} has no option {name!r}; its options and their defaults: {shown}")
+            raise ValueError(f"{technique} has no option {name!r}; its options and their "
+                             f"defaults: {shown}")
     return {name: read(name, text, possible[name]) for name, text in texts.items()}
 
 
 def read(name, text, default):
-    """The value that `text` writes, of the type of `default`."""
+    """The value of `text`, read as the type of `default`."""
     if isinstance(default, bool):
         if text.lower() not in ("true", "false"):
             raise ValueError(f"{name}={text!r} is neither true nor false")
@@ -93,7 +99,7 @@ def read(name, text, default):
 
 
 def anything(text):
-    """A Python literal (a number, a list, None), names with commas between them, or the text itself."""
+    """A Python literal (a number, a list, None), names separated by commas, or the text itself."""
     if text.lower() == "none":
         return None
     try:

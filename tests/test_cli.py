@@ -68,7 +68,7 @@ def test_two_files_of_one_name_are_refused(run):
     for name in ("one", "two"):
         run(*TRAIN, "--steps", 1, "--out", f"{name}.safetensors")
     said = run("eval", "--adapter", "one.safetensors", "--adapter", "two.safetensors", "--text", "a.txt", code=1)
-    assert "one.safetensors and two.safetensors both hold 'lora', and a model takes one of a name" in said
+    assert "one.safetensors and two.safetensors both hold 'lora', and a model can have each name" in said
     assert "minillm train --option name=NAME gives an adapter its own" in said
 
 
@@ -81,7 +81,7 @@ def test_adapters_with_names(run):
     run("eval", *both, "--text", "a.txt", "--length", 64)
     assert "made over sql" in run("eval", "--adapter", "chat.safetensors", "--text", "a.txt", "--length", 64, code=1)
     said = run("train", *model, *both, "--out", "more.safetensors", code=1)
-    assert "--adapter brings 'sql', 'chat' of lora: which one goes on learning? --option name=sql" in said
+    assert "--adapter loads 'sql', 'chat' of lora: --option name=sql" in said
     before = minillm.registry.store.read("chat.safetensors")[0]
     run("train", *model, *both, "--option", "name=chat", "--out", "more.safetensors")
     after, fields = minillm.registry.store.read("more.safetensors")
@@ -174,7 +174,7 @@ def test_errors_are_one_line_and_nothing_is_touched(args, message, run, tmp_path
     (["train", "--rate", "-1"], "--rate: '-1' is not a number above 0"),
     (["train", "--steps", "0"], "--steps: '0' is not a whole number of at least 1"),
     (["train", "--steps", "1", "--epochs", "1", "--out", "x.safetensors"],
-     "--steps and --epochs: one of them"),
+     "--steps and --epochs: give one of them"),
     (["train", "--length", "1"], "--length: '1'"),
     (["train", "--warmup", "2.5"], "--warmup: '2.5' is not"),
     (["train", "--resume", "--preview"], "--resume needs --out PATH or --checkpoints DIR"),
@@ -190,18 +190,18 @@ def test_errors_are_one_line_and_nothing_is_touched(args, message, run, tmp_path
     (["generate", "--top-p", "0", "hi"], "--top-p: '0'"),
     (["generate", "--top-k", "-1", "hi"], "--top-k: '-1'"),
     (["generate", "--min-p", "2", "hi"], "--min-p: '2'"),
-    (["eval", "--data", "c.jsonl", "--text", "a.txt"], "--text and --data: one of them"),
-    (["eval", "--text", "a.txt", "--task", "language"], "--text and --task: one of them"),
+    (["eval", "--data", "c.jsonl", "--text", "a.txt"], "--text and --data: give one of them"),
+    (["eval", "--text", "a.txt", "--task", "language"], "--text and --task: give one of them"),
     (["eval", "--data", "c.jsonl", "--windows", "2"], "--windows is for running text"),
     (["eval", "--task", "package", "--windows", "2"], "--windows is for running text"),
     (["eval", "--text", "a.txt", "--skip-bad"], "--skip-bad is for records"),
     (["eval", "--data", "a.txt", "--examples", "0"], "--examples is for records"),
     (["eval", "--task", "summary", "--max-new-tokens", "5"], "--max-new-tokens is for records"),
     (["train", "--data", "c.jsonl", "--task", "summary", "--out", "x"],
-     "--task and --data: one of them"),
-    (["compare", "--data", "c.jsonl", "--task", "summary"], "--task and --data: one of them"),
+     "--task and --data: give one of them"),
+    (["compare", "--data", "c.jsonl", "--task", "summary"], "--task and --data: give one of them"),
     (["train", "--option", "r=2", "--option", "r=4", "--out", "x.safetensors"],
-     "--option r=2 and --option r=4: one of them"),
+     "--option r=2 and --option r=4: give one of them"),
     (["train", "--preview", "--log", "x.jsonl"], "--log needs --out PATH"),
     (["train", "--seed", str(2**63), "--out", "x"],
      f"--seed: '{2**63}' is not a whole number from 0 to"),
@@ -256,7 +256,7 @@ def test_export_merges_what_can_be_merged_and_refuses_the_rest(run, tmp_path):
         continued = [run("generate", *which, "The", "--max-new-tokens", 8)
                      for which in (["--adapter", f"{technique}.safetensors"], ["--model", technique])]
         assert continued[0] == continued[1], technique
-    assert "prompts.safetensors holds prompts, which is no change of a weight" in run(
+    assert "prompts.safetensors holds prompts, which does not change a weight" in run(
         "export", "--adapter", "prompts.safetensors", "--out", "no", code=1)
     assert not (tmp_path / "no").exists()
     run("export", "--out", "m.GGUF")

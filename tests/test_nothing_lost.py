@@ -109,7 +109,7 @@ def test_a_second_run_leaves_the_directory_of_the_first_alone(run, tmp_path):
 
 CLASHES = [
     ("--technique full --out lg --log lg/log.jsonl",
-     "--log lg/log.jsonl lies inside of --out lg"),
+     "--log lg/log.jsonl lies inside --out lg"),
     ("--out z.safetensors --log ./z.safetensors",
      "--out z.safetensors and --log ./z.safetensors are one path"),
     ("--out z.safetensors --checkpoints z.safetensors",
@@ -121,11 +121,11 @@ CLASHES = [
     ("--technique full --out fd --checkpoints fd",
      "--out fd and --checkpoints fd"),
     ("--technique full --out fd --checkpoints fd/c",
-     "--checkpoints fd/c lies inside of --out fd"),
+     "--checkpoints fd/c lies inside --out fd"),
     ("--out z.safetensors --checkpoints z.safetensors/c",
-     "lies inside of --out z.safetensors"),
+     "lies inside --out z.safetensors"),
     ("--out c/step-00000003.safetensors --checkpoints c",
-     "lies inside of --checkpoints c"),
+     "lies inside --checkpoints c"),
     ("--out z.safetensors --log z.safetensors.interrupted",
      "--log z.safetensors.interrupted are one path"),
     ("--log link.jsonl --out real.jsonl",
@@ -171,7 +171,7 @@ def test_checkpoints_have_room_for_the_other_outputs(run):
 @pytest.mark.parametrize("out", ["adapter.gguf", "x.bin", "x"])
 def test_an_adapter_is_a_safetensors_file(out, run):
     said = learn(run, "lora", "--out", out, code=2)
-    assert f"--out {out}: what a technique learns is a .safetensors file" in said
+    assert f"--out {out}: a technique is saved as a .safetensors file" in said
 
 
 def test_a_full_disk_ends_the_log_and_not_the_training(tmp_path, caplog):

@@ -9,7 +9,7 @@ from minillm.train import Interrupted
 
 
 def main(argv=None):
-    """Run one command; returns the exit code. An error of ours is one line, without a traceback."""
+    """Run one command and return the exit code. Expected errors are one line, no traceback."""
     args = parser().parse(argv)
     try:
         return args.run(args) or 0

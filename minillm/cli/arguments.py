@@ -1,4 +1,4 @@
-"""The arguments of every command, checked while they are read: a wrong one is one line, before any work."""
+"""The arguments of every command. A wrong argument gives an error of one line, before any work."""
 
 import argparse
 import difflib
@@ -12,7 +12,7 @@ from minillm.registry import METHODS
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line, and the closest option for one that is misspelt."""
+    """argparse with errors of one line, which suggest the closest option for a misspelt one."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, allow_abbrev=False, **kwargs)
@@ -22,18 +22,18 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
     def parse(self, argv=None):
-        """The namespace of the arguments; exits with a line on what is unknown."""
+        """The namespace of the arguments; exits with one line at an unknown argument."""
         args, unknown = self.parse_known_args(argv)
         if unknown:
             known = [option for action in args.parser._actions for option in action.option_strings]
             close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
-            args.parser.error(f"{unknown[0]!r} is not known" + (f"; did you mean {close[0]}?" if close else
-                                                                f"; see {args.parser.prog} --help"))
+            args.parser.error(f"{unknown[0]!r} is not known" + (
+                f"; did you mean {close[0]}?" if close else f"; see {args.parser.prog} --help"))
         return args
 
 
 def whole(least, most=None):
-    """A type for argparse: whole numbers from `least`."""
+    """A type for argparse: whole numbers from `least` to `most` (None: no limit)."""
     def read(text):
         try:
             value = int(text)
@@ -51,7 +51,7 @@ seed = whole(0, 2**63 - 1)  # torch keeps it in 64 bits
 
 
 def real(fits, possible):
-    """A type for argparse: numbers for which `fits` holds."""
+    """A type for argparse: numbers for which `fits` holds; `possible` says the same in words."""
     def read(text):
         try:
             value = float(text)
@@ -81,7 +81,8 @@ def warmup(text):
     """A type for argparse: a whole number of steps, or a share of all steps."""
     value = from_0(text)
     if value > 1 and value != int(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of steps, nor a share of them below 1")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a whole number of steps, nor a share of them below 1")
     return int(value) if value >= 1 else value
 
 
@@ -95,21 +96,33 @@ def parser():
         sub.set_defaults(run=run, parser=sub)
         return sub
 
-    compare_arguments(command("compare", comparing.run, "run all techniques side by side: the main job"))
-    train_arguments(command("train", training.run, "train one technique and save what it learnt"))
-    eval_arguments(command("eval", using.run_eval, "measure a model on held-out text, or on your own records"))
-    generate_arguments(command("generate", using.run_generate, "continue a prompt, word by word"))
-    chat_arguments(command("chat", using.run_chat, "talk with a model: a line is a message, an empty line ends"))
-    show_arguments(command("show", using.run_show, "the model as a tree, and what it costs"))
-    export_arguments(command("export", using.run_export, "write a model for other programs, with what was learnt in it"))
-    command("fetch", using.run_fetch, "get a model once and keep it in the cache").add_argument("name", choices=["smollm2"])
+    compare_arguments(command(
+        "compare", comparing.run, "run all techniques and compare them in one table: the main job"))
+    train_arguments(command(
+        "train", training.run, "train one technique and save what it learnt"))
+    eval_arguments(command(
+        "eval", using.run_eval, "measure a model on held-out text, or on your own records"))
+    generate_arguments(command(
+        "generate", using.run_generate, "continue a prompt, word by word"))
+    chat_arguments(command(
+        "chat", using.run_chat,
+        "talk with a model: each line is a message, an empty line ends the conversation"))
+    show_arguments(command(
+        "show", using.run_show,
+        "print the model as a tree, with the parameters and bytes of each module"))
+    export_arguments(command(
+        "export", using.run_export,
+        "write a model for other programs, with the adapters merged into its weights"))
+    fetch = command("fetch", using.run_fetch, "download a model once and keep it in the cache")
+    fetch.add_argument("name", choices=["smollm2"])
     return top
 
 
 def version():
     import torch
 
-    return f"minillm {importlib.metadata.version('minillm')}, torch {torch.__version__}, Python {sys.version.split()[0]}"
+    own, python = importlib.metadata.version("minillm"), sys.version.split()[0]
+    return f"minillm {own}, torch {torch.__version__}, Python {python}"
 
 
 def model(sub):
@@ -117,13 +130,15 @@ def model(sub):
                      help="tiny (the default), smollm2, a Hugging Face directory or a .gguf file")
     sub.add_argument("--adapter", action="append", default=[], type=path, metavar="FILE",
                      help="a file that a technique saved; repeatable")
-    sub.add_argument("--any-base", action="store_true", help="load adapters that were made for another model")
+    sub.add_argument("--any-base", action="store_true",
+                     help="load adapters that were made for another model")
     device(sub)
 
 
 def device(sub):
     sub.add_argument("--device", help="cpu, cuda, cuda:1, ...; by default a GPU where there is one")
-    sub.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="by default the checkpoint's own")
+    sub.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
+                     help="of the weights; by default the checkpoint's own")
 
 
 def task(sub):
@@ -133,7 +148,8 @@ def task(sub):
 
 def records(sub, text):
     sub.add_argument("--data", type=path, metavar="FILE", help=text)
-    sub.add_argument("--skip-bad", action="store_true", help="leave bad records out, and show them")
+    sub.add_argument("--skip-bad", action="store_true",
+                     help="leave bad records out, and print a list of them")
 
 
 def compare_arguments(sub):
@@ -143,14 +159,19 @@ def compare_arguments(sub):
     task(sub)
     sub.add_argument("--data", type=path, metavar="FILE",
                      help="your own .txt, .jsonl, .json or .csv, instead of --task")
-    sub.add_argument("--techniques", nargs="+", metavar="NAME", help=f"some of: {' '.join(compare.RATES)}")
+    sub.add_argument("--techniques", nargs="+", metavar="NAME",
+                     help=f"some of: {' '.join(compare.RATES)}")
     sub.add_argument("--out", default="results", type=path, metavar="DIR",
-                     help="gets table.json, table.md and table.png")
-    sub.add_argument("--force", action="store_true", help="start anew where --out holds a table of other settings")
-    for name, text in (("steps", "optimizer steps of each training"), ("batch-size", "examples a step"),
-                       ("windows", "windows of held-out text"), ("length", "tokens of an example")):
+                     help="the directory for table.json, table.md and table.png")
+    sub.add_argument("--force", action="store_true",
+                     help="start again where --out holds a table with other settings")
+    for name, text in (("steps", "optimizer steps of each training"),
+                       ("batch-size", "examples per step"),
+                       ("windows", "windows of held-out text"),
+                       ("length", "tokens per example")):
         sub.add_argument(f"--{name}", type=whole(2 if name == "length" else 1), help=text)
-    sub.add_argument("--seeds", type=whole(1), help="trainings of each technique, each with its own seed")
+    sub.add_argument("--seeds", type=whole(1),
+                     help="trainings of each technique, each with its own seed")
     sub.add_argument("--seed", type=seed, default=0, help="the first seed")
 
 
@@ -159,72 +180,92 @@ def train_arguments(sub):
     what = sub.add_argument_group("what to learn")
     task(what)
     records(what, "your own .txt, .jsonl, .json or .csv, instead of --task")
-    what.add_argument("--length", type=whole(2), default=128, help="tokens of an example (default 128)")
-    what.add_argument("--pack", action="store_true", help="fill rows of that length with several examples")
+    what.add_argument("--length", type=whole(2), default=128,
+                      help="tokens per example (default 128)")
+    what.add_argument("--pack", action="store_true",
+                      help="put several examples into one row of --length tokens")
     what.add_argument("--eval-data", type=path, metavar="FILE",
-                      help="held-out records: their loss is measured while training")
-    what.add_argument("--eval-share", type=share, metavar="SHARE", help="or hold out this share of --data")
+                      help="held-out records: their loss is measured during the training")
+    what.add_argument("--eval-share", type=share, metavar="SHARE",
+                      help="instead of --eval-data: hold out this share of the data")
     what.add_argument("--preview", nargs="?", type=whole(1), const=3, metavar="N",
-                      help="show N examples with what is learnt in green; without --out, train nothing")
+                      help="show N examples, learnt text in green; without --out, train nothing")
     how = sub.add_argument_group("how to learn it")
-    how.add_argument("--technique", default="lora", choices=["full", *METHODS], help="what to wrap the model with")
-    how.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="an argument of its wrap, such as r=16")
-    how.add_argument("--steps", type=whole(1), help="optimizer steps (100, unless --epochs says otherwise)")
-    how.add_argument("--epochs", type=above_0, help="or times through the data")
+    how.add_argument("--technique", default="lora", choices=["full", *METHODS],
+                     help="what to wrap the model with; full wraps nothing and trains all weights")
+    how.add_argument("--option", action="append", default=[], metavar="KEY=VALUE",
+                     help="an argument of the technique's wrap, such as r=16; repeatable")
+    how.add_argument("--steps", type=whole(1),
+                     help="optimizer steps (default 100 where --epochs is not given)")
+    how.add_argument("--epochs", type=above_0,
+                     help="instead of --steps: passes through the data")
     how.add_argument("--rate", type=above_0, help="the peak learning rate")
     how.add_argument("--batch-size", type=whole(1), default=8)
-    how.add_argument("--accumulate", type=whole(1), default=1, help="batches whose gradients make one step")
+    how.add_argument("--accumulate", type=whole(1), default=1,
+                     help="batches whose gradients make one step")
     how.add_argument("--schedule", choices=list(train.SCHEDULES), default="cosine")
-    how.add_argument("--warmup", type=warmup, default=0.05, help="steps in which the rate rises, or a share below 1")
+    how.add_argument("--warmup", type=warmup, default=0.05,
+                     help="steps in which the rate rises; a number below 1 is a share of all steps")
     how.add_argument("--weight-decay", type=from_0, default=0.0)
     how.add_argument("--clip", type=above_0, default=1.0, help="the largest norm of the gradient")
-    how.add_argument("--every", type=whole(1), metavar="STEPS", help="measure the held-out loss so often")
-    how.add_argument("--patience", type=whole(1), help="stop after so many measures without a better one")
+    how.add_argument("--every", type=whole(1), metavar="STEPS",
+                     help="measure the held-out loss every so many steps")
+    how.add_argument("--patience", type=whole(1),
+                     help="stop after so many measures without a better one")
     how.add_argument("--seed", type=seed, default=0)
-    how.add_argument("--recompute", action="store_true", help="keep no activations: less memory, a third more time")
-    how.add_argument("--shard", action="store_true", help="under torchrun: spread the weights over the processes (FSDP2)")
+    how.add_argument("--recompute", action="store_true",
+                     help="recompute activations in the backward pass: less memory, a third more "
+                          "time")
+    how.add_argument("--shard", action="store_true",
+                     help="under torchrun: spread the weights over the processes (FSDP2)")
     where = sub.add_argument_group("where to write")
     where.add_argument("--out", type=path, metavar="PATH",
                        help="a .safetensors file; with --technique full a directory or .gguf file")
-    where.add_argument("--force", action="store_true", help="replace a file that minillm did not write")
+    where.add_argument("--force", action="store_true",
+                       help="replace a file that minillm did not write")
     where.add_argument("--checkpoints", type=path, metavar="DIR",
-                       help="save the whole state there as it goes; without it, Ctrl-C alone saves, "
-                            "beside --out")
+                       help="save the whole state there during the training; without it, only "
+                            "Ctrl-C saves, beside --out")
     where.add_argument("--save-every", type=whole(1), metavar="STEPS")
     where.add_argument("--keep", type=whole(1), help="how many of the last checkpoints stay (2)")
     where.add_argument("--resume", action="store_true",
-                       help="go on from the newest checkpoint; an error where there is none")
-    where.add_argument("--log", type=path, metavar="FILE", help="a JSON line for each step")
+                       help="continue from the newest checkpoint; an error where there is none")
+    where.add_argument("--log", type=path, metavar="FILE", help="write a JSON line for each step")
     where.add_argument("--picture", type=path, metavar="FILE",
-                       help="the loss and the learning rate, as .png, .svg or .pdf")
+                       help="draw the loss and the learning rate, as .png, .svg or .pdf")
 
 
 def eval_arguments(sub):
     model(sub)
     task(sub)
     records(sub, "your own records: the loss of their answers, and generated answers beside them")
-    sub.add_argument("--text", type=path, metavar="FILE", help="perplexity of this text")
-    sub.add_argument("--length", type=whole(2), default=256, help="tokens of a window or an example (default 256)")
-    sub.add_argument("--windows", type=whole(1), help="at most so many windows")
+    sub.add_argument("--text", type=path, metavar="FILE",
+                     help="measure the perplexity of this text")
+    sub.add_argument("--length", type=whole(2), default=256,
+                     help="tokens per window or example (default 256)")
+    sub.add_argument("--windows", type=whole(1), help="the largest number of windows")
     sub.add_argument("--max-new-tokens", type=whole(1),
-                     help="tokens of a generated answer (default 64)")
-    sub.add_argument("--examples", type=whole(0), help="answers that are shown (default 5)")
+                     help="the most tokens of a generated answer (default 64)")
+    sub.add_argument("--examples", type=whole(0), help="how many answers to show (default 5)")
 
 
 def sampling(sub):
     sub.add_argument("--max-new-tokens", type=whole(1), default=64)
-    sub.add_argument("--temperature", type=from_0, default=0.0, help="0 is greedy")
-    sub.add_argument("--top-k", type=whole(1), help="of the k likeliest tokens")
-    sub.add_argument("--top-p", type=up_to_1, help="of the fewest that hold this share of the probability")
-    sub.add_argument("--min-p", type=up_to_1, help="of those at least this share as likely as the likeliest")
+    sub.add_argument("--temperature", type=from_0, default=0.0, help="0 is greedy (the default)")
+    sub.add_argument("--top-k", type=whole(1), help="draw from the k likeliest tokens only")
+    sub.add_argument("--top-p", type=up_to_1,
+                     help="draw from the fewest tokens whose probabilities sum to this share")
+    sub.add_argument("--min-p", type=up_to_1,
+                     help="draw from the tokens at least this share as likely as the likeliest")
     sub.add_argument("--seed", type=seed,
-                     help="of what is drawn at a temperature above 0 (default 0)")
+                     help="of the random draws at a temperature above 0 (default 0)")
 
 
 def generate_arguments(sub):
     model(sub)
     sub.add_argument("prompt")
-    sub.add_argument("--chat", action="store_true", help="the prompt is a user's message; use the model's chat template")
+    sub.add_argument("--chat", action="store_true",
+                     help="the prompt is a user's message; use the model's chat template")
     sub.add_argument("--system", metavar="TEXT", help="with --chat: the system prompt")
     sampling(sub)
 
@@ -237,12 +278,15 @@ def chat_arguments(sub):
 
 def show_arguments(sub):
     model(sub)
-    sub.add_argument("--cost", action="store_true", help="also what training needs and the time a token takes")
+    sub.add_argument("--cost", action="store_true",
+                     help="also the memory that training needs and the time per token")
 
 
 def export_arguments(sub):
     model(sub)
     sub.add_argument("--out", required=True, type=path, metavar="PATH",
                      help="a directory (Hugging Face layout) or a .gguf file")
-    sub.add_argument("--type", choices=["f32", "f16", "bf16", "q8_0"], help="how a GGUF stores its matrices (default f32)")
-    sub.add_argument("--force", action="store_true", help="replace a file, or write beside files that minillm did not write")
+    sub.add_argument("--type", choices=["f32", "f16", "bf16", "q8_0"],
+                     help="how a GGUF file stores its matrices (default f32)")
+    sub.add_argument("--force", action="store_true",
+                     help="replace a file, or write beside files that minillm did not write")

@@ -1,4 +1,4 @@
-"""`minillm compare`: the table of all techniques, row by row."""
+"""`minillm compare`: measure all techniques and write the table."""
 
 import os
 
@@ -8,7 +8,7 @@ from minillm.cli.using import place, refuse_second
 
 
 def run(args):
-    """Print and write the table; the exit code is 1 where a technique failed."""
+    """Print and write the table. Returns the exit code, 1 if a technique failed."""
     refuse_second(args, "--task", "--data")
     written = [os.path.join(args.out, name) for name in ("table.json", "table.md", "table.png")]
     for path in written:

@@ -1,7 +1,7 @@
-"""The paths that a command reads and writes: no path may be two of them.
+"""The paths that a command reads and writes: no two of them may be the same.
 
-One output in the place of another is lost, and so is an input that an output replaces. So every
-pair is compared before any work, with symbolic links followed.
+If two outputs had one path, the first would be lost; an output at the path of an input would
+replace it. So every pair is compared before any work, with symbolic links followed.
 """
 
 import itertools
@@ -11,12 +11,12 @@ import re
 
 from minillm.checkpoints import huggingface
 
-NAMED = ("tiny", "smollm2")  # models that have a name and no path
+NAMED = ("tiny", "smollm2")  # values of --model that are not paths
 OF_CHECKPOINTS = re.compile(r"\.?step-\d+\.safetensors.*|\.lock")  # names that train uses
 
 
 def check_paths(args, written):
-    """Exit with one line, which names both options, where two paths are in each other's way.
+    """Exit with one line, which names both options, if two paths are in conflict.
 
     written: {option: path or None}, what the command writes.
     """
@@ -25,8 +25,7 @@ def check_paths(args, written):
         if real(path) == real(inner):
             args.parser.error(f"{one} {path} and {other} {inner} are one path: each needs its own")
         if real(path) in real(inner).parents and not has_room(one, path, inner):
-            args.parser.error(f"{other} {inner} lies inside of {one} {path}: choose a place "
-                              "outside")
+            args.parser.error(f"{other} {inner} lies inside {one} {path}: choose a path outside")
     for (option, path), (other, out) in itertools.product(inputs(args), written.items()):
         if real(path) == real(out):
             args.parser.error(f"{option} {path} would be replaced by {other} {out}: "
@@ -38,13 +37,13 @@ def real(path):
 
 
 def has_room(option, path, inner):
-    """Whether an output may lie in the directory that another option names."""
+    """Whether the output `inner` may lie in the directory `path` of `option`."""
     first = real(inner).relative_to(real(path)).parts[0]
     return option == "--checkpoints" and not OF_CHECKPOINTS.fullmatch(first)
 
 
 def inputs(args):
-    """[(option, path)] of all that the command reads; of a model's directory also its files."""
+    """[(option, path)] of all that the command reads, with the files in a model's directory."""
     found = [("--data", getattr(args, "data", None)),
              ("--eval-data", getattr(args, "eval_data", None))]
     found += [("--adapter", path) for path in getattr(args, "adapter", ())]

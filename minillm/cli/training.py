@@ -1,4 +1,4 @@
-"""`minillm train`: every output and option is checked first, then the data is shown, then the model learns."""
+"""`minillm train`: check every output and option, show the data, then train the model."""
 
 import contextlib
 import functools
@@ -22,7 +22,8 @@ def run(args):
     technique = registry.METHODS.get(args.technique)  # None: full fine-tuning
     keywords = wrap_options(technique, args)
     if not args.out and not args.preview:
-        args.parser.error("--out is missing: where to save what is learnt (or --preview, to see the data alone)")
+        args.parser.error("--out is missing: the path to save what is learnt (or give --preview, "
+                          "to see the data without training)")
     device = distributed.start()
     args.device = args.device or str(device)
     model, tokenizer = load(args)
@@ -60,17 +61,18 @@ def run(args):
 
 
 def check(args):
-    """Every reason to refuse that needs no model."""
+    """Make every check that needs no model."""
     check_options(args)
     check_files(args)
 
 
 def check_options(args):
-    """Exit with one line on options that contradict each other, or would be ignored."""
+    """Exit with one line if options contradict each other, or would be ignored."""
     for pair in (("--steps", "--epochs"), ("--eval-data", "--eval-share"), ("--task", "--data")):
         refuse_second(args, *pair)
     if (args.patience or args.every) and not (args.eval_data or args.eval_share):
-        args.parser.error("--patience and --every need held-out data: --eval-data FILE or --eval-share 0.1")
+        args.parser.error("--patience and --every need held-out data: --eval-data FILE or "
+                          "--eval-share 0.1")
     if args.resume and not (args.checkpoints or args.out):
         args.parser.error("--resume needs --out PATH or --checkpoints DIR: what to go on with")
     if (args.save_every or args.keep) and not args.checkpoints:
@@ -84,11 +86,12 @@ def check_options(args):
     if args.skip_bad and not args.data:
         args.parser.error("--skip-bad needs --data FILE: the records to leave out")
     if args.technique == "full" and args.adapter:
-        args.parser.error("--technique full trains the model itself: export it with its --adapter first")
+        args.parser.error("--technique full trains the model itself: export it with its --adapter "
+                          "first")
 
 
 def check_files(args):
-    """An error on a file that cannot be read, or that a write would take away."""
+    """Raise an error for a file that cannot be read, or that an output would replace."""
     others = {"--log": args.log, "--picture": args.picture}
     check_paths(args, {"--out": args.out, "--checkpoints": args.checkpoints, **others})
     if args.out and not args.checkpoints:
@@ -96,8 +99,8 @@ def check_files(args):
     if args.out and args.technique != "full":
         store.check_writable(args.out, args.force)
         if pathlib.Path(args.out).suffix != ".safetensors":
-            args.parser.error(f"--out {args.out}: what a technique learns is a .safetensors file; "
-                              "export makes a .gguf file or a directory of it")
+            args.parser.error(f"--out {args.out}: a technique is saved as a .safetensors file; "
+                              "minillm export makes a .gguf file or a directory from it")
     if args.picture:
         train.check_picture(args.picture, args.force)
     if args.log:
@@ -109,7 +112,7 @@ def check_files(args):
 
 
 def check_resume(args):
-    """FileNotFoundError where --resume finds no checkpoint: a typo must not train from the start."""
+    """FileNotFoundError if --resume finds no checkpoint: a typo must not start from step 0."""
     beside = of_interruption(args)
     where = args.checkpoints or beside
     if train.newest(where) is None:
@@ -126,11 +129,12 @@ def wrap_options(technique, args):
         if not equals:
             args.parser.error(f"--option {option!r} is not KEY=VALUE, such as r=16")
         if key in texts:
-            args.parser.error(f"--option {key}={texts[key]} and --option {option}: one of them")
+            args.parser.error(f"--option {key}={texts[key]} and --option {option}: "
+                              "give one of them")
         texts[key] = text
     if technique is None:
         if texts:
-            args.parser.error(f"--technique full has no options; {args.option[0]!r} is one")
+            args.parser.error(f"--technique full has no options: remove --option {args.option[0]}")
         return {}
     try:
         return options.parse(technique.wrap, texts)
@@ -139,29 +143,33 @@ def wrap_options(technique, args):
 
 
 def wrap(model, technique, keywords, args):
-    """Attach the technique, unless --adapter has brought it: then it learns on. Returns its name.
+    """Wrap the model with the technique, and return the patch's name.
 
-    What the other files have brought stays as it is, for --out holds one adapter alone.
+    If an --adapter file holds that name already, its training continues instead. The
+    adapters of all other files are fixed, because --out holds one adapter.
     """
-    brought = [store.holds(path)[1] for path in args.adapter if store.holds(path)[0] == technique.family]
+    held = map(store.holds, args.adapter)
+    brought = [name for family, name in held if family == technique.family]
     name = keywords.get("name")
     if name is None and len(brought) > 1:
-        raise ValueError(f"--adapter brings {', '.join(map(repr, brought))} of {technique.family}: which one goes on learning? "
-                         f"--option name={brought[0]}, or another name for one more")
+        raise ValueError(f"--adapter loads {', '.join(map(repr, brought))} of {technique.family}: "
+                         f"--option name={brought[0]} continues the training of that one, and a "
+                         "new name trains one more")
     name = name or (brought or [technique.kind])[0]
     if name in brought and set(keywords) - {"name", "examples"}:
-        raise ValueError(f"--option {args.option[0]}: the adapter that goes on learning has its own settings")
+        raise ValueError(f"--option {args.option[0]}: the adapter whose training continues keeps "
+                         "its own settings")
     for other in learning.patches(model):
         if other.name != name:
             other.fixed = True
             other.requires_grad_(False)
-    torch.manual_seed(args.seed)  # for what the technique draws at its start
+    torch.manual_seed(args.seed)  # for the random values that the technique starts with
     if name not in brought:
         try:
             technique.wrap(model, **keywords)
         except ValueError as error:
             raise ValueError(of_technique(error, keywords)) from error
-    learning.settle(model)  # what does not learn any more claims nothing
+    learning.settle(model)  # what learns now: a fixed patch claims nothing
     check_saved(model, technique.family, name)
     try_out(model)
     return name
@@ -169,13 +177,14 @@ def wrap(model, technique, keywords, args):
 
 @torch.no_grad()
 def try_out(model):
-    """Let one token through: the error of an option that does not fit comes now, not in step 0."""
+    """Run the model on one token: an option that does not fit fails now, not in step 0."""
     model(torch.zeros(1, 1, dtype=torch.long, device=model.norm.weight.device))
 
 
 def check_saved(model, family, name):
-    """ValueError where something learns that the technique's file (see `store.save`) lacks."""
-    held = {id(p) for _, patch in registry.patches_of(family, model, name) for p in patch.parameters()}
+    """ValueError if a parameter learns that the technique's file (see `store.save`) lacks."""
+    patches = [patch for _, patch in registry.patches_of(family, model, name)]
+    held = {id(p) for patch in patches for p in patch.parameters()}
     held |= {id(p) for p in store.learned_of(name, model).values()}
     lost = [key for key, p in model.named_parameters() if p.requires_grad and id(p) not in held]
     if lost:
@@ -186,7 +195,7 @@ def check_saved(model, family, name):
 
 
 def read(args, tokenizer, model):
-    """(examples to learn, held-out examples or None), with a line for what was not learnt."""
+    """(training examples, held-out examples or None); prints what was cut or left out."""
     def file(path):
         reading = read_records(path, tokenizer, model, args)
         shown = args.preview and path == args.data  # the preview begins with its summary
@@ -207,7 +216,7 @@ def read(args, tokenizer, model):
 
 
 def split(examples, args):
-    """(examples to learn, held-out examples) by --eval-share."""
+    """(training examples, held-out examples) by --eval-share."""
     try:
         return data.held_out(examples, args.eval_share, args.seed)
     except ValueError as error:
@@ -215,14 +224,14 @@ def split(examples, args):
 
 
 def of_interruption(args):
-    """Where Ctrl-C saves without --checkpoints: a directory beside --out."""
+    """The directory beside --out in which Ctrl-C saves if there is no --checkpoints."""
     return args.out.rstrip("/") + ".interrupted"
 
 
 def tidy(args, done):
-    """Remove the directory of an interruption, unless it holds what --resume needs.
+    """Remove the directory of an interruption, unless --resume needs its checkpoints.
 
-    Where another run is using it, this one leaves it alone.
+    A directory that another run uses stays.
     """
     where = of_interruption(args)
     if args.checkpoints or distributed.place()[0] > 0 or not os.path.isdir(where):
@@ -235,8 +244,9 @@ def tidy(args, done):
 def fit(model, examples, held_out, technique, tokenizer, args):
     return train.train(
         model, examples, steps=args.steps or (None if args.epochs else 100), epochs=args.epochs,
-        lr=args.rate or compare.usual(args.technique, args.model) or 1e-3, batch_size=args.batch_size, accumulate=args.accumulate,
-        schedule=args.schedule, warmup=args.warmup, weight_decay=args.weight_decay, clip=args.clip, pad=tokenizer.pad or 0,
+        lr=args.rate or compare.usual(args.technique, args.model) or 1e-3,
+        batch_size=args.batch_size, accumulate=args.accumulate, schedule=args.schedule,
+        warmup=args.warmup, weight_decay=args.weight_decay, clip=args.clip, pad=tokenizer.pad or 0,
         seed=args.seed, held_out=held_out, every=args.every, patience=args.patience,
         checkpoints=args.checkpoints or of_interruption(args),
         save_every=args.save_every if args.checkpoints else 0, keep=args.keep or 2,
@@ -245,7 +255,7 @@ def fit(model, examples, held_out, technique, tokenizer, args):
 
 
 def check_disk(model, technique, held_out, args):
-    """OSError where --out and --checkpoints together take more than the disk has."""
+    """OSError if --out and --checkpoints together need more room than the disk has."""
     size = out_bytes(model, technique, args)
     shards = 1 if technique or checkpoints.is_gguf(args.out) else -(-size // 5_000_000_000)
     needs = [("--out", args.out, shards, size // shards)]
@@ -260,7 +270,7 @@ def check_disk(model, technique, held_out, args):
 
 def out_bytes(model, technique, args):
     """The bytes of the tensors that `write` will write."""
-    gguf = technique is None and checkpoints.is_gguf(args.out)  # all in float32
+    gguf = technique is None and checkpoints.is_gguf(args.out)  # written in float32
     every = {id(p): p for p in model.parameters() if technique is None or p.requires_grad}
     for _, patch in registry.patches_of(technique.family, model, args.name) if technique else ():
         every |= {id(t): t for t in (*patch.parameters(), *patch.buffers())}
@@ -270,7 +280,7 @@ def out_bytes(model, technique, args):
 
 
 def ending(history, args):
-    """Why the training ended, if --patience did it, and which step's parameters the file holds."""
+    """Lines for the user: whether --patience ended the training, and which step was saved."""
     best = history[-1].get("best")
     if best is None:
         return f"saved {args.out}"

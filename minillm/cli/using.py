@@ -24,8 +24,9 @@ def load(args):
         if family not in registry.techniques():
             raise ValueError(f"{path} is not a file that a technique of minillm saved")
         if name in names:
-            raise ValueError(f"{names[name]} and {path} both hold {name!r}, and a model takes one of a name. "
-                             "minillm train --option name=NAME gives an adapter its own")
+            raise ValueError(f"{names[name]} and {path} both hold {name!r}, and a model can have "
+                             "each name once. minillm train --option name=NAME gives an adapter "
+                             "another name")
         names[name] = path
     model, tokenizer = zoo.load(args.model, dtype=args.dtype, device=place(args.device))
     for path in names.values():
@@ -46,12 +47,13 @@ def place(written):
 
 def needs_tokenizer(tokenizer, args):
     if tokenizer is None:
-        raise ValueError(f"{args.model} has no tokenizer (tokenizer.json or tokenizer.model), which {args.command} needs")
+        raise ValueError(f"{args.model} has no tokenizer (tokenizer.json or tokenizer.model), "
+                         f"which {args.command} needs")
     return tokenizer
 
 
 def read_records(path, tokenizer, model, args):
-    """The Reading of a file. A larger --length is advised only where the model has room for it."""
+    """The Reading of a file. An error suggests a larger --length only if the model has room."""
     most = positions(model)
     try:
         return data.read(path, tokenizer, length=args.length, skip_bad=args.skip_bad)
@@ -63,11 +65,11 @@ def read_records(path, tokenizer, model, args):
 
 
 def summary(reading):
-    """Its summary in the command line's words."""
+    """The summary of a Reading, with --length in place of length=."""
     return reading.summary().replace("a larger length= keeps", "a larger --length keeps")
 
 
-# --- eval --------------------------------------------------------------------------------------------
+# --- eval -------------------------------------------------------------------------------------
 
 
 def run_eval(args):
@@ -90,7 +92,7 @@ def run_eval(args):
 
 
 def check_eval(args):
-    """Whether --data holds records; exits with one line on an option that would be ignored."""
+    """Whether --data holds records; exits with one line if an option would be ignored."""
     refuse_second(args, "--text", "--data", "--task")
     records = bool(args.data) and not args.data.lower().endswith(".txt")
     windows = not records and args.task in (None, "language")
@@ -113,14 +115,14 @@ def given(args, option):
 
 
 def refuse_second(args, *options):
-    """Exit with one line where two of the options are given, of which one would be ignored."""
+    """Exit with one line if two of the options are given: one of them would be ignored."""
     found = [option for option in options if given(args, option) is not None]
     if len(found) > 1:
-        args.parser.error(f"{found[0]} and {found[1]}: one of them")
+        args.parser.error(f"{found[0]} and {found[1]}: give one of them")
 
 
 def answers(model, tokenizer, args):
-    """The loss of the user's answers, the metrics of generated ones, and some of both side by side."""
+    """Print the loss of the user's answers, metrics of generated answers, and some of both."""
     new = args.max_new_tokens or 64
     reading = read_records(args.data, tokenizer, model, args)
     most = measure.room(model, new)
@@ -141,7 +143,7 @@ def answers(model, tokenizer, args):
             print(report.table(got.rows(5 if args.examples is None else args.examples)))
 
 
-# --- generate and chat -----------------------------------------------------------------------------------
+# --- generate and chat ------------------------------------------------------------------------
 
 
 def options(args):
@@ -149,32 +151,33 @@ def options(args):
 
 
 def speak(model, tokenizer, ids, args, generator):
-    """Print the continuation of `ids` as it comes; returns its text."""
+    """Print the continuation of `ids` token by token; returns its text."""
     shown, new = "", []
 
     def stream(tokens):
         nonlocal shown
         new.append(int(tokens[0]))
         whole = tokenizer.decode([t for t in new if t not in tokenizer.stops])
-        if not whole.endswith("\ufffd"):  # a character whose bytes are not all there yet
+        if not whole.endswith("\ufffd"):  # else the last character lacks some of its bytes
             print(whole[len(shown):], end="", flush=True)
             shown = whole
 
-    model.generate([ids], args.max_new_tokens, **options(args), stop=tokenizer.stops, pad=tokenizer.pad, stream=stream,
-                   generator=generator)
+    model.generate([ids], args.max_new_tokens, **options(args), stop=tokenizer.stops,
+                   pad=tokenizer.pad, stream=stream, generator=generator)
     print()
     return tokenizer.decode([t for t in new if t not in tokenizer.stops])
 
 
 def run_generate(args):
     if args.system and not args.chat:
-        raise ValueError("--system is a part of a conversation: add --chat")
+        raise ValueError("--system is the prompt of a conversation: add --chat")
     check_seed(args)
     check_options(args.max_new_tokens, **options(args))
     model, tokenizer = load(args)
     needs_tokenizer(tokenizer, args)
     if args.chat:
-        ids = tokenizer.chat_spans(opening(args) + [dict(role="user", content=args.prompt)], generate=True)[1]
+        messages = opening(args) + [dict(role="user", content=args.prompt)]
+        ids = tokenizer.chat_spans(messages, generate=True)[1]
     else:
         ids = tokenizer.encode(args.prompt)
     speak(model, tokenizer, ids, args, generator(args))
@@ -195,15 +198,16 @@ def opening(args):
 
 
 def run_chat(args):
-    """Several turns: each sees all before it. An empty line or the end of the input ends the conversation."""
+    """A conversation: each turn sees all earlier turns. An empty line or end of input ends it."""
     check_seed(args)
     check_options(args.max_new_tokens, **options(args))
     model, tokenizer = load(args)
     needs_tokenizer(tokenizer, args)
     messages, numbers = opening(args), generator(args)
-    tokenizer.chat([*messages, dict(role="user", content="hello")], generate=True)  # or an error
+    # A missing chat template is an error now, before the first message.
+    tokenizer.chat([*messages, dict(role="user", content="hello")], generate=True)
     if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="surrogateescape")  # what is not UTF-8 is found by `turn`
+        sys.stdin.reconfigure(errors="surrogateescape")  # `turn` refuses what is not UTF-8
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
@@ -215,13 +219,14 @@ def run_chat(args):
             messages += turn(model, tokenizer, messages, line, args, numbers)
         except (ValueError, IndexError) as error:
             said = " ".join(str(error).split())
-            print(f"minillm chat: {said}. This message is left out", file=sys.stderr)
+            print(f"minillm chat: {said}. The conversation goes on without this message",
+                  file=sys.stderr)
 
 
 def turn(model, tokenizer, messages, line, args, numbers):
-    """[the user's message, the assistant's]; the latter is printed as it comes.
+    """[the user's message, the assistant's]; the assistant's is printed token by token.
 
-    ValueError for what is not UTF-8, or leaves no room for an answer.
+    ValueError if the line is not UTF-8, or leaves no room for an answer.
     """
     data.utf8(line)
     asked = dict(role="user", content=line)
@@ -229,7 +234,7 @@ def turn(model, tokenizer, messages, line, args, numbers):
     return [asked, dict(role="assistant", content=speak(model, tokenizer, ids, args, numbers))]
 
 
-# --- show, export, fetch ------------------------------------------------------------------------------------
+# --- show, export, fetch ----------------------------------------------------------------------
 
 
 def run_show(args):
@@ -240,13 +245,18 @@ def run_show(args):
 
 
 def run_export(args):
-    """Formats give their dense weights back, patches are merged, and what freeze trained is the model already."""
+    """Write the model with every adapter in it.
+
+    Formats are unwrapped to dense weights and patches are merged. What `freeze` trained is
+    part of the model already.
+    """
     check_paths(args, {"--out": args.out})
     for path in args.adapter:
         kind = registry.KINDS.get(holds(path)[0])
         if kind and issubclass(kind, registry.Patch) and kind.fold is registry.Patch.fold:
-            raise ValueError(f"{path} holds {kind.kind}, which is no change of a weight: it cannot be merged into the model, "
-                             "and the formats of other programs have no place for it")
+            raise ValueError(f"{path} holds {kind.kind}, which does not change a weight: it cannot "
+                             "be merged into the model, and the file formats of other programs "
+                             "have no place for it")
     model, tokenizer = load(args)
     checkpoints.check_save(model.config, args.out, tokenizer, args.type, args.force)
     for name, verbs in registry.techniques().items():
@@ -260,11 +270,12 @@ def run_export(args):
 
 
 def innermost(model):
-    """A patch whose name has no other beneath it, wherever it is."""
+    """A patch whose name is innermost in every stack that holds it."""
     stacks = [list(layer.patches.values()) for layer in registry.layers(model).values()]
     outer = {patch.name for stack in stacks for patch in stack[1:]}
     lowest = [stack[0] for stack in stacks]
-    return next((patch for patch in lowest if patch.name not in outer), lowest[0])  # merge says why not
+    # Where there is none, `merge` raises an error that says why.
+    return next((patch for patch in lowest if patch.name not in outer), lowest[0])
 
 
 def run_fetch(args):

@@ -1,23 +1,23 @@
-"""What an error says, in the command line's words: `warmup=5` is `--warmup 5` there."""
+"""Errors in the words of the command line: `warmup=5` becomes `--warmup 5`."""
 
 import re
 
 FLAGS = (("force=True (--force)", "--force"), ("force=True", "--force"),
          ("resume=True", "--resume"), ("skip_bad=True", "--skip-bad"),
          ("any_base=True", "--any-base"), ("anyway=True", "--option anyway=true"))
-NAMES = {"lr": "--rate", "names": "--techniques"}  # arguments that have another name here
-NOT = ("model", "help")  # `model='Transformer' then`: of a checkpoint, and not the option
+NAMES = {"lr": "--rate", "names": "--techniques"}  # arguments whose options have another name
+NOT = ("model", "help")  # `model='Transformer' then` speaks of a checkpoint, not of --model
 NO_CHAT = "its model was not tuned for conversations"
 LONGER = "from the model that this one has made"
 INSTEAD = (". Without one: `minillm generate` continues a plain prompt, and a record of prompt and "
-           "completion, or of text, is learnt as it is; or put a template beside the model as "
+           "completion, or of text, needs none; or put a template beside the model as "
            "chat_template.jinja")
 
 
 def said(error, args, name=None):
-    """The error and its notes on one line, with the command line's words for arguments.
+    """The error and its notes on one line, with options in place of Python's arguments.
 
-    args: the command's. name: what to call an error that says nothing; by default its type.
+    args: the command's arguments. name: the text for an error without one (default: its type).
     """
     text = str(error) or name or type(error).__name__
     text = " ".join("; ".join([text, *getattr(error, "__notes__", ())]).split())
@@ -40,13 +40,13 @@ def in_options(text, args):
         option, value = options.get(found[1]), found.string[found.end():][:1]
         return found[0] if option is None else option + (" " if value.strip() else "")
 
-    # Not of a technique's own option, and not of the list of their defaults.
+    # A technique's own option stays as it is, and so does the list of their defaults.
     head, defaults, tail = text.partition("and their defaults:")
     return re.sub(r"(?<![\w.-])(?<!--option )([a-z_]+)=", written, head) + defaults + tail
 
 
 def of_technique(error, keywords):
-    """The text of an error of a technique's `wrap`: `r=0` is `--option r=0` there."""
+    """The text of an error of a technique's `wrap`: `r=0` becomes `--option r=0`."""
     for key in keywords:
         error = re.sub(rf"(?<![\w.-])(?<!--option ){key}=", f"--option {key}=", str(error))
     return str(error)
