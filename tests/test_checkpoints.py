@@ -185,7 +185,7 @@ def test_a_fresh_run_does_not_take_the_directory_of_another(tmp_path):
     quiet(build("llama"), checkpoints=tmp_path, save_every=3)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     message = (r"holds those of another training \(2, the newest step-00000006.safetensors\): "
-               "resume=True goes on with it; for a new one choose another directory")
+               "resume=True continues it; for a new training choose another directory")
     with pytest.raises(FileExistsError, match=message):
         quiet(build("llama"), checkpoints=tmp_path, steps=2, log=tmp_path / "log")
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -286,7 +286,7 @@ def test_a_newest_file_that_is_no_checkpoint_is_named(tmp_path):
     renamed = (tmp_path / "step-00000006.safetensors").read_bytes()
     for content, message in ((b"half", "is not a whole safetensors file.*move it away"),
                              ((tmp_path / "foreign").read_bytes(), "is not a checkpoint"),
-                             (renamed, "its log is not whole, or not of this step")):
+                             (renamed, "its log is not complete, or not of this step")):
         bad.write_bytes(content)
         with pytest.raises(ValueError, match=f"step-00000009.safetensors.*{message}"):
             quiet(build("llama"), checkpoints=tmp_path, save_every=3, resume=True)

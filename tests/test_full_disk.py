@@ -34,7 +34,7 @@ def test_an_out_that_does_not_fit_is_found_before_the_training(technique, out, r
     size = sum(p.stat().st_size for p in ([tmp_path / out] if "." in out else (tmp_path / out).iterdir()))
     free(monkeypatch, size // 3)
     said = learn(run, technique, "--out", f"more/{out}", "--log", "log.jsonl", code=1)
-    assert f"--out more/{out} takes " in said and "and the disk has " in said
+    assert f"--out more/{out} takes " in said and "but the disk has only " in said
     assert not {"log.jsonl", "more"} & set(os.listdir())
     free(monkeypatch, size)
     learn(run, technique, "--out", f"more/{out}", "--log", "log.jsonl")
@@ -53,7 +53,7 @@ def test_out_and_checkpoints_share_a_disk(run, monkeypatch):
 
 def test_the_checkpoints_of_the_library_are_asked_for_too(tmp_path, monkeypatch):
     free(monkeypatch, 1000)
-    with pytest.raises(OSError, match="^checkpoints .* takes .* and the disk has 1.0 kB left"):
+    with pytest.raises(OSError, match="^checkpoints .* takes .* but the disk has only 1.0 kB left"):
         quiet(build("llama"), checkpoints=tmp_path)
     assert len(quiet(build("llama"), checkpoints=tmp_path, save_every=0)) == 6, "on Ctrl-C alone"
     assert len(quiet(build("llama"))) == 6
@@ -139,7 +139,7 @@ def test_a_last_write_that_fails_saves_where_there_is_room(run, tmp_path, monkey
     with monkeypatch.context() as patched:
         full(patched, tmp_path / "out")
         said = last_line(run, capsys, 1, *more)
-    assert "out/a.safetensors'; the training is whole, and saved in " in said
+    assert "out/a.safetensors'; all steps are done, and saved in " in said
     (there,) = (tmp_path / "cache").iterdir()
     assert f"{there}/step-00000004.safetensors: --checkpoints {there} --resume goes on from there" in said
     assert not os.path.exists("out/a.safetensors.interrupted")

@@ -460,7 +460,7 @@ def test_a_log_replaces_a_log_and_nothing_else(tmp_path):
     for mine in ("my notes", '{"step": 1, "what": "open the door"}\n',
                  '{"step": 0, "loss": 1.0}\n', "[1]\n"):
         path.write_text(mine)
-        with pytest.raises(FileExistsError, match="log.jsonl' is a file, and no log of a training"):
+        with pytest.raises(FileExistsError, match="log.jsonl' is a file, but not the log of a training"):
             quiet(build("llama"), steps=2, log=path)
         assert path.read_text() == mine
 

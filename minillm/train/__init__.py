@@ -1,4 +1,4 @@
-"""The training loop, whole: batches, the loss, the schedule, evaluation, checkpoints, the log.
+"""The training loop: batches, the loss, the schedule, evaluation, checkpoints, the log.
 
     loop          `train`, and one optimizer step from top to bottom: read `update` first
     settings      its arguments, checked
@@ -6,21 +6,21 @@
     rates         the learning rate over the steps, and for each group of parameters
     masters       float32 copies of parameters in half precision
     losses        the loss of a batch, and of held-out examples
-    openings      what `loss=` and `on_step=` may be
+    openings      what the functions `loss=` and `on_step=` may do
     distill       a loss: learn from a teacher's probabilities
     history       the log, its summary and its picture
-    checkpoints   a file of all that a training changes, and how the training goes on from it
-    state         what that is: tensors, and the options of patches
-    disk          whether there is room for what will be written, asked before the training
-    rescue        what is saved where there was none after all, or where the last write fails
+    checkpoints   a file with all that a training changes, and how a training resumes from it
+    state         what a training changes: tensors, and the options of patches
+    disk          whether the disk has room for the outputs, checked before the training
+    rescue        what is saved if the disk is full after all, or if the last write fails
     identity      the model, techniques and data that a checkpoint belongs to
     interrupt     Ctrl-C
 
 - The loss of a step is the sum over all its micro-batches divided by the number of tokens
   that all of them learn. So `accumulate=k` is the same step as a batch k times as large.
-  (A mean of means weighs short examples more; trl and torchtune both had to mend this.)
-- A training that was interrupted goes on from its newest checkpoint, and every later loss
-  is the same to the last bit.
+  (A mean of means weighs short examples more; trl and torchtune both had to fix this.)
+- An interrupted training resumes from its newest checkpoint, and every later loss is the
+  same to the last bit.
 - Under torchrun each process computes its share of every batch; the losses stay those of
   one process (see `minillm.distributed`).
 - transformers' Trainer does this and far more behind callbacks and 100 arguments. Not

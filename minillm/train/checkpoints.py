@@ -1,19 +1,19 @@
-"""Checkpoints: a training that was interrupted goes on as if it had not been, to the last bit.
+"""Checkpoints: an interrupted training resumes and gives the same result, to the last bit.
 
 One safetensors file holds
 
     model.*       what learns                    buffer.*   buffers (BatchNorm's running statistics)
     optimizer.*   AdamW's two moments and its step, of each parameter that has had a gradient; the
-                  float32 copy of each parameter that has less (see `masters`)
+                  float32 copy of each parameter of less than float32 (see `masters`)
     patch.*       buffers of patches (masks), where `on_step` may change them
     best.*        model.* and buffer.* after the best step, where that is not this one
     random.*      the state of each process's random numbers
     metadata      the log, the place in the data, all settings, the options of patches where
-                  `on_step` may change them, and what else the training relies on (see `identity`):
-                  the frozen model, the techniques, the examples
+                  `on_step` may change them, and a description of what else the training needs
+                  (see `identity`): the frozen model, the techniques, the examples
 
-and is written beside its name and then renamed, so a name is always a whole checkpoint.
-Frozen weights are not in it: load the same model and wrap it the same way first.
+It is written under a temporary name and then renamed, so a file of this name is always a whole
+checkpoint. Frozen weights are not in it: load the same model and wrap it the same way first.
 """
 
 import json
@@ -62,18 +62,18 @@ def clear(directory):
 
 
 def ready(directory, resume):
-    """The checkpoint to go on from, or None for a training from the start.
+    """The checkpoint to resume from, or None for a training from the start.
 
-    FileExistsError where that would mix two trainings in one directory.
+    FileExistsError if one directory would hold two trainings.
     """
     path = newest(directory)
     if path is not None and not resume:
         raise FileExistsError(f"checkpoints={str(directory)!r} holds those of another training "
                               f"({len(saved(directory))}, the newest {path.name}): resume=True "
-                              "goes on with it; for a new one choose another directory")
+                              "continues it; for a new training choose another directory")
     if distributed.place()[0] == 0:
         for half in files.leftovers(directory, r"step-\d{8,}\.safetensors"):
-            shutil.rmtree(half)  # what a run was writing when it was killed
+            shutil.rmtree(half)  # a killed run was writing it
     return path
 
 
@@ -81,7 +81,7 @@ def ready(directory, resume):
 
 
 def path_of(run, directory=None):
-    """The checkpoint after the newest step; `directory`: another than the run's own."""
+    """The path of the checkpoint after the newest step; directory: in place of the run's own."""
     directory = pathlib.Path(directory or run.options.checkpoints)
     return directory / f"step-{len(run.history):08d}.safetensors"
 
@@ -89,7 +89,7 @@ def path_of(run, directory=None):
 def save(run, directory=None):
     """Write `step-N.safetensors`, then remove all but the last `keep`; returns its path.
 
-    Of several processes the first writes.
+    With several processes the first one writes.
     """
     each = distributed.gathered(torch.get_rng_state())
     tensors = {f"random.{rank}": t for rank, t in enumerate(each)}
@@ -119,7 +119,7 @@ def save(run, directory=None):
 
 
 def keeps_best(run):
-    """Whether the best parameters so far are others than those of the last step."""
+    """Whether the best parameters so far are not those of the last step."""
     return run.options.restore_best and run.best and run.best["step"] != len(run.history) - 1
 
 
@@ -128,7 +128,7 @@ def keeps_best(run):
 
 @torch.no_grad()
 def restore(run, path):
-    """Put everything back as it was when the checkpoint was written, once all of it is checked."""
+    """Check the whole checkpoint, then put everything back as it was when it was written."""
     tensors, metadata = opened(path)
     facts = facts_of(run, path, metadata)
     run.history = facts["history"]
@@ -141,14 +141,14 @@ def restore(run, path):
         if f"random.cuda.{rank}" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors[f"random.cuda.{rank}"])
     except RuntimeError as error:
-        raise ValueError(f"{path}: its random state is none ({error})") from error
+        raise ValueError(f"{path}: its random state is not valid ({error})") from error
     ours = state(run)
     now = {name: distributed.like(tensors[name], t) for name, t in ours.items()}
     put_back(run, (now, facts["options"]))
     for name, copy in copies(run):
         copy.copy_(distributed.like(tensors[name], copy))
     for name, p in run.stepped.items():
-        if f"optimizer.step.{name}" in tensors:  # not there: it has never had a gradient
+        if f"optimizer.step.{name}" in tensors:  # else the parameter has never had a gradient
             run.optimizer.state[p] = {
                 "step": tensors[f"optimizer.step.{name}"],
                 **{key: distributed.like(tensors[f"optimizer.{key}.{name}"], p) for key in MOMENTS}}
@@ -170,7 +170,7 @@ def opened(path):
 
 
 def facts_of(run, path, metadata):
-    """What a file says beside its tensors; ValueError where it is of another training."""
+    """The facts in a checkpoint's metadata; ValueError if they are of another training."""
     try:
         facts = json.loads(metadata["training"])
         then, history = facts["settings"], facts["history"]
@@ -188,7 +188,7 @@ def facts_of(run, path, metadata):
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError, IndexError) as error:
         raise ValueError(f"{path} is not a checkpoint of minillm.train "
                          f"({type(error).__name__}: {error})") from error
-    if other and "on_step" not in odd:  # first: another technique has another usual rate, too
+    if other and "on_step" not in odd:  # first, as another technique often has another rate
         raise ValueError(f"{path} belongs to another training: {other}")
     if odd:
         listed = ", ".join(f"{key}={old!r} then, {new!r} now" for key, (old, new) in odd.items())
@@ -198,12 +198,12 @@ def facts_of(run, path, metadata):
     if not fits:
         raise ValueError(f"{path} has the options of other patches")
     if not whole:
-        raise ValueError(f"{path}: its log is not whole, or not of this step")
+        raise ValueError(f"{path}: its log is not complete, or not of this step")
     return facts
 
 
 def check(run, path, tensors):
-    """ValueError if the tensors of the file are not those that this training has."""
+    """ValueError if the tensors of the file differ in name, shape or dtype from the training's."""
     kind = {name: (t.shape, t.dtype) for name, t in state(run).items()}
     needed = dict(kind)
     needed[f"random.{distributed.place()[0]}"] = torch.get_rng_state().shape, torch.uint8
@@ -220,4 +220,4 @@ def check(run, path, tensors):
     odd += [key for key in tensors if key not in needed and not key.startswith("random.")]
     if odd:
         raise ValueError(f"{path} does not fit what learns in this model; {len(odd)} tensors "
-                         f"differ, first {odd[0]!r}. Wrap the model as it was wrapped then")
+                         f"differ, first {odd[0]!r}. Wrap the model as it was wrapped for it")

@@ -1,4 +1,4 @@
-"""Whether the disk has room for what a training will write: asked before it starts."""
+"""Check, before a training starts, that the disk has room for all that it will write."""
 
 import os
 import pathlib
@@ -14,15 +14,15 @@ except ImportError:  # Windows
 
 
 def check_disk(needs):
-    """OSError where the disks have no room for what is to be written, all of it together.
+    """OSError if the disks have no room for all the files of `needs` together.
 
-    needs: [(what, path, how many files, bytes of each)]; `what` is what an error calls the path.
+    needs: [(what, path, how many files, bytes of each)]; `what` names the path in an error.
     """
     disks = {}
     for what, path, number, size in needs:
         most = largest_file()
         if size > most:
-            raise OSError(f"{what} {path} takes a file of {shown(size)}, and this process may "
+            raise OSError(f"{what} {path} takes a file of {shown(size)}, but this process may "
                           f"write files of at most {shown(most)} (ulimit -f)")
         above = pathlib.Path(os.path.realpath(path))
         above = next(p for p in (above, *above.parents) if p.is_dir())
@@ -32,17 +32,17 @@ def check_disk(needs):
     for above, size, parts in disks.values():
         free = shutil.disk_usage(above).free
         if size > free:
-            raise OSError(f"{' and '.join(parts)}, and the disk has {shown(free)} left")
+            raise OSError(f"{' and '.join(parts)}, but the disk has only {shown(free)} left")
 
 
 def largest_file():
-    """The bytes that a file may have in this process."""
+    """The most bytes that a file written by this process may have."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0] if resource else -1
     return limit if limit >= 0 else float("inf")
 
 
 def shown(size):
-    """A number of bytes in the unit that suits it."""
+    """A number of bytes as text, in the unit that fits."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= factor:
             return f"{size / factor:.1f} {unit}"
@@ -50,9 +50,10 @@ def shown(size):
 
 
 def checkpoint_bytes(model, best=False):
-    """About how large a checkpoint is; best: with the parameters of another step.
+    """About how many bytes a checkpoint has; best: with a copy of the best step's parameters.
 
-    AdamW's moments take twice what learns, in float32 at least, and so does a float32 copy.
+    AdamW has two moments for each parameter that learns, in float32 at least. A parameter of
+    less than float32 has a float32 copy as well.
     """
     learns = [p for p in model.parameters() if p.requires_grad]
     moments = sum(2 * p.numel() * max(4, p.dtype.itemsize) for p in learns)
@@ -65,7 +66,7 @@ def size_of(t):
 
 
 def check_checkpoints(run):
-    """OSError where the periodic checkpoints of a training would fill the disk."""
+    """OSError if the periodic checkpoints of a training would fill the disk."""
     o, best = run.options, run.options.restore_best and run.options.every
     if o.save_every and distributed.place()[0] == 0:
         written = len(saved(o.checkpoints))
@@ -74,7 +75,7 @@ def check_checkpoints(run):
 
 
 def checkpoint_needs(what, directory, keep, model, best, written=0):
-    """An entry for `check_disk`: one file more than stay, for a new one comes before an old goes.
+    """An entry for `check_disk`: keep + 1 files, because the oldest goes after the new is written.
 
     written: how many are there already.
     """

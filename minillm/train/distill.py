@@ -5,11 +5,11 @@
                                     Hinton et al. 2015, arXiv 1503.02531, section 2
     code           paper   meaning
     temperature    T       both logits are divided by it: small probabilities count more
-    share                  the weight of the teacher's part; the paper gives the text a small one
+    share                  the weight of the teacher's part; in the paper the text's is small
 
-A text says which token came. The teacher says how likely each token was, which tells the student
-more in each place. T^2 keeps the gradient's size the same for every T. The teacher computes in eval
-mode, without gradients, and its soft targets are those of the same batch.
+A text gives one token at each place. The teacher gives the probability of every token, which is
+more information for the student. T^2 keeps the gradient's size about the same for every T. The
+teacher reads the same batch, in eval mode and without gradients.
 
 Cost: a forward pass of the teacher for each batch, and the logits of the learnt tokens of both
 models, (n, vocabulary) each. Student and teacher need the same tokenizer. Not included: hidden
@@ -54,7 +54,7 @@ class Distillation:
         options.real("share", self.share, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 
     def check(self, examples):
-        """ValueError where the teacher cannot read an example: `train` asks before its work."""
+        """ValueError if the teacher cannot read an example; `train` calls this before its work."""
         try:
             check_room(self.teacher, examples)
         except ValueError as error:

@@ -7,7 +7,7 @@
     tokens       all tokens that the model read, without padding
     seconds      of the step, without evaluation and saving
     held_out     the loss on held-out examples after the step (or `evaluation`: what evaluate= gave)
-    best         the best so far of these that count (see `openings`): {"step", "value"}
+    best         the best so far of those that count (see `openings`): {"step", "value"}
 """
 
 import contextlib
@@ -26,16 +26,16 @@ logger = logging.getLogger("minillm")
 
 
 def measured(record):
-    """What was measured after this step, or None."""
+    """The held-out loss or evaluation after this step, or None."""
     return next((record[key] for key in MEASURES if key in record), None)
 
 
 @contextlib.contextmanager
 def journal(path, history):
-    """A function that adds a line to the log file; the lines of the steps that are done come first.
+    """Yield a function that adds a line to the log file, after the lines of the steps so far.
 
-    A log from before is replaced; FileExistsError for any other file. Without a path nothing
-    is written.
+    An older log is replaced; FileExistsError for any other file. Without a path nothing is
+    written.
     """
     if path is None:
         yield lambda record: None
@@ -50,7 +50,7 @@ def journal(path, history):
 def add(lines, record):
     """Write a line to the log, an open file without a buffer.
 
-    A full disk ends the log with a warning. The training goes on: its result is worth more.
+    A full disk ends the log with a warning. The training goes on without it.
     """
     rest = f"{json.dumps(record)}\n".encode()
     try:
@@ -63,15 +63,18 @@ def add(lines, record):
 
 
 def check_log(path):
-    """FileExistsError for a file that is no log of a training, OSError where none can be written."""
+    """FileExistsError for a file that is not a log; OSError if the path cannot be written."""
     files.check_writable(path, force=True)
     if pathlib.Path(path).is_file() and not is_log(path):
-        raise FileExistsError(f"log={str(path)!r} is a file, and no log of a training: "
+        raise FileExistsError(f"log={str(path)!r} is a file, but not the log of a training: "
                               "choose another name, or remove it")
 
 
 def is_log(path):
-    """Whether the first line of a file has all that `train` writes, or is cut at its start."""
+    """Whether the first line of a file has all the keys of a log, or is the start of such a line.
+
+    A killed run may leave only the start.
+    """
     with open(path, "rb") as file:
         first = file.readline(1 << 16)
     try:
@@ -82,7 +85,7 @@ def is_log(path):
 
 @dataclasses.dataclass
 class Summary:
-    """A training in a few numbers; `str()` of it is text."""
+    """A training in a few numbers; `str()` gives them as text."""
 
     steps: int
     first: float  # mean loss per learnt token over the first tenth of the steps
@@ -107,9 +110,9 @@ class Summary:
 
 
 def summary(history):
-    """The Summary of what `train` returned. ValueError where that is empty."""
+    """The Summary of the log that `train` returned. ValueError for an empty log."""
     if not history:
-        raise ValueError("the log is empty: no step was made")
+        raise ValueError("the log is empty: it has no step")
     part = max(1, len(history) // 10)
     tokens, seconds = (sum(record[key] for record in history) for key in ("tokens", "seconds"))
     best = best_of(history)
@@ -131,8 +134,8 @@ def mean(records):
 def picture(history, path, force=False):
     """Draw the loss (raw, smoothed, held out) and the learning rate over the steps.
 
-    path: a .png, .svg or .pdf file; `check_picture` says which are not replaced. Smoothed: the
-    mean over a window of a twentieth of the steps.
+    path: a .png, .svg or .pdf file; `check_picture` says which files it does not replace. The
+    smoothed loss is the mean over a window of a twentieth of the steps.
     """
     kind = check_picture(path, force)
     if not history:
@@ -161,10 +164,10 @@ def picture(history, path, force=False):
 
 
 def check_picture(path, force=False):
-    """The kind of picture that `path` names: "png", "svg" or "pdf".
+    """The format that the ending of `path` names: "png", "svg" or "pdf".
 
-    ValueError for another, ImportError without matplotlib.
-    FileExistsError for a file that `picture` did not write, unless `force`.
+    ValueError for another ending, ImportError without matplotlib, FileExistsError for a file
+    that `picture` did not write, unless `force`.
     """
     kind = pathlib.Path(path).suffix.lower().removeprefix(".")
     if kind not in ("png", "svg", "pdf"):
@@ -179,7 +182,7 @@ def check_picture(path, force=False):
 
 
 def smoothed(values):
-    """The mean of each value and its neighbours, up to a fortieth of all on either side."""
+    """The mean of each value and its neighbours: a fortieth of all values on either side."""
     reach, n = max(1, len(values) // 40), len(values)
-    windows = [min(reach, i, n - 1 - i) for i in range(n)]  # at the ends fewer, never lopsided
+    windows = [min(reach, i, n - 1 - i) for i in range(n)]  # symmetric, so narrower at the ends
     return [sum(values[i - w : i + w + 1]) / (2 * w + 1) for i, w in enumerate(windows)]

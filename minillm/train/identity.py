@@ -1,7 +1,7 @@
-"""What a checkpoint relies on and does not hold: the frozen model, the techniques, the data.
+"""What a checkpoint needs but does not hold: the frozen model, the techniques, the data.
 
-A resumed training is the same training only if all of it is the same. So a checkpoint describes it,
-and `differs` names the first thing that is another now, with both values.
+A resumed training is the same training only if all of these are the same. So a checkpoint
+describes them, and `differs` names the first thing that has changed, with both values.
 """
 
 import dataclasses
@@ -18,9 +18,9 @@ from minillm.registry.learning import buffers
 
 
 def of(model, on_step=None):
-    """A dict for JSON that describes what of the model neither learns nor is changed by `on_step`.
+    """A dict for JSON: the parts of the model that neither learn nor are changed by `on_step`.
 
-    A checkpoint holds all that is.
+    The checkpoint itself holds all other parts.
     """
     config = getattr(model, "config", None)
     config = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else None
@@ -34,9 +34,9 @@ def of(model, on_step=None):
 
 
 def digest_of(model):
-    """Eight hex digits of all that decides what a model computes, whether it learns or not.
+    """Eight hex digits that depend on everything a model computes with, whether it learns or not.
 
-    Of its own weights these are samples. Its buffers and its techniques count whole.
+    Of its own weights they depend on samples, of its buffers and techniques on every value.
     """
     base = fingerprint.of(model, without=())
     patches = [(site.name, name, patch.config(), patch.active, digest(patch.state_dict()))
@@ -49,10 +49,10 @@ def digest_of(model):
 
 
 def modules(model):
-    """(name, class and the settings that it shows) of each of the model's own modules.
+    """Yield (name, class with the settings that it shows) of each of the model's own modules.
 
-    What differs between processes or devices is left out: an address, a device, the class that
-    FSDP makes.
+    The text leaves out what differs between processes or devices: an address, a device, the
+    class that FSDP makes.
     """
     for site in walk(model):
         cls = next(c for c in type(site.module).__mro__ if not c.__name__.startswith("FSDP"))
@@ -61,9 +61,10 @@ def modules(model):
 
 
 def techniques(model, on_step=None):
-    """(site, technique, its options, a digest of what it holds and does not train).
+    """Yield (site, technique, its options, a digest of its tensors that are not trained).
 
-    An `on_step` may change the buffers of patches, and their options that it names in `changes`.
+    An `on_step` may change the buffers of patches, and the options that it names in `changes`:
+    these are left out.
     """
     changes = getattr(on_step, "changes", ())
     for site in walk(model):
@@ -79,7 +80,7 @@ def techniques(model, on_step=None):
 
 
 def digest(tensors):
-    """Eight hex digits of the dtypes, shapes and values."""
+    """Eight hex digits that depend on the names, dtypes, shapes and values of tensors."""
     sha = hashlib.sha256()
     for key, t in sorted(tensors.items()):
         t = distributed.whole(t.detach()).cpu().contiguous()
@@ -89,14 +90,14 @@ def digest(tensors):
 
 
 def examples(rows):
-    """A line that describes a list of `data.Example`: how many, and a digest of them all."""
+    """A text for a list of `data.Example`: how many there are, and a digest of them all."""
     return f"{len(rows)} examples ({data.fingerprint(rows)[:8]})"
 
 
 def differs(model, then, on_step=None):
-    """What of the model is not as `then` describes it: a sentence with both values, or None.
+    """The first difference between the model and its description `then`, with both values; or None.
 
-    TypeError, KeyError or ValueError where `then` is no description.
+    TypeError, KeyError or ValueError if `then` is not a description.
     """
     now = json.loads(json.dumps(of(model, on_step)))
     for key in ("model", "dtypes", "config"):
@@ -128,7 +129,7 @@ def pairs(old, new):
 
 
 def listed(entries):
-    """Each technique, with how many sites it has."""
+    """Each technique with its number of sites, as text."""
     names = [name for _, name, *_ in entries]
     counts = [f"{name} at {names.count(name)} sites" for name in dict.fromkeys(names)]
     return ", ".join(counts) or "none"

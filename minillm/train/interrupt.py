@@ -1,8 +1,8 @@
 """Ctrl-C in the middle of a step must not cost the steps before it.
 
 A signal that arrives while AdamW writes the parameters would leave half of them new and half
-of them old: nothing that could be saved. So the signal is only noted; the loop finishes the
-step, saves, and raises then.
+of them old, a state that cannot be saved. So the signal is only noted: the loop finishes the
+step, saves, and then raises.
 """
 
 import contextlib
@@ -17,8 +17,8 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM has ended a training, after a checkpoint.
 
     path: the checkpoint; step: how many of the `steps` are done; signal: the signal's number;
-    elsewhere: whether the checkpoint is in another directory than that of the training; how: the
-    arguments that go on from it.
+    elsewhere: whether the checkpoint lies outside the training's own directory; how: the
+    arguments that resume from it.
     """
 
     def __init__(self, path, step, steps, number, elsewhere=False):
@@ -29,7 +29,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Asked:
-    """Which signal asked the training to stop: its number, or 0."""
+    """The number of the signal that asks the training to stop, or 0."""
 
     signal = 0
 
@@ -59,5 +59,5 @@ def deferred(active):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if asked.signal:  # it came after the last step, when nobody looked any more
+    if asked.signal:  # it came after the last check of the loop
         raise KeyboardInterrupt

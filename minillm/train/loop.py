@@ -2,8 +2,8 @@
 
     theta <- AdamW(theta, gradient of the mean cross-entropy per learnt token)
 
-AdamW: Loshchilov & Hutter 2019, arXiv 1711.05101. What learns is what has `requires_grad`: the
-techniques decide that by `wrap`, not the loop.
+AdamW: Loshchilov & Hutter 2019, arXiv 1711.05101. The parameters that learn are those with
+`requires_grad`: the `wrap` of a technique decides that, not the loop.
 """
 
 import contextlib
@@ -38,39 +38,39 @@ def train(model, examples, *, steps=None, epochs=None, lr, batch_size=8, accumul
           seed=0, pad=0, held_out=None, evaluate=None, every=None, patience=None, restore_best=True,
           checkpoints=None, save_every=None, keep=2, resume=False, write=None, loss=None,
           on_step=None, log=None, progress=True, name="train"):
-    """Train what learns in the model on a list of `data.Example`; returns the log (see `history`).
+    """Train the model on a list of `data.Example`; returns the log (see `history`).
 
-    Meanwhile the whole model is in train mode: dropout is active, BatchNorm's statistics move.
+    The whole model is in train mode meanwhile: dropout is active, BatchNorm's statistics move.
 
-    steps, epochs    one of them: optimizer steps, or times through the examples (0.5 is a half);
-                     the last step takes only what is left of the epochs
+    steps, epochs    give one of them: optimizer steps, or passes through the examples (0.5 is
+                     half a pass). The last step takes only what is left of the epochs
     lr, schedule     AdamW's peak rate, and "constant", "linear" or "cosine" after the warm-up. A
                      parameter of less than float32 costs 10 bytes more (see `masters`)
     warmup           steps in which the rate rises; a number below 1 is a share of all steps
-    batch_size, accumulate    examples of a batch padded to one length (`pad`), batches of a step
-    weight_decay, betas       AdamW's; the decay is that of matrices alone
-    clip             the largest norm of the gradient; None: it is never clipped
-    rates            {regular expression: factor} of the rate, for parameters by name
+    batch_size, accumulate    examples per batch, padded to one length (`pad`); batches per step
+    weight_decay, betas       AdamW's; only matrices decay
+    clip             the largest norm of the gradient; None: never clip
+    rates            {regular expression: factor of the rate}, for parameters by name
     seed             decides the order of the examples (a new one each epoch) and the dropout
-    held_out         examples whose mean loss is measured, in the log as "held_out"; or
-    evaluate         a function of the model to a number, lower being better ("evaluation"),
-                     each after `every` so many steps (a tenth of all) and after the last
-    patience         the training ends after so many of these without a better one
-    restore_best     the model ends as it was after the best of them; costs a copy of what learns.
-                     Those before `on_step` has settled do not count (see `openings`)
-    checkpoints      a directory, which gets a file each `save_every` steps (a tenth of all), after
-                     the last and on Ctrl-C (0: on Ctrl-C alone); the last `keep` stay. resume=True
-                     goes on from the newest, or begins where there is none
-    write            a function that saves the trained model, called with it at the end. Where it
+    held_out         examples whose mean loss is measured ("held_out" in the log), or
+    evaluate         a function from the model to a number, lower is better ("evaluation"):
+                     measured every `every` steps (default: a tenth of all) and after the last
+    patience         the training ends after so many measures without a better one
+    restore_best     the model ends as it was after its best measure; costs a copy of what learns.
+                     Measures before `on_step` has settled do not count (see `openings`)
+    checkpoints      a directory for checkpoints: every `save_every` steps (default: a tenth of
+                     all), after the last and on Ctrl-C; with 0 on Ctrl-C only. The last `keep`
+                     stay. resume=True continues from the newest, or starts anew if there is none
+    write            a function that saves the trained model, called with it at the end. If it
                      fails, or Ctrl-C ends it, the training is saved in `checkpoints`
     loss             loss(model, ids, labels, mask): the summed loss of a batch (None: `loss_sum`)
     on_step          on_step(model, step, steps), called between backward and step: see `openings`
-    log              a file of JSON lines, the returned log; progress, name: of the bar
+    log              a file for the returned log, as JSON lines; progress, name: of the bar
 
-    ValueError for a setting that makes no sense, for an example beyond the model's positions or
-    vocabulary, where nothing learns, where a checkpoint is of another training, and where the loss
-    is no longer a number; FileExistsError where `checkpoints` holds another training's;
-    Interrupted, a KeyboardInterrupt, after a Ctrl-C that was saved.
+    ValueError for a setting that makes no sense, an example beyond the model's positions or
+    vocabulary, a model in which nothing learns, a checkpoint of another training, and a loss that
+    is no longer a number. FileExistsError if `checkpoints` holds those of another training.
+    Interrupted, a KeyboardInterrupt, after a Ctrl-C that saved a checkpoint.
     """
     given = {key: value for key, value in locals().items() if key not in ("model", "examples")}
     run = Run(model, examples, resolve(examples, given))
@@ -84,7 +84,7 @@ def train(model, examples, *, steps=None, epochs=None, lr, batch_size=8, accumul
                     measure(run, record)
                 note(record)
                 show(bar, record)
-                signal = distributed.largest(asked.signal, run.device)  # to any of the processes
+                signal = distributed.largest(asked.signal, run.device)  # that any process got
                 if signal:
                     leave(run, signal)
                 if checkpoints is not None and run.due(run.options.save_every):
@@ -97,7 +97,7 @@ def train(model, examples, *, steps=None, epochs=None, lr, batch_size=8, accumul
 
 
 def update(run):
-    """One optimizer step; returns its line of the log."""
+    """Make one optimizer step; returns its record for the log."""
     began, o, step = time.perf_counter(), run.options, len(run.history)
 
     # The learning rate of this step, for each group of parameters.
@@ -105,8 +105,8 @@ def update(run):
     for group in run.optimizer.param_groups:
         group["lr"] = group["peak"] * share
 
-    # The gradient: of the sum over all micro-batches, divided by the tokens that all of them learn.
-    # (A mean of means would weigh short examples more.)
+    # The gradient of the loss summed over all micro-batches, divided by the tokens that all of
+    # them learn. (A mean of means would weigh short examples more.)
     cut = o.last_accumulate and step == o.steps - 1  # the epochs end within this step
     parts = o.last_accumulate if cut else o.accumulate
     micro = [run.on_device(batch) for batch in itertools.islice(run.batches, parts)]
@@ -123,14 +123,14 @@ def update(run):
         with masters.shown(run.masters):
             o.on_step(run.model, step, o.steps)
 
-    # Clipping: the gradients of all parameters together have at most this norm.
+    # Clipping: the gradients of all parameters together get at most this norm.
     norm = torch.nn.utils.clip_grad_norm_(run.stepped.values(), o.clip or math.inf)
     norm = distributed.whole(norm).item()
     if not math.isfinite(total) or not math.isfinite(norm):
         raise ValueError(f"step {step}: the loss is {total / count} and the gradient's norm "
                          f"{norm}; a lower learning rate than {o.lr} may help")
 
-    # AdamW, of float32 copies where the parameters have less (see `masters`).
+    # AdamW; a parameter of less than float32 has a float32 copy that steps (see `masters`).
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     masters.write_back(run.masters)
@@ -141,10 +141,10 @@ def update(run):
 
 
 def measure(run, record):
-    """Measure the model in eval mode, into the record; copy what learns if it is the best."""
+    """Evaluate the model and add the result to the record; if it is the best, copy what learns."""
     o = run.options
     run.given.eval()
-    with forked(run.device):  # what it draws does not change what the training draws
+    with forked(run.device):  # its random numbers do not change those of the training
         if o.held_out is not None:
             value = held_out_loss(run.given, o.held_out, o.batch_size, o.pad)
         else:
@@ -152,8 +152,8 @@ def measure(run, record):
     run.given.train()
     value = distributed.total(value, run.device) / distributed.place()[1]
     if not math.isfinite(value):
-        raise ValueError(f"step {record['step']}: the evaluation is {value}, which is no number to "
-                         "compare")
+        raise ValueError(f"step {record['step']}: the evaluation is {value}, which cannot be "
+                         "compared")
     record["held_out" if o.held_out is not None else "evaluation"] = value
     if run.count(record) and o.restore_best:
         run.best_state = snapshot(run)
@@ -162,7 +162,7 @@ def measure(run, record):
 
 
 class Run:
-    """What changes while a training runs: a checkpoint holds all of it."""
+    """The state of a training while it runs; a checkpoint holds all of it that changes."""
 
     def __init__(self, model, examples, options):
         check_compiled(model)
@@ -175,7 +175,7 @@ class Run:
         sets = groups(self.model, o.lr, o.weight_decay, o.rates)
         self.learning = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         for _, p in self.learning:
-            p.grad = None  # gradients from before are not of this training
+            p.grad = None  # remove older gradients
         self.masters = masters.copies(self.learning)
         self.stepped = {n: self.masters.get(p, p) for n, p in self.learning}  # by the optimizer
         for group in sets:
@@ -191,9 +191,10 @@ class Run:
         self.identity = self.compared = None  # only checkpoints need them
 
     def describe(self):
-        """Write down all that a resumed training has to have in common with this one.
+        """Note all settings and properties that a resumed training must share with this one.
 
-        As JSON: what has none fails here, before the first step, and not at the first checkpoint.
+        They become JSON here, so a value that has none fails before the first step, not at the
+        first checkpoint.
         """
         o = self.options
         settings = {key: getattr(o, key) for key in COMPARED}
@@ -206,10 +207,10 @@ class Run:
         self.identity = json.loads(json.dumps(identity.of(self.model, o.on_step)))
 
     def count(self, record):
-        """Whether the record's evaluation, if there is one, is the best; counts those since.
+        """Whether the record has an evaluation that is the best; counts the worse ones since.
 
-        Before the step at which `on_step` has settled the model is not the one that was asked for
-        (half of the pruning, for example): such an evaluation does not count.
+        Until `on_step` has settled, the model is not yet the wanted one (a pruning is half done,
+        for example), so an earlier evaluation does not count.
         """
         value = measured(record)
         if value is None or record["step"] < self.settled:
@@ -221,7 +222,7 @@ class Run:
         return False
 
     def due(self, every):
-        """Whether what happens `every` so many steps, and at the end, happens now."""
+        """Whether an action that comes every `every` steps, and at the end, is due now."""
         return bool(every) and (len(self.history) % every == 0 or self.over())
 
     def over(self):
@@ -235,16 +236,16 @@ class Run:
 
 def check_compiled(model):
     """TypeError for a compiled model whose compiled part `train` would never call."""
-    wrapped = hasattr(model, "_orig_mod")  # torch.compile(model); the other is model.compile()
+    wrapped = hasattr(model, "_orig_mod")  # by torch.compile(model), not model.compile()
     compiled = wrapped or getattr(model, "_compiled_call_impl", None) is not None
     if compiled and native(model):
-        raise TypeError("torch.compile(model) compiles the model's forward, and train calls its "
+        raise TypeError("torch.compile(model) compiles the model's forward, but train calls its "
                         "`loss`: nothing would be compiled. minillm.compile(model) compiles its "
                         "blocks")
 
 
 def begin(run, stack):
-    """Enter into the stack all that ends with the training; (note a line, bar, Asked)."""
+    """Enter every context of the training into the stack; returns (note a line, bar, Asked)."""
     o, rank = run.options, distributed.place()[0]
     stack.enter_context(training_mode(run))
     stack.enter_context(forked(run.device))
@@ -265,7 +266,7 @@ def begin(run, stack):
 
 @contextlib.contextmanager
 def training_mode(run):
-    """Dropout is active inside; afterwards every module has its own mode again."""
+    """Train mode inside (dropout is active); afterwards every module has its old mode."""
     modes = [(module, module.training) for module in run.model.modules()]
     run.given.train()
     try:
@@ -276,7 +277,7 @@ def training_mode(run):
 
 
 def forked(device):
-    """The random numbers drawn inside do not change those drawn afterwards."""
+    """Random numbers drawn inside do not change those drawn afterwards."""
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
@@ -287,7 +288,7 @@ def show(bar, record):
 
 
 def finish(run):
-    """Go back to the best step, if there was an evaluation and another step was the last."""
+    """Put the parameters of the best step back, if a best was kept and is not the last step."""
     steps = len(run.history)
     if steps < run.options.steps:
         logger.info("stopped early after step %d of %d: %d evaluations were not below %.4g",

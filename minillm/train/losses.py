@@ -4,8 +4,8 @@
 
 The first token of a text has nothing before it. A soft prompt would make it predictable, and
 the training with a prompt would then learn, and report, other tokens than the training
-without. So nobody learns it, here as in `measure.perplexity`: the losses of all methods are
-means over the same tokens.
+without. So no method learns it, here as in `measure.perplexity`: the losses of all methods
+are means over the same tokens.
 """
 
 import torch
@@ -25,7 +25,7 @@ def learnt(labels):
 def loss_sum(model, ids, labels, mask=None):
     """The summed cross-entropy, in nats, over the learnt labels of a batch: ids, labels (b, t).
 
-    For minillm's models and all others that compute logits (b, t, vocab) from ids.
+    The model is minillm's, or any other that computes logits (b, t, vocab) from ids.
     """
     labels = labels.clone()
     labels[:, 0] = data.NOT_LEARNT  # before `prepare`, which may put a prompt in front
@@ -39,9 +39,9 @@ def loss_sum(model, ids, labels, mask=None):
 
 @torch.no_grad()
 def held_out_loss(model, examples, batch_size=8, pad=0):
-    """The mean loss per learnt token, in nats, of a list of `data.Example`; nothing is changed.
+    """The mean loss per learnt token, in nats, of a list of `data.Example`; changes nothing.
 
-    The model computes as it does when it is used: without dropout.
+    The model computes in eval mode, without dropout.
     """
     data.check_examples(examples)
     device, total, count = next(model.parameters()).device, 0.0, 0

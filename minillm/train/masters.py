@@ -22,7 +22,7 @@ import torch
 
 
 def copies(learning):
-    """{parameter: its float32 copy} of those parameters that have less; learning: [(name, p)]."""
+    """{parameter: its float32 copy} for parameters of less than float32; learning: [(name, p)]."""
     return {p: p.detach().float() for _, p in learning if p.dtype.itemsize < 4}
 
 
@@ -36,10 +36,10 @@ def collect(masters):
 
 @contextlib.contextmanager
 def shown(masters):
-    """Each parameter has its gradient inside, for code that reads or changes gradients and weights.
+    """Give each parameter its gradient inside, for code that reads or changes gradients or weights.
 
-    What that changes replaces the copy's value there, as float32. All else keeps its float32 value,
-    of which the parameter has but the rounding.
+    An element that the code changes replaces the element of the copy. All other elements keep
+    their float32 value, of which the parameter holds only the rounding.
     """
     for p, copy in masters.items():
         p.grad = None if copy.grad is None else copy.grad.to(p.dtype)
@@ -55,7 +55,7 @@ def shown(masters):
 
 
 def take(copy, rounded):
-    """Take what is no rounding of the copy's value any more."""
+    """Take the elements of `rounded` that are no longer the rounded value of the copy."""
     copy.copy_(torch.where(rounded == copy.to(rounded.dtype), copy, rounded.float()))
 
 

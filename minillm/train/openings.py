@@ -1,4 +1,4 @@
-"""The two openings of the training loop, `loss=` and `on_step=`.
+"""The two functions that a user can give to the training loop, `loss=` and `on_step=`.
 
     loss(model, ids, labels, mask)     the loss of a batch, summed over the tokens that it learns
     on_step(model, step, steps)        called for each step, counted from 0, between the backward
@@ -10,17 +10,17 @@ What `on_step` may do:
     leave a parameter    p.grad = None: the optimizer neither moves nor decays it in this step
     change gradients     p.grad.mul_(0.1), or p.grad = ...
     change weights       p.mul_(0.9), under torch.no_grad()
-    change buffers       a patch's mask, for example, and those of the patch's options that it
-                         names in `changes`
+    change buffers       for example a patch's mask, and the options of a patch that `on_step`
+                         names in its attribute `changes`
 
-An `on_step` may have `settled(steps)`: the step after which the model is the one that was asked
-for. The evaluations before it count neither as the best nor for `patience`. Otherwise the best
-model of a gradual pruning would be the one that is not pruned yet.
+An `on_step` may have a method `settled(steps)`, which gives the step after which the model is the
+one that the user wants. The evaluations before it count neither as the best nor for `patience`.
+Otherwise the best model of a gradual pruning would be the one that is not pruned yet.
 
-A training that was interrupted goes on bit for bit if what it does follows from `step`, `steps`,
-the weights and the buffers alone. So it keeps no count of its own. Checkpoints hold the patches'
-buffers and options, and a resumed training has to be given the same functions: a dataclass is
-compared with its fields, a `functools.partial` with its arguments, a function by its name.
+An interrupted training resumes bit for bit if the actions of `on_step` follow from `step`, `steps`,
+the weights and the buffers alone. So it must keep no count of its own. Checkpoints hold the
+patches' buffers and options, and a resumed training needs the same functions: a dataclass is
+compared by its fields, a `functools.partial` by its arguments, a function by its name.
 """
 
 import dataclasses
@@ -34,19 +34,20 @@ from minillm.train import identity
 
 
 def check(loss, examples):
-    """ValueError where a loss cannot take the examples: it may have `check(examples)`."""
+    """Call `loss.check(examples)`, if a loss has it: ValueError if it cannot take the examples."""
     if hasattr(loss, "check"):
         loss.check(examples)
 
 
 def checked(part):
-    """The loss of a batch. ValueError where it is no single number that has a gradient."""
+    """The loss of a batch. ValueError unless it is one number that has a gradient."""
     if not isinstance(part, torch.Tensor) or part.numel() != 1:
         what = f"of the shape {tuple(part.shape)}" if isinstance(part, torch.Tensor) else ""
         raise ValueError(f"loss= gives a {type(part).__name__} {what}".rstrip() + ": it has to be "
                          "one number, the sum over the tokens that the batch learns")
     if not part.requires_grad:
-        raise ValueError("loss= gives a number without a gradient: nothing that learns has made it")
+        raise ValueError("loss= gives a number without a gradient: it depends on no parameter that "
+                         "learns")
     return part
 
 
@@ -56,7 +57,7 @@ def settled(on_step, steps):
 
 
 def named(function):
-    """What a checkpoint writes down of a function, to know it again; None for None."""
+    """The text by which a checkpoint recognizes a function; None for None."""
     if function is None:
         return None
     if isinstance(function, functools.partial):
@@ -72,7 +73,7 @@ def named(function):
 
 
 def text_of(value):
-    """The value; of a model, its name and a digest; of a function, its name and not its address."""
+    """The value as text; a model as its name and a digest, a function as its name."""
     if isinstance(value, nn.Module):
         return f"{fingerprint.name_of(value)} ({identity.digest_of(value)})"
     if isinstance(value, torch.Tensor):

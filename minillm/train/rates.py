@@ -39,7 +39,7 @@ def groups(model, lr, weight_decay=0.0, rates=None):
     Matrices decay. Vectors, which are biases and norms, do not.
     rates: {regular expression: factor}. A parameter learns at factor * lr if the expression
     matches its name from the start or after a dot; of several that match, the last counts.
-    ValueError for an expression that matches nothing that learns, and where nothing learns.
+    ValueError for an expression that matches no learning parameter, and if nothing learns.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not named:
@@ -50,7 +50,7 @@ def groups(model, lr, weight_decay=0.0, rates=None):
         matching = [name for name in factors if found(pattern, name)]
         if not matching:
             raise ValueError(f"rates: {pattern!r} matches no parameter that learns; "
-                             f"there are: {', '.join(list(factors)[:8])}")
+                             f"the first are: {', '.join(list(factors)[:8])}")
         factors.update(dict.fromkeys(matching, factor))
     sets = {}
     for name, p in named:

@@ -1,8 +1,8 @@
-"""A disk that is full costs no training: what is saved then, where, and what is said.
+"""Keep a training when the disk is full.
 
-    a periodic checkpoint    a warning, once; the training goes on, and older checkpoints stay
-    Ctrl-C, and an error     a checkpoint in the directory of the training; where that takes none,
-    after the last step      in the cache directory; or else in that of temporary files
+    a periodic checkpoint    one warning; the training goes on, and older checkpoints stay
+    Ctrl-C, and an error     a checkpoint in the directory of the training; if that is full, in
+    after the last step      the cache directory; if that is full, in the temporary directory
 """
 
 import contextlib
@@ -20,19 +20,19 @@ logger = logging.getLogger("minillm")
 
 
 def save_or_go_on(run):
-    """As `save`. Where nothing can be written, the training goes on, and says so once."""
+    """Save a checkpoint. If it cannot be written, the training goes on, with one warning."""
     try:
         save(run)
     except OSError as error:  # of the process that writes; the others wait for it
         if not run.warned:
             logger.warning("%s. There is no checkpoint after step %d, and the training goes on; "
-                           "those that are written stay", error, len(run.history))
+                           "the older checkpoints stay", error, len(run.history))
         run.warned = True
         distributed.wait()
 
 
 def leave(run, number):
-    """Save and raise Interrupted. number: that of the signal that asked for it."""
+    """Save and raise Interrupted. number: of the signal that ended the training."""
     try:
         path = save(run)
     except OSError as error:
@@ -46,9 +46,9 @@ def interrupted(run, path, number):
 
 
 def elsewhere(run, error):
-    """The path of a checkpoint that is written where there is room; `error` where there is none.
+    """Write a checkpoint where there is room and return its path; raise `error` if there is none.
 
-    Of several processes `error` is raised by the first: the others cannot be asked to save again.
+    With several processes the first raises `error`, because the others do not save again.
     """
     if distributed.place()[1] > 1:
         raise error
@@ -61,17 +61,17 @@ def elsewhere(run, error):
         except OSError:
             if directory is not None:
                 shutil.rmtree(directory, ignore_errors=True)
-    error.add_note("the training is lost: nor can a checkpoint be written in the cache "
-                   f"({files.cache()}) or in {tempfile.gettempdir()}")
+    error.add_note("the training is lost: a checkpoint cannot be written in the cache "
+                   f"({files.cache()}) or in {tempfile.gettempdir()} either")
     raise error
 
 
 @contextlib.contextmanager
 def rescued(run):
-    """An error or a Ctrl-C inside, after the last step, leaves a checkpoint of the whole training.
+    """Save the whole training if an error or Ctrl-C comes inside, after the last step.
 
-    The error gets a note that says where. In several processes it is raised as it is: the others
-    are at another place, and cannot be asked for their parts.
+    The error gets a note that names the checkpoint. With several processes there is no
+    checkpoint: the others are elsewhere in the program and cannot send their parts.
     """
     try:
         yield
@@ -87,7 +87,7 @@ def rescued(run):
         found = interrupted(run, path, signal.SIGINT)
         if isinstance(error, KeyboardInterrupt):
             raise found from error
-        error.add_note(f"the training is whole, and saved in {path}: {found.how} goes on from "
+        error.add_note(f"all steps are done, and saved in {path}: {found.how} goes on from "
                        "there, and only writes")
         raise
 

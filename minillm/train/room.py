@@ -1,7 +1,7 @@
-"""Whether the model can read the examples: found before the training, not in the middle of it.
+"""Check, before the training, that the model can read every example.
 
-An example is too long where it has more tokens than the model has positions; a soft prompt takes
-positions too. An id is unknown where the embedding has no row for it.
+An example is too long if it has more tokens than the model has positions; a soft prompt takes
+positions too. An id is unknown if the embedding has no row for it.
 """
 
 import torch
@@ -14,18 +14,18 @@ LEARNED = ("wpe", "embed_positions", "position_embeddings")  # transformers' tab
 
 
 def check_room(model, examples, what="example"):
-    """ValueError for the first of the examples that is too long, or has an id that is unknown.
+    """ValueError for the first example that is too long or has an unknown id.
 
-    Also where the examples are packed, and a technique (a soft prompt) takes none of these.
+    Also for packed examples, if a technique (a soft prompt) cannot take them.
 
-    what: what an error calls an example. A model that says nothing about its positions or its
-    vocabulary is taken to have room for every example.
+    what: the name of an example in an error. If the model does not state its positions or its
+    vocabulary, every example passes.
     """
     config = getattr(model, "config", None)
     most, vocabulary = positions(model), getattr(config, "vocab_size", None)
     before = prepare(model, torch.zeros(1, 1, dtype=torch.long))[0].shape[1] - 1  # soft prompts
     packed = next((e.documents for e in examples if e.documents and max(e.documents) > 1), None)
-    if packed:  # an error where a technique takes no such rows
+    if packed:  # an error if a technique takes no packed rows
         prepare(model, torch.zeros(1, len(packed), dtype=torch.long), None, torch.tensor([packed]))
     for i, example in enumerate(examples):
         size = longest(example) + before
@@ -42,11 +42,11 @@ def check_room(model, examples, what="example"):
 
 
 def positions(model):
-    """How many positions the model has; None where nothing limits them, or nobody knows."""
+    """How many positions the model has; None if they are unlimited or unknown."""
     config = getattr(model, "config", None)
     own = getattr(config, "positions", None)  # of minillm's Transformer
     table = any(site.name.rsplit(".", 1)[-1] in LEARNED and isinstance(site.module, nn.Embedding)
-                for site in walk(model))  # rotary positions of transformers have no end
+                for site in walk(model))  # transformers' rotary positions are unlimited
     return own or (getattr(config, "max_position_embeddings", None) if table else None)
 
 
@@ -57,6 +57,6 @@ def longest(example):
 
 
 def unknown(example, vocabulary):
-    """The ids and learnt labels that are outside of the vocabulary."""
+    """The ids and learnt labels that are outside the vocabulary."""
     every = set(example.ids) | set(example.labels) - {NOT_LEARNT}
     return [i for i in every if not 0 <= i < vocabulary]

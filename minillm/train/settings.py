@@ -17,7 +17,7 @@ COMPARED = ("steps", "lr", "batch_size", "accumulate", "schedule", "warmup", "we
 
 
 def resolve(examples, given):
-    """A namespace of all settings, from the arguments given; ValueError for a wrong one."""
+    """A namespace of all settings, from the given arguments; ValueError for a wrong one."""
     o = types.SimpleNamespace(**given)
     for name, least in WHOLE.items():
         if getattr(o, name) is not None or name not in OPTIONAL:
@@ -32,7 +32,7 @@ def resolve(examples, given):
     if o.rates is not None:
         o.rates = {pattern: number(f"rates[{pattern!r}]", factor, lambda x: x >= 0,
                                    "a factor from 0") for pattern, factor in o.rates.items()}
-    data.batches(examples, o.batch_size)  # for its own checks
+    data.batches(examples, o.batch_size)  # makes its own checks
     distributed.check_rows(len(examples), o.batch_size)
     o.steps = number_of_steps(o, examples)
     warmup(o)
@@ -69,9 +69,9 @@ def betas(o):
 
 
 def number_of_steps(o, examples):
-    """As it was given, or as many as `epochs` times through the examples take.
+    """`steps` as given, or the steps that `epochs` passes through the examples take.
 
-    Where these end within the last step, `last_accumulate` is the number of its batches.
+    If the epochs end within the last step, `last_accumulate` is the number of its batches.
     """
     o.last_accumulate = None
     if (o.steps is None) == (o.epochs is None):
@@ -86,7 +86,7 @@ def number_of_steps(o, examples):
 
 
 def warmup(o):
-    """A share of the steps becomes a number of steps."""
+    """Check `warmup`, and turn a share of the steps into a number of steps."""
     what = f"a whole number of steps from 0 to {o.steps}, or a share of them below 1"
     number("warmup", o.warmup, lambda x: x >= 0, what)
     if o.warmup < 1:
@@ -97,9 +97,9 @@ def warmup(o):
 
 
 def evaluation(o):
-    """`every` without a number is a tenth of the steps."""
+    """Check the evaluation; `every` is a tenth of the steps by default."""
     if o.held_out is not None and o.evaluate is not None:
-        raise ValueError("held_out= and evaluate= are two measures of one thing: give one of them")
+        raise ValueError("held_out= and evaluate= both choose the evaluation: give one of them")
     if o.evaluate is not None and not callable(o.evaluate):
         raise ValueError(f"evaluate={o.evaluate!r} is not a function of the model")
     if o.held_out is not None:
@@ -118,7 +118,7 @@ def evaluation(o):
 
 
 def functions(o):
-    """The two openings, and `write`: each is called, and a class is not the object to call."""
+    """Check the arguments that are functions. A class in place of its object is an error."""
     for name, takes in (("loss", "model, ids, labels, mask"), ("on_step", "model, step, steps"),
                         ("write", "model"), ("evaluate", "model")):
         value = getattr(o, name)
@@ -130,13 +130,13 @@ def functions(o):
 
 
 def shortly(value):
-    """The value on one line."""
+    """The value as text on one line, or its type if that is long."""
     written = repr(value)
     return written if len(written) <= 60 and "\n" not in written else f"a {type(value).__name__}"
 
 
 def files_of(o):
-    """`save_every` without a number is a tenth of the steps; 0 stays 0."""
+    """Check the checkpoints; `save_every` is a tenth of the steps by default, and 0 stays 0."""
     if o.checkpoints is not None:
         if pathlib.Path(o.checkpoints).is_file():
             raise ValueError(f"checkpoints={str(o.checkpoints)!r} is a file, not a directory")

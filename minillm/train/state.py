@@ -5,7 +5,7 @@
     patch.*     buffers of patches (masks), where `on_step` may change them
     options     {place of a patch: its options}, where `on_step` may change them: a mask's sparsity
 
-A checkpoint holds all of it, and the best step so far is a copy of it.
+A checkpoint holds all of it, and a copy of it is kept for the best step so far.
 """
 
 import json
@@ -17,7 +17,7 @@ from minillm.registry.learning import buffers
 
 
 def state(run):
-    """{name: tensor} of what the training changes in the model."""
+    """{name: tensor} of all that the training changes in the model."""
     found = {f"model.{name}": p.detach() for name, p in run.learning}
     found |= {f"buffer.{name}": b for name, b in buffers(run.model)}
     for place, patch in changeable(run).items():
@@ -34,13 +34,13 @@ def changeable(run):
 
 
 def changing(run):
-    """{place: {option: value}} of these patches, as JSON has it."""
+    """{place: {option: value}} of the `changeable` patches, as JSON gives it back."""
     found = {place: patch.config() for place, patch in changeable(run).items()}
     return json.loads(json.dumps(found))
 
 
 def same_patches(run, facts):
-    """Whether the options in a file's facts are those of this model's patches."""
+    """Whether a file's facts have the same options for the same patches as this model."""
     ours = changing(run)
     # A checkpoint of an earlier minillm lacks them.
     return all(names(facts.setdefault(key, ours)) == names(ours)
@@ -52,13 +52,13 @@ def names(options):
 
 
 def copies(run):
-    """[(name in the file, float32 copy)] of what learns in half precision."""
+    """[(name in the file, float32 copy)] of the parameters that learn in half precision."""
     return [(f"optimizer.master.{name}", run.masters[p]) for name, p in run.learning
             if p in run.masters]
 
 
 def snapshot(run):
-    """A copy of all of it, to come back to: (tensors, options)."""
+    """A copy of all that the training changes, for `put_back`: (tensors, options)."""
     return {name: t.clone() for name, t in state(run).items()}, changing(run)
 
 
@@ -71,7 +71,7 @@ def put_back(run, kept):
     tensors, options = kept
     for name, t in state(run).items():
         if any(step == 0 and n > 1 for step, n in zip(t.stride(), t.shape)):
-            t.data = tensors[name].clone()  # made by `expand`: its values are one in memory
+            t.data = tensors[name].clone()  # made by `expand`: its elements share memory
         else:
             t.copy_(tensors[name])
     now = changing(run)
