@@ -247,7 +247,7 @@ def test_bleu_says_in_one_line_what_a_tokenizer_needs(monkeypatch):
     monkeypatch.setattr(library, "_get_tokenizer", missing)
     with pytest.raises(
         ValueError,
-        match=r"tokenize='ja-mecab' needs what is not there \(It needs extra dependencies. "
+        match=r"tokenize='ja-mecab' lacks something \(It needs extra dependencies. "
         r"pip install sacrebleu\[ja\]\); '13a'",
     ):
         measure.bleu(["a"], ["b"], tokenize="ja-mecab")

@@ -1,25 +1,27 @@
-"""All techniques side by side on one model and one task: what each costs, and what it
-gives, before and after making it small.
+"""Compare all techniques on one model and one task: the cost and the quality of each,
+before and after quantization and pruning.
 
 For each technique, in a process of its own:
 
-    load, measure | for each learning rate: wrap, train, measure on the validation split
-    | for each seed: wrap, train at the best rate, measure on the test split | merge
-    where it can be | int8: measure | half of the weights pruned: measure
+    1. load the model and measure it
+    2. for each learning rate: wrap, train, measure on the validation split
+    3. for each seed: wrap, train at the best rate, measure on the test split
+    4. merge the technique, if it can be merged
+    5. quantize to int8 and measure; prune half of the weights and measure
 
-- The learning rate is chosen for each technique by itself, for a technique at another's
-  rate says nothing: the sweep starts with three rates around a usual one and moves on
-  while the best is at its edge. Each rate is tried for as many steps as the training
+- Each technique has its own learning rate, because a comparison at the rate of another
+  technique would show nothing. The sweep starts with three rates around a usual one and
+  goes on while the best is at its edge. Each rate is tried for as many steps as the training
   takes, because a short training prefers another rate than a long one. Nine variants of
-  LoRA, each so tuned, end within 2% of each other (arXiv 2602.04998).
-- What a technique gives is its change against the untuned model on the same held-out
-  text, the mean over the seeds, with a 95% interval over text and seeds
-  (`measure.difference` says how). What int8 and pruning cost is the change against the
+  LoRA, each tuned in this way, end within 2% of each other (arXiv 2602.04998).
+- The effect of a technique is its change against the untuned model on the same held-out
+  text: the mean over the seeds, with a 95% interval over text and seeds
+  (see `measure.difference`). The effect of int8 and of pruning is the change against the
   trained model.
 - Peak memory is that of training alone: weights, gradients, the optimizer's state,
-  activations (`report.Peak` says how).
-- The rows are in table.json as soon as they are known. The same command goes on with
-  those that are missing or failed.
+  activations (see `report.Peak`).
+- Each row is written to table.json as soon as it is known. The same command, run again,
+  measures only the rows that are missing or failed.
 """
 
 import contextlib
@@ -55,7 +57,7 @@ __all__ = [
     "write",
 ]
 
-SIZES = {  # what a run takes by default: the tiny model needs more steps and has the speed for them
+SIZES = {  # the defaults of a run: the tiny model needs more steps, and is fast enough for them
     "tiny": dict(steps=80, seeds=3, batch_size=4, windows=24, limit=64),
     "smollm2": dict(steps=40, seeds=1, batch_size=4, windows=8, limit=32),
 }
@@ -75,31 +77,31 @@ def compare(
     progress=True,
     **sizes,
 ):
-    """The table: a list of rows, a dict for each technique in `names` (None: all).
+    """The table: a list of rows, one dict for each technique in `names` (None: the base methods).
 
-    model, task  as `zoo.load` and `data.task` take them
-    data         a file of the user's own instead of a task (see `row.own`)
-    out          a directory that gets table.json after each technique, and table.md and
-                 table.png at the end. Rows that an earlier run of the same settings and
-                 versions has left there are kept, and only the others are measured.
-                 Anything else in their place is a FileExistsError, unless force=True
-    device, dtype    as `zoo.load` takes them
-    length       tokens of an example; windows of text have twice as many
-    sizes        steps, sweep_steps (as many as steps), seeds, batch_size, windows, limit:
+    model, task  as for `zoo.load` and `data.task`
+    data         the user's own file instead of a task (see `row.own`)
+    out          a directory for table.json, written after each technique, and for table.md
+                 and table.png, written at the end. Rows of an earlier run with the same
+                 settings and versions are kept, and only the others are measured. Any other
+                 file in their place is a FileExistsError, unless force=True
+    device, dtype    as for `zoo.load`
+    length       tokens per example; windows of text have twice as many
+    sizes        steps, sweep_steps (default: as steps), seeds, batch_size, windows, limit:
                  numbers in place of those in SIZES
 
     A technique that fails, even one whose process is killed, has a row with its
-    "error"; the others go on (see `failed`). ValueError for an unknown technique, task
-    or size, before any work.
+    "error", and the others are still measured (see `failed`). ValueError for an unknown
+    technique, task or size, before any work.
     """
     names = BASIC if names is None else list(dict.fromkeys(names))
     settings = check(
         names, model, task, data,
         dict(length=length, seed=seed, device=device, dtype=dtype, threads=threads), sizes
     )
-    table = Table(out, force)  # says now, not after the work, what will not be written
+    table = Table(out, force)  # an output that cannot be written is an error now
     table.begin(settings)
-    loaded, tokenizer = zoo.load(model)  # makes the tiny model, or says now what is missing
+    loaded, tokenizer = zoo.load(model)  # trains the tiny model; a missing model is an error now
     positions = getattr(loaded.config, "positions", 2 * length)
     if not data and task == "language" and 2 * length > positions:
         raise ValueError(
@@ -123,7 +125,7 @@ def compare(
 
 
 def check(names, model, task, data, settings, sizes):
-    """The whole of the settings, a dict; ValueError for what is unknown or too small."""
+    """All settings, a dict; ValueError for a name that is unknown or a number that is too small."""
     for name in names:
         if name not in RATES:
             close = difflib.get_close_matches(name, RATES, 1)
@@ -141,8 +143,8 @@ def check(names, model, task, data, settings, sizes):
         )
     language = not data and task == "language"
     for key, used, by in (
-        ("windows", language, "the text of the task 'language' alone is cut into windows"),
-        ("limit", not data and not language, "the tasks 'summary' and 'package' alone have one"),
+        ("windows", language, "only the text of the task 'language' is cut into windows"),
+        ("limit", not data and not language, "only the tasks 'summary' and 'package' have one"),
     ):
         if sizes.get(key) is not None and not used:
             raise ValueError(f"{key}={sizes[key]} would be ignored: {by}")
@@ -155,7 +157,7 @@ def check(names, model, task, data, settings, sizes):
 
 
 def measured(name, settings, splits):
-    """The row of one technique, measured in a process of its own; an error becomes a row too."""
+    """The row of one technique, measured in a process of its own; an error gives a row too."""
     try:
         return apart(make_row, name, settings, splits)
     except ChildProcessError as error:
@@ -163,21 +165,21 @@ def measured(name, settings, splits):
 
 
 def apart(function, *arguments):
-    """function(*arguments) in a new process; ChildProcessError, with the error's text,
-    where it fails or the process is killed.
+    """function(*arguments) in a new process; ChildProcessError, with the text of the error,
+    if it fails or the process is killed.
     """
     spawn = multiprocessing.get_context("spawn")
     here, there = spawn.Pipe()
     process = spawn.Process(target=answer, args=(there,), daemon=True)
     with ignored():
         process.start()
-    there.close()  # so that the end of the process is the end of the pipe
+    there.close()  # so that the pipe ends when the process ends
     try:
         here.send((function, arguments))
-        while not here.poll(0.2):  # a Ctrl-C that another thread gets ends no longer wait
+        while not here.poll(0.2):  # short waits, as Ctrl-C may not end a long one
             pass
         result, error = here.recv()
-        process.join()  # its end cleans up
+        process.join()  # wait until it has cleaned up
     except (EOFError, ConnectionError):
         process.join()
         code = process.exitcode
@@ -187,7 +189,7 @@ def apart(function, *arguments):
             else f"exit code {code}"
         )
         raise ChildProcessError(f"its process ended without a result ({how})") from None
-    finally:  # Ctrl-C, too, ends the work at once
+    finally:  # also on Ctrl-C
         process.kill()
         process.join()
     if error is not None:
@@ -197,14 +199,14 @@ def apart(function, *arguments):
 
 @contextlib.contextmanager
 def ignored():
-    """A process that is started inside ignores Ctrl-C, which would make it print a traceback.
+    """Let a process that is started inside ignore Ctrl-C, so that it prints no traceback.
 
-    The one that started it gets Ctrl-C as well, and ends it.
+    The process that started it gets Ctrl-C as well, and ends it.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is ignored is inherited
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a new process inherits this
     try:
         yield
     finally:
@@ -212,8 +214,8 @@ def ignored():
 
 
 def answer(there):
-    """What the process of `apart` does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where nothing is inherited (Windows)
+    """The work of the process that `apart` starts."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for Windows, where nothing is inherited
     try:
         function, arguments = there.recv()
         found = function(*arguments), None

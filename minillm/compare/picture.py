@@ -1,11 +1,11 @@
-"""The picture of a comparison: quality against what learns and against memory."""
+"""The picture of a comparison: quality against trainable parameters and against memory."""
 
 from minillm import files
 
 
 def picture(rows, path, title=""):
-    """A dot for each technique that trains, with the 95% interval of its change; a
-    triangle is its end in int8. A PNG.
+    """Draw a dot for each technique that trains, with the 95% interval of its change, and a
+    triangle for its quality in int8. A PNG.
     """
     files.need("matplotlib", "plot")
     from matplotlib.figure import Figure

@@ -1,5 +1,5 @@
-"""One row of the table: load, sweep the learning rate, train once for each seed,
-measure, make small, measure again.
+"""One row of the table: load, sweep the learning rate, train once for each seed, measure,
+quantize and prune, measure again.
 """
 
 import copy
@@ -13,9 +13,9 @@ from minillm import data, measure, train, zoo
 from minillm.measure import report
 from minillm.registry import METHODS, CannotMerge, techniques
 
-# The usual learning rate of each, where its sweep begins: of the base methods near the best that
-# `compare` has found on SmolLM2, and on the tiny model, whose weights take larger steps; of the
-# others (bitfit, dora, pissa) a guess. "full" trains everything,
+# The usual learning rate of each technique, at which its sweep begins. For the base methods it is
+# near the best that `compare` has found, on SmolLM2 and on the tiny model, whose weights take
+# larger steps; for the others (bitfit, dora, pissa) it is a guess. "full" trains everything,
 # "none" nothing.
 RATES, OF_TINY = (
     {"none": None, "full": full}
@@ -24,7 +24,7 @@ RATES, OF_TINY = (
 )
 BASIC = [name for name in RATES if name not in METHODS or METHODS[name].family == name]
 STEP = 10**0.5  # between neighbouring rates of a sweep
-MOST = 6  # rates that a sweep tries
+MOST = 6  # the most rates that a sweep tries
 
 
 def usual(name, model):
@@ -35,13 +35,13 @@ def usual(name, model):
 def make_row(name, settings, splits):
     """One row of the table, a dict for JSON. Runs in a process of its own.
 
-    splits: what `parts` returns, read once for all rows.
+    splits: the result of `parts`, which is read once for all rows.
     """
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
     bench = Bench(name, settings, splits)
     before = bench.quality(bench.model)
-    main = next(iter(before))  # the metric that the sweep and the table go by
+    main = next(iter(before))  # the metric that the sweep and the table use
     row = dict(technique=name, metric=main, rate=None, before=before[main].record())
     row |= dict(trainable=0, peak_bytes=0, seconds=0.0)
     if name != "none":
@@ -71,11 +71,13 @@ def make_row(name, settings, splits):
 
 
 class Bench:
-    """What the row of one technique is measured with: the untuned model, the text, the settings."""
+    """The tools to measure one technique: the untuned model, the text, the settings."""
 
     def __init__(self, name, settings, splits):
         self.name, self.settings, self.splits = name, settings, splits
-        self.model, self.tokenizer = zoo.load(settings["model"], settings["dtype"], settings["device"])
+        self.model, self.tokenizer = zoo.load(
+            settings["model"], settings["dtype"], settings["device"]
+        )
 
     def quality(self, model, split="test", windows=None):
         """{metric: Score} of a model."""
@@ -84,7 +86,7 @@ class Bench:
         return scores(model, self.tokenizer, part, self.settings["length"], windows)
 
     def fit(self, lr, steps, seed):
-        """(a copy of the model, wrapped and trained; a dict of its peak of memory and seconds)."""
+        """(a copy of the model, wrapped and trained; a dict of its peak memory and seconds)."""
         model = copy.deepcopy(self.model)
         torch.manual_seed(seed)
         if self.name in METHODS:
@@ -107,12 +109,12 @@ class Bench:
         return model, dict(peak_bytes=peak.bytes, seconds=seconds)
 
     def attempt(self, lr):
-        """The metrics on the validation split, on half of the windows, after training at a rate."""
+        """The metrics after training at a rate, on half of the validation split's windows."""
         model, _ = self.fit(lr, self.settings["sweep_steps"], self.settings["seed"])
         return self.quality(model, "validation", max(2, self.settings["windows"] // 2))
 
     def trained(self, row):
-        """The model of each seed, at the row's rate; the row takes what the last one cost."""
+        """Yield the model of each seed, at the row's rate; the row gets the cost of the last."""
         if self.name == "none":
             yield self.model
             return
@@ -125,10 +127,10 @@ class Bench:
 
 
 def changes(column, before, after):
-    """{column: the mean over the seeds, its change: against `before`, its seeds: each
-    one's figure}, for JSON.
+    """{column: the mean over the seeds, column_change: its change against `before`,
+    column_seeds: the figure of each seed}, for JSON.
 
-    The ends of the figure are those of the paired change, put on the figure before.
+    The interval of the figure is that of the paired change, applied to the figure before.
     """
     change = measure.change(before, after)
     value = statistics.fmean(after)
@@ -151,11 +153,11 @@ def changes(column, before, after):
 
 def sweep(usual, quality, better=-1):
     """dict(rate: the best learning rate, sweep: {rate: quality(rate)}, at_edge: whether
-    no worse rate was found on one side of it).
+    the best is the smallest or the largest rate tried).
 
-    Three rates around the usual one, then on while the best is at an edge, MOST at the
-    most. A tie goes to the smaller rate, which changes the model less. A rate at which
-    the loss is no longer a number gets None, and is worse than all others.
+    It tries three rates around the usual one, then one more at a time while the best is at
+    an edge, at most MOST. A tie goes to the smaller rate, which changes the model less. A
+    rate at which the loss is no longer a number gets None, and is worse than all others.
     """
     found, grid = {}, [usual / STEP, usual, usual * STEP]
     while grid:
@@ -185,11 +187,11 @@ def sweep(usual, quality, better=-1):
 
 
 def merged(name, model):
-    """What the technique learnt merged into the weights, where it can be; in place,
-    returns the model.
-    """
+    """Merge the technique into the weights, if it can be merged; in place, returns the model."""
+    if name not in METHODS:
+        return model
     try:
-        return techniques()[METHODS[name].family].merge(model, keep=False) if name in METHODS else model
+        return techniques()[METHODS[name].family].merge(model, keep=False)
     except CannotMerge:
         return model
 
@@ -207,7 +209,7 @@ def pruned(model):
 
 
 def parts(tokenizer, settings):
-    """{split: Task} of the settings' task, or of the user's own file."""
+    """{split: Task} for the task in the settings, or for the user's own file."""
     if settings["data"]:
         return own(settings["data"], tokenizer, settings["length"])
     limits = dict(train=None, validation=settings["limit"], test=settings["limit"])
@@ -218,12 +220,12 @@ def parts(tokenizer, settings):
 
 
 def own(path, tokenizer, length):
-    """{split: Task} of a file of the user's: a tenth of its examples for test, a tenth
-    for validation, the rest for training.
+    """{split: Task} for the user's own file: a tenth of its different examples for test, a
+    tenth for validation, the rest for training.
 
-    The order of a hash of the ids decides, so equal examples are in one split. The
-    metric is the perplexity of what the examples learn, such as the completions.
-    ValueError for a file of fewer than 10 different examples.
+    A hash of ids and labels decides, so equal examples are in one split. The metric is the
+    perplexity of the learnt tokens, such as the completions. ValueError for a file of
+    fewer than 10 different examples.
     """
     groups = {}
     for example in data.read(path, tokenizer, length):
@@ -233,7 +235,7 @@ def own(path, tokenizer, length):
     if len(groups) < 10:
         raise ValueError(
             f"{path} has {len(groups)} different examples: "
-            "a comparison needs 10 at least, to train, validate and test"
+            "a comparison needs at least 10, to train, validate and test"
         )
     ordered = [groups[key] for key in sorted(groups)]
     tenth = len(ordered) // 10
@@ -247,7 +249,7 @@ def own(path, tokenizer, length):
 
 
 def scores(model, tokenizer, part, length, windows):
-    """{name: Score} of all the task's metrics on one split; the first is the task's own."""
+    """{name: Score} for all metrics of the task on one split; the first is its main metric."""
     if part.metric == "perplexity":
         one = (
             measure.perplexity(model, tokenizer, part.text, length=2 * length, windows=windows)
@@ -268,5 +270,5 @@ def scores(model, tokenizer, part, length, windows):
 
 
 def score(model, tokenizer, part, length, windows):
-    """The task's own metric on one split, a measure.Score."""
+    """The main metric of the task on one split, a measure.Score."""
     return next(iter(scores(model, tokenizer, part, length, windows).values()))

@@ -1,5 +1,5 @@
-"""The table of a comparison: kept row by row in table.json, printed, and written as
-Markdown with its picture.
+"""The table of a comparison: written to table.json row by row, printed, and written as
+Markdown with a picture.
 """
 
 import contextlib
@@ -23,14 +23,16 @@ OUTPUTS = ("table.json", "table.md", "table.png")
 class Table:
     """The rows so far, {technique: row}, and the directory that keeps them (None: no directory).
 
-    `begin` and `on` take over the rows that the directory has of the same settings and
-    model; `add` writes after each new one.
+    `begin` and `on` take over the rows in the directory that have the same settings and
+    model; `add` writes the table after each new row.
     """
 
     def __init__(self, directory, force=False):
-        """Check that the directory can take the table. FileExistsError for files that
-        minillm did not write, OSError where nothing can be written or a directory has the
-        name of a file, ImportError without matplotlib; none of them with anything changed."""
+        """Check that the directory can take the table, and change nothing before an error.
+
+        FileExistsError for files that minillm did not write, OSError if nothing can be
+        written or a directory has the name of a file, ImportError without matplotlib.
+        """
         self.directory, self.rows, self.old = (
             None if directory is None else pathlib.Path(directory),
             {},
@@ -54,16 +56,16 @@ class Table:
         return self.directory / "table.json"
 
     def begin(self, settings):
-        """Note the settings; FileExistsError, with what differs, if the rows in the
-        directory have others.
+        """Note the settings. FileExistsError, which names the differences, if the rows in
+        the directory have others.
         """
         self.versions = versions(settings["threads"])
         self.settings = settings | dict(records=settings["data"] and contents(settings["data"]))
         self.same(self.settings | self.versions)
 
     def on(self, model):
-        """Take over the rows that the directory has of this model; FileExistsError if they
-        are of other weights.
+        """Take over the rows in the directory; FileExistsError if they are of a model with
+        other weights.
         """
         self.settings["weights"] = fingerprint(model)
         self.same(dict(weights=self.settings["weights"]))
@@ -71,7 +73,7 @@ class Table:
             self.rows = {row["technique"]: row for row in self.old["rows"]}
 
     def same(self, now):
-        """FileExistsError where the rows in the directory had another value of one of these."""
+        """FileExistsError if the rows in the directory have another value for a key of `now`."""
         then = {} if self.old is None else self.old["settings"] | self.old["versions"]
         differ = ", ".join(
             f"{key}={then.get(key)!r} then, {value!r} now"
@@ -80,7 +82,7 @@ class Table:
         )
         if differ:
             raise FileExistsError(
-                f"{self.path} has rows of other settings ({differ}), which are not mixed: "
+                f"{self.path} has rows with other settings ({differ}), which are not mixed: "
                 "give another directory, or replace the table with force=True"
             )
 
@@ -102,7 +104,7 @@ class Table:
 
     @contextlib.contextmanager
     def held(self):
-        """Keep a second run out of the directory: each would lose the other's rows."""
+        """Lock the directory against a second run: each would lose the other's rows."""
         if self.directory is None:
             yield
             return
@@ -113,24 +115,23 @@ class Table:
                 files.unlock(self.directory)
 
     def finish(self):
-        """table.md and table.png."""
+        """Write table.md and table.png."""
         if self.directory is None:
             return
         write(list(self.rows.values()), self.directory, title(self.settings))
 
 
 def read(directory):
-    """The table.json that an earlier run has left, or None; FileExistsError if it,
-    table.md or table.png is another's.
+    """The table.json of an earlier run, or None. FileExistsError if it, table.md or
+    table.png is a file of another program.
     """
     path = directory / "table.json"
     if not path.exists():
         for other in (directory / "table.md", directory / "table.png"):
             if other.exists():
                 raise FileExistsError(
-                    f"{other} is there without a table.json of minillm's compare, "
-                    "and would be replaced: "
-                    "give another directory, or force=True"
+                    f"{other} exists without a table.json of minillm's compare, "
+                    "and would be replaced: give another directory, or force=True"
                 )
         return None
     try:
@@ -159,7 +160,7 @@ def contents(path):
 
 
 def versions(threads=None):
-    """What a figure may depend on beside the settings."""
+    """The versions and the machine: what a figure may depend on beside the settings."""
     found = {}
     for package in ("minillm", "torch", "numpy", "transformers"):
         try:
@@ -187,7 +188,7 @@ def title(settings):
 
 
 def failed(rows):
-    """The rows that have an error in place of figures: an exit code of 1 where there are any."""
+    """The rows that have an error in place of figures."""
     return [row for row in rows if "error" in row]
 
 
@@ -228,7 +229,7 @@ def interval(change):
 
 
 def text(rows):
-    """The table and what a reader has to know beside it, as Markdown."""
+    """The table, with the notes that a reader needs, as Markdown."""
     whole = [row for row in rows if "error" not in row]
     lines = [report.table(shown(rows))]
     if whole:
@@ -250,7 +251,7 @@ def text(rows):
 
 
 def tried(row):
-    """What the sweep of a row found, as a line."""
+    """The result of a row's learning rate sweep, as one line."""
     values = ", ".join(
         f"{rate}: {'nan' if value is None else measure.digits(value)}"
         for rate, value in row["sweep"].items()
@@ -271,7 +272,7 @@ def others(row):
 
 
 def write(rows, directory, title=""):
-    """table.md and table.png (quality against cost) in the directory."""
+    """Write table.md and table.png (quality against cost) to the directory."""
     directory = pathlib.Path(directory)
     with files.atomic(directory / "table.md") as new:
         new.write_text((f"{title}\n\n" if title else "") + text(rows) + "\n", encoding="utf-8")

@@ -8,10 +8,10 @@ examples and an interval.
     BLEU         Papineni et al. 2002, by sacrebleu    0 to 100, of the whole corpus
     ROUGE        Lin 2004, by rouge-score              0 to 1, the mean F-measure
 
-A Score is a float that also carries n and its 95% interval (see `intervals`, which says
-what it covers). Two models on the same examples are compared by `change`, which pairs
-them. Not included: overlapping windows (a stride), which give lower perplexities and
-cost as many times more.
+A Score is a float that also carries n and its 95% interval (`intervals` says what the
+interval covers). `change` compares two models on the same examples, in pairs. Not
+included: overlapping windows. They give lower perplexities, and with a stride of 1/k
+of a window they cost k times as much.
 """
 
 from minillm.measure.answers import Answers, answers, generate_text, measures, room

@@ -1,4 +1,4 @@
-"""A model's answers beside the references: greedy texts, and every metric of them."""
+"""A model's greedy answers, and every metric of them against the references."""
 
 import dataclasses
 import itertools
@@ -13,12 +13,13 @@ from minillm.registry import prepare
 
 
 def generate_text(model, tokenizer, prompts, max_new_tokens=32, batch=8, first_line=False):
-    """Each prompt's greedy continuation up to the end of the text, without the prompt;
-    a list of str.
+    """The greedy continuation of each prompt, without the prompt and up to the end of the
+    text; a list of str.
 
-    prompts: texts, or their ids where a chat template has written them. first_line=True
-    ends the text at the first newline after its first word. ValueError for an empty prompt,
-    and for one that leaves no room for max_new_tokens in the model's positions. The model is minillm's Transformer.
+    prompts: texts, or lists of ids where a chat template has written them. first_line=True
+    ends each text at the first newline after its first word. ValueError for an empty prompt,
+    and for one that leaves no room for max_new_tokens in the model's positions. The model is
+    minillm's Transformer.
     """
     at_least(1, batch=batch)
     most = room(model, max_new_tokens)
@@ -26,9 +27,9 @@ def generate_text(model, tokenizer, prompts, max_new_tokens=32, batch=8, first_l
     for number, row in enumerate(rows, 1):
         if not 0 < len(row) <= most:
             raise ValueError(
-                f"prompt {number} of {len(rows)} has {len(row)} tokens: it takes 1 to {most}, "
-                f"so that max_new_tokens="
-                f"{max_new_tokens} fit into the model's {model.config.positions} positions"
+                f"prompt {number} of {len(rows)} has {len(row)} tokens: it may have 1 to {most}, "
+                f"so that max_new_tokens={max_new_tokens} fit into the model's "
+                f"{model.config.positions} positions"
             )
     texts = []
     for i in range(0, len(rows), batch):
@@ -42,9 +43,9 @@ def generate_text(model, tokenizer, prompts, max_new_tokens=32, batch=8, first_l
 
 
 def room(model, max_new_tokens):
-    """How many tokens a prompt may have, so that as many new ones as max_new_tokens fit after it.
+    """How many tokens a prompt may have, so that max_new_tokens fit after it.
 
-    Soft prompts take their positions first. ValueError where not one token fits.
+    Soft prompts take their positions first. ValueError if not one token fits.
     """
     at_least(1, max_new_tokens=max_new_tokens)
     positions = model.config.positions
@@ -59,7 +60,7 @@ def room(model, max_new_tokens):
 
 @dataclasses.dataclass
 class Answers:
-    """What a model answered: lists of one length, and {name of a metric: its Score}."""
+    """A model's answers: three lists of one length, and {name of a metric: its Score}."""
 
     prompts: list
     references: list
@@ -67,8 +68,8 @@ class Answers:
     scores: dict
 
     def rows(self, n=5, width=40):
-        """The first n answers beside their references, for `report.table`: of a prompt
-        its end, of the others their begin.
+        """The first n answers beside their references, for `report.table`: the end of each
+        prompt, and the start of each reference and answer.
         """
 
         def cell(text, end=False):
@@ -85,7 +86,7 @@ class Answers:
         ]
 
     def summary(self):
-        """A line a metric: the figure, its interval, and n."""
+        """One line for each metric: the figure, its interval, and n."""
         lines = []
         for name, one in self.scores.items():
             interval = (
@@ -95,13 +96,16 @@ class Answers:
         return "\n".join(lines)
 
 
-def answers(model, tokenizer, prompts, references, *, ids=None, max_new_tokens=64, batch=8, first_line=False):
+def answers(
+    model, tokenizer, prompts, references, *, ids=None, max_new_tokens=64, batch=8,
+    first_line=False,
+):
     """Generate a greedy answer to each prompt and score it against its reference;
     returns Answers.
 
-    ids: those of the prompts, where `tokenizer.encode` would not give them (a chat template writes
-    BOS itself). The metrics are those of `measures`. ValueError as `generate_text`, and where the
-    lists differ in length or are empty.
+    ids: the ids of the prompts, if `tokenizer.encode` would give others (a chat template
+    writes BOS itself). `measures` lists the metrics. ValueError as in `generate_text`, and
+    if the lists differ in length or are empty.
     """
     prompts, references = paired(prompts, references)
     texts = generate_text(model, tokenizer, ids or prompts, max_new_tokens, batch, first_line)
@@ -110,12 +114,11 @@ def answers(model, tokenizer, prompts, references, *, ids=None, max_new_tokens=6
 
 def measures(texts, references):
     """{name: Score}: exact match, F1 of tokens, BLEU, ROUGE-1, ROUGE-2 and ROUGE-L of
-    texts beside references.
+    texts against references.
 
-    Exact match takes two texts that differ in white space at their ends for equal.
-    Where references repeat, so that there are at most half as many different ones as
-    there are references, each is a class, and the macro F1 over classes is among the
-    metrics.
+    Exact match ignores white space at the ends of both texts. If at most half of the
+    references are different, each different one is a class, and the macro F1 over these
+    classes is one more metric.
     """
     texts, references = paired(texts, references)
     texts, references = [t.strip() for t in texts], [r.strip() for r in references]

@@ -1,20 +1,19 @@
 """A figure with its interval, and the paired difference of two models on the same examples.
 
-Every metric here is a function `measure(parts)` of an array `parts` (n, ...): a row
-holds what one example contributes. So one recipe, the jackknife (Quenouille 1956, Tukey
+Every metric here is a function `measure(parts)` of an array `parts` (n, ...): each row
+holds what one example contributes. So one method, the jackknife (Quenouille 1956, Tukey
 1958), gives the variance of all of them:
 
     theta_i   the metric without example i
     V       = (n - 1)/n  sum_i (theta_i - mean of theta)^2
     interval  theta -+ t(n - 1) sqrt(V)        t: Student's quantile, so that few examples widen it
 
-For a mean this is the usual t interval. Perplexity takes its interval on the logarithm,
-where a mean is what is averaged. A percentile bootstrap, the usual choice, covers the
-truth in 85% of cases where n is 8 and 95% is promised. A share (accuracy) takes
-Wilson's interval (1927): it stays within 0 and 1, and does not shrink to nothing at
-either end.
+For a mean this is the usual t interval. The interval of perplexity is that of its
+logarithm, which is a mean. A percentile bootstrap, the usual choice, covers the true
+value in 85% of cases at n = 8, where 95% is the claim. A share (accuracy) has Wilson's
+interval (1927): it stays within 0 and 1, and does not shrink to width 0 at either end.
 
-With fewer than FEWEST examples, or where all contribute alike, there is no interval,
+With fewer than FEWEST examples, or if all contribute the same, there is no interval,
 and `low` and `high` are None.
 """
 
@@ -31,12 +30,12 @@ LARGEST = math.log(sys.float_info.max)  # 709.8: beyond it, e^x is no float
 
 
 def exp(x):
-    """e^x; infinity where a float cannot hold it, such as the perplexity of a diverged model."""
+    """e^x; infinity if a float cannot hold it, as for the perplexity of a diverged model."""
     return math.exp(x) if x < LARGEST else math.inf
 
 
 def expm1(x):
-    """e^x - 1; infinity where a float cannot hold it."""
+    """e^x - 1; infinity if a float cannot hold it."""
     return math.expm1(x) if x < LARGEST else math.inf
 
 
@@ -44,10 +43,10 @@ def expm1(x):
 class Metric:
     """How the rows of examples become a figure.
 
-    measure: parts (n, ...) -> float, on the scale where the interval is taken. `shown`
-    maps that scale to the figure, and `changed` a difference on that scale to the
-    change that a table shows. A `share` is a mean of zeros and ones. least and most
-    bound the figure. better: 1 if more is better, -1 if less is.
+    measure: parts (n, ...) -> float, on the scale of the interval. `shown` maps that
+    scale to the figure, and `changed` maps a difference on that scale to the change that
+    a table shows. share: whether the metric is a mean of zeros and ones. least and most
+    bound the figure. better: 1 if a larger figure is better, -1 if a smaller one is.
     """
 
     measure: Callable = lambda parts: parts.mean()
@@ -59,16 +58,16 @@ class Metric:
     better: int = 1
 
     def moved(self, figure, change):
-        """The figure after a change, as `difference` counts it."""
+        """The figure after a change as `difference` gives it."""
         return figure * (1 + change) if self.changed is expm1 else figure + change
 
 
 class Score(float):
-    """A figure that knows its name, the number of examples n, and the ends low and high
-    of its 95% interval (None: there is none).
+    """A float with a name, the number of examples n, and the ends low and high of its 95%
+    interval (None: there is none).
 
-    `parts` (n, ...) is what each example contributes; `difference` pairs two models by
-    it. A pickle keeps it, `record()` does not.
+    `parts` (n, ...) is what each example contributes; `difference` uses it to pair two
+    models. A pickle keeps `parts`, `record()` does not.
     """
 
     def __new__(cls, value, name="", n=0, low=None, high=None, parts=None):
@@ -100,8 +99,8 @@ def digits(x):
 def t_quantile(freedom):
     """The t with 95% of Student's distribution between -t and t.
 
-    With x = sqrt(freedom) tan(angle) the density of the angle is cos(angle) ** (freedom
-    - 1), whose sum over a grid is the distribution.
+    With x = sqrt(freedom) tan(angle) the density of the angle is proportional to
+    cos(angle) ** (freedom - 1). Its sums over a grid give the distribution.
     """
     angle = np.linspace(0, math.pi / 2, 20_001)
     density = np.cos(angle) ** (freedom - 1)
@@ -112,17 +111,15 @@ def t_quantile(freedom):
 
 
 def jackknife(parts, measure):
-    """The variance of measure(parts) over the n rows of parts (n, ...), which must be
-    at least two.
-    """
+    """The jackknife variance of measure(parts), for parts (n, ...) with n of at least 2."""
     n = len(parts)
     without = np.array([measure(np.delete(parts, i, axis=0)) for i in range(n)])
     return (n - 1) / n * float(((without - without.mean()) ** 2).sum())
 
 
 def wilson(share, n):
-    """Wilson's interval of a share of n examples; it begins at 0 where none is right, and
-    ends at 1 where all are.
+    """Wilson's interval of a share of n examples. It begins at 0 if the share is 0, and
+    ends at 1 if the share is 1.
     """
     z = statistics.NormalDist().inv_cdf(0.975)
     middle, half = share + z * z / (2 * n), z * math.sqrt(
@@ -149,11 +146,11 @@ def score(name, parts, metric):
 
 
 def difference(before, after, metric):
-    """What changed from `before` to `after`, lists of one Score for each seed, all on
-    the same n examples; a Score.
+    """The change from `before` to `after`, a Score. Both are lists of one Score for each
+    seed, all on the same n examples.
 
-    The figure is the mean over the seeds of (after - before): of perplexity the
-    relative change, -0.2 for a fifth less; of other metrics the plain difference. Its
+    The figure is the mean over the seeds of (after - before): for perplexity the
+    relative change (-0.2 is a fifth less), for other metrics the plain difference. Its
     interval covers two causes of chance, whose variances add:
 
         V_examples  jackknife over the n examples, of the mean over seeds:
@@ -161,10 +158,10 @@ def difference(before, after, metric):
         V_seeds     variance between the S seeds / S:
                     another order of training, other initial values
 
-    with Student's t at the degrees of freedom of Welch and Satterthwaite. Pairing takes
-    out what makes an example hard for every model. The chance of one example under one
-    seed is in both terms, so the interval is rather too wide. With one seed V_seeds is
-    unknown: the interval is that of this one training. For a share two rows are added,
+    with Student's t at the degrees of freedom of Welch and Satterthwaite. Pairing removes
+    what makes an example hard for every model. The chance of one example under one
+    seed is in both terms, so the interval is a little too wide. With one seed V_seeds is
+    unknown, and the interval is that of this one training. For a share two rows are added,
     one in favour of each side (Bonett & Price 2012): without them, models that agree
     everywhere would have an interval of width 0.
     """

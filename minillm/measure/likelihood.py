@@ -1,6 +1,4 @@
-"""What a model thinks of given text: the likelihood of tokens, perplexity, and the
-likeliest of several choices.
-"""
+"""The likelihood that a model gives to text: of tokens, as perplexity, and of choices."""
 
 import numpy as np
 import torch
@@ -16,11 +14,11 @@ from minillm.model.generate import evaluating, left_pad
 
 @torch.inference_mode()
 def nll(model, ids, labels, mask=None):
-    """(-log p of the labels, summed for each row (b,); how many there are (b,)); labels
+    """(-log p of the labels, summed for each row (b,); the number of labels (b,)). Labels
     of -100 do not count.
 
-    ids, labels, mask (b, t) on any device; the model may be minillm's, Hugging Face's,
-    or any that maps ids to logits.
+    ids, labels, mask (b, t) may be on any device; the model may be minillm's, Hugging
+    Face's, or any that maps ids to logits.
     """
     with evaluating(model):
         device = next(model.parameters()).device
@@ -29,9 +27,8 @@ def nll(model, ids, labels, mask=None):
         )
         target, keep = labels[:, 1:], labels[:, 1:] != -100
         if native(model):
-            h = model.hidden(ids, mask)[:, :-1][
-                keep
-            ]  # (kept, width): the head is applied to 512 rows at a time
+            h = model.hidden(ids, mask)[:, :-1][keep]  # (kept, width)
+            # The head is applied to 512 rows at a time, which bounds the memory of the logits.
             pieces = [
                 F.cross_entropy(model.lm_head(x).float(), y, reduction="none")
                 for x, y in zip(h.split(512), target[keep].split(512))
@@ -57,12 +54,12 @@ def at_least(least, **arguments):
 
 
 def perplexity(model, tokenizer, text, length=512, windows=None, batch=4):
-    """The perplexity of text, a Score, over windows of `length` tokens that do not
-    overlap, at most `windows` of them.
+    """The perplexity of text, a Score, over at most `windows` windows of `length` tokens,
+    which do not overlap.
 
-    The first token of a window is not predicted, no token is put before it, and a last
+    The first token of a window is not predicted, and no token is put before it. A last
     window that is not full is left out unless it is the only one. The interval is over
-    windows. ValueError for a length below 2, windows or batch below 1.
+    windows. ValueError for a length below 2, and for windows or batch below 1.
     """
     at_least(2, length=length)
     at_least(1, windows=windows, batch=batch)
@@ -75,20 +72,19 @@ def perplexity(model, tokenizer, text, length=512, windows=None, batch=4):
     for i in range(0, len(rows), batch):
         x = torch.tensor(rows[i : i + batch])
         labels = x.clone()
-        labels[:, 0] = (
-            -100
-        )  # a soft prompt would predict it, and be measured on more tokens than other methods
+        # A soft prompt would predict the first token, and so be measured on more tokens.
+        labels[:, 0] = -100
         parts += zip(*(t.tolist() for t in nll(model, x, labels)))
     return score("perplexity", parts, metric("perplexity"))
 
 
 def completions(model, examples, pad=0, batch=8):
-    """The perplexity of what the Examples have to learn (the completions of the user's
+    """The perplexity of the learnt tokens of Examples (the completions of the user's
     records), a Score over examples.
 
-    Its logarithm is the loss that training reports: the mean over all learnt tokens. An
-    example's first token is not predicted. ValueError where there is no example, or
-    none with a token to predict.
+    Its logarithm is the loss that training reports: the mean over all learnt tokens. The
+    first token of an example is not predicted. ValueError if no example has a token to
+    predict.
     """
     at_least(1, batch=batch)
     check_examples(examples)
@@ -104,12 +100,11 @@ def completions(model, examples, pad=0, batch=8):
 
 
 def choose(model, tokenizer, prompts, choices, batch=8):
-    """For each prompt the choice the model finds likeliest after it, by the mean
-    log-likelihood of the choice's tokens.
+    """For each prompt, the choice with the largest mean log-likelihood of its tokens.
 
     The mean and not the sum: choices have different numbers of tokens, and the sum
-    would prefer short ones. ValueError where there are no prompts or no choices, or one
-    of them is empty: nothing precedes the choice, or nothing is chosen.
+    would prefer short ones. ValueError if there are no prompts or no choices, or if one
+    of them is an empty text.
     """
     at_least(1, batch=batch)
     prompts, choices = listed(prompts), listed(choices)

@@ -1,4 +1,4 @@
-"""The bytes of a model, counted, and the peak of memory of a block of code, measured."""
+"""Count the bytes of a model, and measure the peak memory of a block of code."""
 
 import collections
 import ctypes
@@ -13,8 +13,10 @@ from minillm.registry.past import Aside
 
 
 def bytes_by_format(model):
-    """{format: bytes} of all parameters and buffers, each storage once: the Format's
-    name, else the dtype's; "kept by merge" for what `unmerge` would put back.
+    """{format: bytes} of all parameters and buffers, each storage once.
+
+    The key is the name of the Format, else of the dtype; "kept by merge" holds the weights
+    that `unmerge` would put back.
     """
     found, seen = collections.Counter(), set()
 
@@ -42,15 +44,17 @@ class Peak:
     """The most memory that a block of code needs for a model: `with Peak(model) as
     peak: train(...)`, then peak.bytes.
 
-    bytes = the model's parameters and buffers, counted, + the most that the process
-    grew by during the block. Of training this is the weights, gradients, the
-    optimizer's state, activations and what the operators work in. What the process held
-    before the block (the program, text, other copies of the model) is not in it. On
-    Linux the kernel's record of the peak is reset first, and memory that was freed
-    earlier goes back to the system, for reused memory would not show as growth. With
-    the model on CUDA it is torch's own count on the device. Where a record cannot be
-    reset (macOS), only growth beyond the earlier peak is seen, and the figure is too
-    small if the process has held more before.
+    bytes = the counted bytes of the model's parameters and buffers + the largest growth
+    of the process during the block. For a training this is the weights, gradients, the
+    optimizer's state, activations and the workspace of the operators. Memory that the
+    process held before the block (the program, text, other copies of the model) does not
+    count.
+
+    On Linux, Peak first resets the kernel's record of the peak, and returns freed memory
+    to the system, because reused memory would not show as growth. For a model on CUDA,
+    torch's own count on the device is used. If the record cannot be reset (macOS), Peak
+    sees only growth beyond the earlier peak, so the figure is too small if the process
+    held more before.
     """
 
     def __init__(self, model):
@@ -75,7 +79,7 @@ class Peak:
 
 
 def give_back():
-    """Return memory that is free in the allocator to the system, where it is glibc's."""
+    """Return the allocator's free memory to the system (only with glibc)."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError, TypeError):  # another libc or system
@@ -83,8 +87,8 @@ def give_back():
 
 
 def reset_peak():
-    """Let the kernel's record of this process's peak begin anew; False where it cannot
-    (man 5 proc, clear_refs).
+    """Reset the kernel's record of this process's peak (man 5 proc, clear_refs); False if
+    the system cannot.
     """
     try:
         pathlib.Path("/proc/self/clear_refs").write_text("5")
@@ -111,14 +115,13 @@ def peak_memory():
     """The most bytes that this process has held since it began, or since `reset_peak`;
     with CUDA in use, the most on the device.
 
-    The whole process: the program, its libraries and text as well as the model. `Peak`
-    has what training a model needs.
+    This counts the whole process: the program, its libraries and text as well as the
+    model. `Peak` measures what the training of a model needs.
     """
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
-    if (
-        peak := status("VmHWM")
-    ) is not None:  # getrusage would begin with the peak of the process that started this one
+    # First VmHWM: getrusage would begin with the peak of the process that started this one.
+    if (peak := status("VmHWM")) is not None:
         return peak
     import resource
 

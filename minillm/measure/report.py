@@ -1,11 +1,11 @@
-"""What a model costs: parameters, bytes, what training needs, and the time of a token;
+"""What a model costs: parameters, bytes, the memory of training and the time of a token,
 as table, JSON and picture.
 
-Training a model holds four things beside the program: the weights; a gradient for each
-parameter that learns; AdamW's two states for each of these; and what the forward pass
-keeps for the backward pass (the activations), which alone grows with the batch. The
-first three are counted, the last is measured by listening to what autograd saves in one
-step.
+Training a model needs memory for four things beside the program: the weights; a gradient
+for each parameter that learns; AdamW's two states for each of these; and the tensors that
+the forward pass keeps for the backward pass (the activations). Only the last grows with
+the batch. The first three are counted; the last is measured, by hooks on what autograd
+saves in one step.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class Report:
     length: int
 
     def table(self):
-        """Text, two columns."""
+        """The report as a text of two columns."""
         mib = {"bytes, " + name: size for name, size in self.bytes_by_format.items()}
         mib |= {
             f"training: {name}": getattr(self, name)
@@ -61,7 +61,7 @@ class Report:
         return json.dumps(dataclasses.asdict(self), indent=2)
 
     def picture(self, path):
-        """A bar of what training needs, as PNG."""
+        """Draw the memory that training needs as one bar, a PNG."""
         files.need("matplotlib", "plot")
         from matplotlib.figure import Figure
 
@@ -79,15 +79,17 @@ class Report:
 
 
 def report(model, batch=1, length=128, repeats=5, vocabulary=None):
-    """The Report of a model; activations and time are those of `batch` rows of `length`
+    """The Report of a model. Activations and time are measured on `batch` rows of `length`
     random ids below `vocabulary`.
 
-    vocabulary: by default the configuration's, or the rows of the first embedding.
-    ValueError where there is neither, and for a batch below 1 or a length below 2, in
-    which nothing is predicted.
+    vocabulary: by default that of the configuration, or the rows of the first embedding.
+    ValueError if there is neither, and for a batch below 1 or a length below 2, which has
+    nothing to predict.
     """
     if batch < 1 or length < 2:
-        raise ValueError(f"batch={batch}, length={length}: at least one row of two tokens")
+        raise ValueError(
+            f"batch={batch}, length={length}: a report needs at least one row of two tokens"
+        )
     learning = [p for p in model.parameters() if p.requires_grad]
     half = 4 * sum(p.numel() for p in learning if p.element_size() < 4)  # float32 copies
     gradients = half + sum(p.numel() * p.element_size() for p in learning if p.element_size() >= 4)
@@ -97,9 +99,8 @@ def report(model, batch=1, length=128, repeats=5, vocabulary=None):
     length = min(
         length, getattr(config, "positions", getattr(config, "max_position_embeddings", length))
     )
-    ids = torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(0)).to(
-        device
-    )
+    numbers = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (batch, length), generator=numbers).to(device)
     return Report(
         parameters=sum(p.numel() for p in model.parameters()),
         trainable=sum(p.numel() for p in learning),
@@ -129,8 +130,8 @@ def size_of_vocabulary(model):
 
 
 def saved_bytes(model, ids):
-    """The bytes that a forward pass of the loss keeps for the backward pass, parameters
-    left out, each storage once.
+    """The bytes that a forward pass of the loss keeps for the backward pass, without the
+    parameters and with each storage once.
     """
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     saved = {}
@@ -154,7 +155,7 @@ def saved_bytes(model, ids):
 
 @torch.inference_mode()
 def seconds(model, ids, repeats):
-    """The median time of a forward pass."""
+    """The median time of a forward pass, in seconds."""
     was_training, times = model.training, []
     model.eval()
     for _ in range(repeats + 1):

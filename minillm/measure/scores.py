@@ -1,5 +1,5 @@
-"""Metrics of answers beside their references: accuracy, F1, BLEU, ROUGE, each a Score
-with its interval.
+"""Metrics of answers against references: accuracy, F1, BLEU, ROUGE, each a Score with its
+interval.
 """
 
 import re
@@ -23,18 +23,18 @@ NO_SPACES = re.compile(
 
 def words(text):
     """The words of a text in any script, in lower case: letters, digits and the marks
-    on them; all else separates.
+    on them. All other characters separate words.
 
     In scripts without spaces every character is a word. On ASCII text these are the
-    tokens of rouge-score, which drops every other character, so that its ROUGE of a
-    Russian or Chinese text is 0.
+    tokens of rouge-score, which drops all other characters: its ROUGE of a Russian or
+    Chinese text is 0.
     """
     letters = "".join(c if unicodedata.category(c)[0] in "LNM" else " " for c in text.lower())
     return NO_SPACES.sub(r" \g<0> ", letters).split()
 
 
 class Words:
-    """`words` in the form that rouge-score takes a tokenizer in."""
+    """`words` as a tokenizer object for rouge-score."""
 
     @staticmethod
     def tokenize(text):
@@ -45,7 +45,7 @@ class Words:
 
 
 def log_perplexity(parts):
-    """parts (n, 2): the summed -log p of an example's tokens, and how many there are."""
+    """parts (n, 2): the summed -log p of an example's tokens, and their number."""
     return parts[:, 0].sum() / parts[:, 1].sum()
 
 
@@ -100,18 +100,17 @@ METRICS = {
 
 
 def metric(name):
-    """The Metric of a Score's name; a mean between 0 and 1 (ROUGE of every kind) unless
-    the table says otherwise.
+    """The Metric of a Score's name; a mean between 0 and 1 (ROUGE of every kind) if the
+    name is not in METRICS.
     """
     return METRICS.get(name, Metric(least=0, most=1))
 
 
 def change(before, after):
-    """What changed, paired: two Scores, or a list of Scores, one for each seed; see
-    `intervals.difference`.
+    """The paired change from `before` to `after`, a Score; see `intervals.difference`.
 
-    One `before` serves all seeds. ValueError where they are not of one metric on as
-    many examples.
+    Each is a Score or a list of Scores, one for each seed; a single `before` serves all
+    seeds. ValueError if they differ in their metric or number of examples.
     """
     after = [after] if isinstance(after, float) else list(after)
     before = [before] * len(after) if isinstance(before, float) else list(before)
@@ -121,7 +120,7 @@ def change(before, after):
         or len({(one.name, one.n) for one in before + after}) != 1
     ):
         raise ValueError(
-            f"scores pair where their metric, n and number of seeds agree, not {before} and {after}"
+            f"{before} and {after} cannot be paired: their metric, n and number of seeds must agree"
         )
     return difference(before, after, metric(before[0].name))
 
@@ -130,9 +129,11 @@ def change(before, after):
 
 
 def listed(values):
-    """The values as a list; TypeError for one text, which is no list of its characters."""
+    """The values as a list; TypeError for a single text."""
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        raise TypeError(f"{reprlib.repr(values)} is no list: give a list, also for one: [...]")
+        raise TypeError(
+            f"{reprlib.repr(values)} is not a list: give a list, also for one text: [...]"
+        )
     return list(values)
 
 
@@ -141,7 +142,7 @@ def paired(predictions, references):
     if len(predictions) != len(references) or not references:
         raise ValueError(
             f"{len(predictions)} predictions and {len(references)} references: "
-            "as many of each, and at least one"
+            "give as many of each, and at least one"
         )
     return predictions, references
 
@@ -153,8 +154,8 @@ def accuracy(predictions, references, name="accuracy"):
 
 
 def f1(predictions, references, average="macro"):
-    """F1 over the classes that occur in either list, a Score: "macro" is their plain
-    mean, "micro" counts all together.
+    """F1 over the classes that occur in either list, a Score. "macro" is the mean over the
+    classes, "micro" is F1 of the counts of all classes together.
     """
     predictions, references = paired(predictions, references)
     if average not in ("macro", "micro"):
@@ -177,8 +178,8 @@ def token_f1(predictions, references):
     """The mean F1 between the tokens of an answer and of its reference, 0 to 1, a Score
     (Rajpurkar et al. 2016, arXiv 1606.05250).
 
-    With c tokens in common, precision is c / tokens of the answer and recall c / tokens
-    of the reference. Two texts without any token agree, and F1 is 1.
+    With c tokens in common, precision is c / tokens of the answer and recall is c / tokens
+    of the reference. Two texts without tokens agree: their F1 is 1.
     """
     predictions, references = paired(predictions, references)
     rows = []
@@ -191,8 +192,8 @@ def token_f1(predictions, references):
 
 
 def bleu(hypotheses, references, tokenize="13a"):
-    """Corpus BLEU, 0 to 100, a Score: sacrebleu's defaults (exponential smoothing). One
-    reference each.
+    """Corpus BLEU, 0 to 100, a Score, with sacrebleu's defaults (exponential smoothing) and
+    one reference for each hypothesis.
 
     tokenize: a tokenizer of sacrebleu, else ValueError; "13a" splits at spaces and
     punctuation, "zh" is for Chinese, "char" for any script.
@@ -205,12 +206,11 @@ def bleu(hypotheses, references, tokenize="13a"):
         each, rows = BLEU(effective_order=True, tokenize=tokenize), []
     except (RuntimeError, ImportError, OSError) as error:  # it needs another package, or a download
         raise ValueError(
-            f"tokenize={tokenize!r} needs what is not there ({' '.join(str(error).split())}); "
-            "'13a', 'intl', 'zh', 'char' and 'none' need nothing more"
+            f"tokenize={tokenize!r} lacks something ({' '.join(str(error).split())}); "
+            "'13a', 'intl', 'zh', 'char' and 'none' work without it"
         ) from error
-    for hypothesis, reference in zip(
-        hypotheses, references
-    ):  # lengths, then matches and totals of each order of n-gram
+    # A row: both lengths, then matches and totals of each order of n-gram.
+    for hypothesis, reference in zip(hypotheses, references):
         s = each.sentence_score(hypothesis, [reference])
         rows.append([s.sys_len, s.ref_len, *s.counts, *s.totals])
     return score("BLEU", rows, metric("BLEU"))

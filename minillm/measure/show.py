@@ -1,5 +1,5 @@
-"""The model as a tree: each module's name, its leaf or class, its format and patches,
-what of it learns, and its bytes.
+"""The model as a tree: each module with its class, format, patches, trainable parameters
+and bytes.
 """
 
 import re
@@ -10,16 +10,16 @@ from minillm.registry import Format, Layer, leaf, walk
 
 
 class Tree(str):
-    """Text that a prompt and a notebook show as it is."""
+    """A str whose repr is the text itself, so that a prompt or a notebook shows it well."""
 
     __repr__ = str.__str__
 
 
 def show(model):
-    """A line a module: name, class, [format], patches innermost first, parameters that
-    learn of all, bytes.
+    """The tree as text, one line for each module: name, class, [format], patches from the
+    innermost outwards, trainable of all parameters, bytes.
 
-    Neighbours in a list that are alike in everything are one line for all, with the bytes of all.
+    Equal neighbours in a list share one line, with the sums of their parameters and bytes.
     """
     if not isinstance(model, nn.Module):
         given = repr(model) if isinstance(model, str) else type(model).__name__
@@ -74,7 +74,7 @@ def show(model):
 
 
 def multiplicity(lines, name):
-    """How many modules the nearest line above `name` in the tree stands for."""
+    """How many modules the nearest line above `name` in the tree represents."""
     return next((times for other, *_, times in reversed(lines) if name.startswith(other + ".")), 1)
 
 
@@ -85,9 +85,10 @@ def line(name, text, learn, total, size):
 
 
 def describe(site, shared):
-    kind = type(site.module.shell.kept[0] if isinstance(site.module, Format) else site.module).__name__
+    formatted = isinstance(site.module, Format)
+    kind = type(site.module.shell.kept[0] if formatted else site.module).__name__
     kind += f" {site.shape[0]}x{site.shape[1]}" if leaf(site.module) else ""
-    stored = f" [{site.module.kind}]" if isinstance(site.module, Format) else ""
+    stored = f" [{site.module.kind}]" if formatted else ""
     patches = "".join(
         f" + {name}({patch.extra_repr()})"
         for name, patch in (site.layer.patches.items() if site.layer else ())
@@ -111,8 +112,8 @@ def own_tensors(site):
 
 
 def root_tensors(model, seen):
-    """(learning, parameters and buffers, bytes) of what the model itself owns directly,
-    without the storages in `seen`.
+    """(trainable parameters, all parameters and buffers, bytes) that the root module itself
+    owns, without the storages in `seen`.
     """
     root = model.base if isinstance(model, Layer) else model
     own = [

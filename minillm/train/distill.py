@@ -13,7 +13,8 @@ teacher reads the same batch, in eval mode and without gradients.
 
 Cost: a forward pass of the teacher for each batch, and the logits of the learnt tokens of both
 models, (n, vocabulary) each. Student and teacher need the same tokenizer. Not included: hidden
-states and attention maps as targets (TinyBERT), and texts that the teacher writes (Kim & Rush 2016).
+states and attention maps as targets (TinyBERT), and texts that the teacher writes (Kim & Rush
+2016).
 
 >>> import torch, minillm
 >>> from minillm.train.distill import Distillation
