@@ -1,15 +1,15 @@
-"""Files that are never half written and never lost; optional packages, asked for by name.
+"""Atomic writes that never lose a file; also JSON, checksums, locks and optional packages.
 
 A program that dies in the middle of a save must leave the old file as it was. So everything that
 `minillm` writes goes to a temporary name in the same directory, is flushed to the disk, and is then
 renamed: a rename within one file system is atomic.
 
-Three rules keep what the user has:
+Three rules protect the user's files:
 
     1. `check_writable` finds what is in the way, and callers run it before their work.
-    2. A file never takes the place of a directory, nor a directory that of a file.
-    3. A directory is replaced as a whole, and what minillm did not write stays in it: the new
-       directory gets hard links to these files before the two change places.
+    2. A file never replaces a directory, and a directory never replaces a file.
+    3. A directory is replaced as a whole, and files in it that minillm did not write stay: the new
+       directory gets hard links to them before the two directories change places.
 """
 
 import contextlib
@@ -33,13 +33,13 @@ from minillm.swap import flush, others, swap
 def check_writable(path, directory=False, force=False, own=(), needs=None):
     """Raise the error that a later write of `path` would meet; write nothing that stays.
 
-    directory: a directory is wanted at `path`, not a file. force: an existing file may be
-    replaced, and a directory may be written in which other files are. own: names in the existing
-    directory that minillm wrote and may replace. needs: a regular expression of the names that
-    the write uses; a file of such a name that is not among `own` is in the way even with force.
+    directory: whether `path` is to be a directory, not a file. force: an existing file may be
+    replaced, and a directory that holds other files may be written to. own: names in the existing
+    directory that minillm wrote and may replace. needs: a regular expression for the names that
+    the write uses; a file with such a name that is not in `own` is an error even with force.
 
-    FileExistsError, which names what is in the way; IsADirectoryError and NotADirectoryError for
-    the other kind of thing; PermissionError where the directory above cannot be written.
+    FileExistsError, which names what is in the way; IsADirectoryError or NotADirectoryError if
+    `path` is of the other kind; PermissionError if the directory above cannot be written.
     """
     path, wanted = behind_links(path), "a directory" if directory else "a file"
     if not os.path.lexists(path):
@@ -69,12 +69,12 @@ def check_writable(path, directory=False, force=False, own=(), needs=None):
                               "minillm never replaces it")
     if foreign and not force:
         raise FileExistsError(f"{path} holds {listed(foreign)}, which minillm did not write: "
-                              "choose another directory, or keep that and write beside it with "
-                              "force=True (--force)")
+                              "choose another directory, or write beside it with force=True "
+                              "(--force), which keeps it")
 
 
 def check_above(path):
-    """An error where the directory of `path` cannot be made or written."""
+    """Raise an error if the directory of `path` cannot be made or written."""
     above = next(p for p in path.parents if os.path.lexists(p))
     if not above.is_dir():
         raise NotADirectoryError(f"{path} cannot be written: {above} is not a directory")
@@ -82,7 +82,7 @@ def check_above(path):
         raise PermissionError(f"{path} cannot be written: there is no permission to write in "
                               f"{above}")
     try:
-        with tempfile.TemporaryFile(dir=above):  # /proc says yes, and takes no file
+        with tempfile.TemporaryFile(dir=above):  # os.access is True for /proc, which takes no file
             pass
     except OSError as error:
         why = error.strerror or error
@@ -90,7 +90,7 @@ def check_above(path):
 
 
 def behind_links(path):
-    """The absolute path that is really written: a symbolic link is followed, and stays."""
+    """The absolute path to write: a symbolic link is followed, and stays."""
     real = pathlib.Path(os.path.realpath(path))
     if real.is_symlink():
         raise FileExistsError(f"{path} is a symbolic link that leads in a circle")
@@ -98,7 +98,7 @@ def behind_links(path):
 
 
 def listed(names):
-    """Three of them, and how many more."""
+    """The first three names, and how many more there are, as text."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
 
@@ -110,11 +110,11 @@ def listed(names):
 def atomic(path, own=()):
     """Yield a temporary path beside `path`; put it at `path` if the block ends well.
 
-    The block makes a file or a directory there. A new file gets the mode of the user's umask, one
-    that replaces another the mode of that. A directory at `path` loses its files `own` (names) and
-    keeps all others. A symbolic link is written through.
+    The block makes a file or a directory there. A new file gets its mode from the user's umask; a
+    file that replaces another gets the mode of the old one. A directory at `path` loses its files
+    `own` (names) and keeps all others. A symbolic link at `path` stays, and its target is written.
 
-    OSError, which names `path` once, where the disk is full or the place cannot be written.
+    OSError, which names `path` once, if the disk is full or the path cannot be written.
     """
     path = behind_links(path)
     with one_error(path):
@@ -139,15 +139,15 @@ def atomic(path, own=()):
 
 
 def short(name, most=100):
-    """A name's beginning, so that what is added to it does not make it too long for a name."""
+    """The start of a name, so that it is not too long for the file system with an addition."""
     return name.encode(errors="surrogateescape")[:most].decode(errors="ignore")
 
 
 @contextlib.contextmanager
 def one_error(path, scratch=None):
-    """Turn the errors of writing `path`, which speak of temporary names or of none, into one line.
+    """Turn an error of the write, which names a temporary file or none, into one that names `path`.
 
-    safetensors reports the system's error only as a text, numpy's `tofile` not at all.
+    safetensors reports the system's error only as text, and numpy's `tofile` does not report it.
     """
     try:
         yield
@@ -168,8 +168,8 @@ def one_error(path, scratch=None):
 def settle(new, old):
     """Give the new files their modes, and flush them to the disk.
 
-    Libraries make theirs readable by the user alone: the umask, or the file that is replaced, says
-    who may read them. A file made here shows what the umask says, without changing it.
+    Libraries make files that only the user may read, but the umask or the replaced file decides
+    the mode. A file that is made here shows the mode of the umask, without a change of it.
     """
     probe = new.parent / "probe"
     probe.touch()
@@ -183,10 +183,10 @@ def settle(new, old):
 
 
 def leftovers(directory, names):
-    """The temporary directories that an `atomic` write has left when it was killed.
+    """The temporary directories that killed `atomic` writes have left.
 
-    names: a regular expression of the names that were to be written. A directory counts where it
-    has such a name, and holds no more than such a write puts there.
+    names: a regular expression for the names that were to be written. A directory counts if its
+    name fits, and if it holds nothing but what such a write puts there.
     """
     found = []
     for path in pathlib.Path(directory).glob(".*"):
@@ -198,21 +198,21 @@ def leftovers(directory, names):
     return found
 
 
-# --- what files say --------------------------------------------------------------------------
+# --- the contents of files -------------------------------------------------------------------
 
 
 def read_json(path):
-    """The object that a JSON file holds, as a dict.
+    """The object in a JSON file, as a dict.
 
-    ValueError where it is not whole, is no object, or has a text that is no Unicode (half of a
-    surrogate pair), which could later be neither printed nor written.
+    ValueError if it is not whole, is not an object, or has half of a surrogate pair in a text,
+    which could later be neither printed nor written.
     """
     try:
         told = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
         json.dumps(told, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         half = error.object[error.start]
-        raise ValueError(f"{path} holds {half!r}, half of a character, which is no text") from error
+        raise ValueError(f"{path} holds {half!r}, which is half of a character") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not whole JSON: {error}") from error
     if not isinstance(told, dict):
@@ -221,16 +221,16 @@ def read_json(path):
 
 
 def sort_metadata(path):
-    """Put the metadata of a safetensors file in the order of its keys, in place.
+    """Sort the metadata of a safetensors file by key, in place.
 
-    The safetensors library writes it in an order of chance, so that no two files would be equal.
+    The safetensors library writes it in random order, so two saves would differ.
     """
     with open(path, "r+b") as file:
         size = int.from_bytes(file.read(8), "little")  # of the header, which ends in spaces
         header = json.loads(file.read(size))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= size:  # else the library has written it more shortly: as it is
+        if len(text) <= size:  # else the library's text is shorter, and stays
             file.seek(8)
             file.write(text.ljust(size))
 
@@ -250,7 +250,7 @@ def checksums(directory):
 
 
 def need(package, extra):
-    """The optional `package`, imported; or an ImportError that says which extra brings it."""
+    """Import and return the optional `package`; the ImportError names the extra that has it."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
@@ -270,16 +270,16 @@ def cache():
 
 @contextlib.contextmanager
 def lock(directory):
-    """Hold a directory for one process; a second one gets an error at once. A dead process lets go.
+    """Lock a directory for one process. The lock ends when the process ends, even if killed.
 
-    RuntimeError where another process holds it.
+    RuntimeError, at once, if another process has the lock.
     """
     path = pathlib.Path(directory)
     path.mkdir(parents=True, exist_ok=True)
     with open(path / ".lock", "a") as file:
         try:
             import fcntl
-        except ImportError:  # Windows: an open file cannot be replaced there, which is enough
+        except ImportError:  # Windows, where an open file cannot be replaced, which is enough
             yield
             return
         try:
@@ -291,7 +291,7 @@ def lock(directory):
 
 
 def unlock(directory):
-    """Remove the file of a `lock`. A file of that name with something in it is the user's."""
+    """Remove the file of a `lock`. If it is not empty, it is the user's and stays."""
     path = pathlib.Path(directory) / ".lock"
     if path.is_file() and path.stat().st_size == 0:
         path.unlink()

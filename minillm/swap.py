@@ -1,10 +1,10 @@
-"""How a new directory takes the place of an old one without the loss of a file.
+"""Replace an old directory with a new one without losing a file.
 
-    link        what the old one holds beside minillm's own files gets a second name in the new one
-    exchange    the two names change places, in one step where the system can
-    rescue      what somebody wrote into the old one during these two steps is moved over
+    link        every file in the old directory that is not minillm's gets a hard link in the new
+    exchange    the two directories change places, in one step if the system can
+    rescue      files that came into the old directory during these two steps are moved over
 
-A second name (a hard link) costs no copy, and the file is in both directories at once, so a process
+A hard link (a second name) costs no copy, and the file is in both directories at once, so a process
 that is killed between two steps leaves one whole directory.
 """
 
@@ -15,10 +15,10 @@ import sys
 
 
 def swap(new, old, own):
-    """Put the directory `new` in the place of `old`, with all that `old` holds beside `own`.
+    """Replace the directory `old` with `new`, and keep all files of `old` but those named in `own`.
 
-    At every moment one whole directory with all these files is there. `old` ends at the place of
-    `new`; what somebody wrote into it in the meantime is moved over as well.
+    One whole directory with all these files exists at every moment. The old directory ends at the
+    path of `new`; files that came into it in the meantime are moved over as well.
     """
     for name in others(old, own):
         keep(link, old, new, name)
@@ -37,7 +37,7 @@ def swap(new, old, own):
 
 
 def keep(put, here, there, name):
-    """Put one file, symbolic link or empty directory of a directory into another."""
+    """Put the file, symbolic link or empty directory `name` from one directory into another."""
     source, target = here / name, there / name
     if not target.parent.exists():
         target.parent.mkdir(parents=True)
@@ -49,14 +49,14 @@ def keep(put, here, there, name):
 
 
 def link(source, target):
-    """Give a file, or a symbolic link, a second name; OSError where that is not possible."""
+    """Give a file or a symbolic link a second name; OSError if that is not possible."""
     try:
         os.link(source, target, follow_symlinks=False)
     except FileExistsError as error:
         raise FileExistsError(f"{source} is in the way: minillm did not write it") from error
     except OSError as error:
-        why = (f"{error.strerror}: the file cannot get a second name (hard link), so it cannot "
-               "stay while its directory is replaced")
+        why = (f"{error.strerror}: the file cannot get a second name (hard link), so it would be "
+               "lost when its directory is replaced")
         raise OSError(error.errno, why, str(source)) from error
 
 
@@ -68,7 +68,7 @@ def same(a, b):
 
 
 def exchange(a, b):
-    """Let two names change places in one step; False where the system cannot (Linux can)."""
+    """Exchange two paths in one step; False if the system cannot (Linux can)."""
     if sys.platform != "linux":
         return False
     try:
@@ -80,9 +80,9 @@ def exchange(a, b):
 
 
 def others(directory, own=()):
-    """The names, relative to `directory`, of what it holds beside the files `own`, sorted.
+    """The sorted paths, relative to `directory`, of all files in it but those named in `own`.
 
-    A directory within counts by what it holds, and by its own name where it is empty.
+    A directory inside it is listed only if it is empty.
     """
     found = []
     for here, directories, names in os.walk(directory, onerror=fail):
@@ -101,7 +101,7 @@ def fail(error):
 
 
 def flush(path):
-    """Have the system write a file, or a directory's list of names, to the disk."""
+    """Make the system write a file, or a directory's list of names, to the disk."""
     if path.is_dir() and os.name == "nt":
         return  # Windows opens no directory
     handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)

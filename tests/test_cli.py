@@ -56,7 +56,7 @@ def test_an_adapter_goes_on_learning(run):
     run(*TRAIN, "--steps", 10, "--out", "one.safetensors")
     first = minillm.registry.store.read("one.safetensors")[0]
     more = ["train", "--data", "a.txt", "--length", 64, "--adapter", "one.safetensors", "--steps", 3, "--rate", 0.01]
-    assert "has its own settings" in run(*more, "--option", "r=2", "--out", "two.safetensors", code=1)
+    assert "keeps its own settings" in run(*more, "--option", "r=2", "--out", "two.safetensors", code=1)
     run(*more, "--out", "two.safetensors")
     second, told = minillm.registry.store.read("two.safetensors")
     assert second.keys() == first.keys() and json.loads(told["sites"])["layers.0.self_attn.q_proj"]["r"] == 4

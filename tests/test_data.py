@@ -240,7 +240,7 @@ def test_the_order_of_an_epoch_is_what_it_was_in_earlier_versions():
     batches.load_state_dict(dict(epoch=1, position=4))
     assert (first, batches.order()) == ([2, 5, 4, 3, 0, 1], [4, 3, 1, 2, 5, 0])
     for epoch, position in ((0, 6), (-1, 0), (0, -2)):
-        with pytest.raises(ValueError, match="is no place in 6 examples"):
+        with pytest.raises(ValueError, match="is not a place in 6 examples"):
             batches.load_state_dict(dict(epoch=epoch, position=position))
 
 

@@ -272,7 +272,7 @@ def test_a_process_killed_at_any_moment_leaves_one_whole_directory(tmp_path):
 
 
 @pytest.mark.parametrize("text, message", [
-    ('{"a": "\\ud800"}', r"holds '\\ud800', half of a character"), ('{"\\udfff": 1}', "half of a character"),
+    ('{"a": "\\ud800"}', r"holds '\\ud800', which is half of a character"), ('{"\\udfff": 1}', "half of a character"),
     ("[1]", "holds list, not an object"), ("{", "not whole JSON"), ("[" * 100_000, "not whole JSON"), ("\xff", "not whole JSON")])
 def test_json_that_is_no_object_of_texts_is_one_line(tmp_path, text, message):
     (tmp_path / "a.json").write_bytes(text.encode("latin-1"))

@@ -205,7 +205,7 @@ DAMAGE = {
     "half a file": (lambda p: cut(p / "model.safetensors", 900), "not a whole safetensors"),
     "another shape": (lambda p: damaged(p, intermediate_size=48),
                       r"another shape or.*gate_proj.weight is \(32, 16\) of torch.float32, should be \(48, 16\)"),
-    "too few layers": (lambda p: damaged(p, num_hidden_layers=1), "it holds beyond it 9 .*layers.1"),
+    "too few layers": (lambda p: damaged(p, num_hidden_layers=1), "it also holds 9 .*layers.1"),
     "too many layers": (lambda p: damaged(p, num_hidden_layers=3), "it lacks 9 .*layers.2"),
     "a tensor gone": (lambda p: tensors(p, lambda t: {k: v for k, v in t.items() if "norm" not in k}), "it lacks 5 "),
     "a head that is not tied": (lambda p: tensors(p, lambda t: {**t, "lm_head.weight": torch.zeros(24, 16)}), "holds two that differ"),

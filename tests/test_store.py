@@ -225,7 +225,7 @@ def test_a_checkpoint_whose_weights_are_a_directory_is_named(tmp_path):
     (tmp_path / "m" / "model.safetensors").unlink()
     (tmp_path / "m" / "model.safetensors").mkdir()
     with pytest.raises(
-        ValueError, match="model.safetensors is a directory, and a safetensors file was expected"
+        ValueError, match="model.safetensors is a directory, but a safetensors file was expected"
     ):
         minillm.load(tmp_path / "m")
 

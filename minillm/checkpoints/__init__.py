@@ -1,4 +1,4 @@
-"""Checkpoints in and out: Hugging Face directories (safetensors) and GGUF files.
+"""Load and save checkpoints: Hugging Face directories (safetensors) and GGUF files.
 
     load(directory | file.gguf)  ->  (model, tokenizer)
     save(model, directory | file.gguf, tokenizer=)
@@ -6,9 +6,9 @@
 `zoo.load` also takes the names of the models that minillm fetches or trains.
 
 A checkpoint is a configuration and named tensors. The configuration is translated field by field
-into a `Config`; the tensors are renamed, and every one has to find its place (`fill.py`). What a
-file of transformers says is in `layouts.py`, its directory in `huggingface.py`, llama.cpp's file in
-`gguf.py` and `gguf_write.py`. A save checks everything that could be in its way first.
+into a `Config`; the tensors are renamed, and every tensor must match a parameter (`fill.py`).
+`layouts.py` has the fields and names of transformers, `huggingface.py` its directory, `gguf.py` and
+`gguf_write.py` the file of llama.cpp. A save first checks everything that could be in its way.
 """
 
 import dataclasses
@@ -32,10 +32,10 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def load(path, dtype=None, device=None):
     """(model, tokenizer) of a checkpoint; the model is in eval mode and has `path` as `.source`.
 
-    path: a directory in the Hugging Face layout, or a .gguf file. dtype: as torch has it, or its
-    name: float32, float64, bfloat16 or float16; by default the checkpoint's own, of a GGUF float32.
-    The tokenizer is None where the checkpoint has none. FileNotFoundError where there is no
-    checkpoint, ValueError where it is not whole, or is something that minillm does not compute.
+    path: a directory in the Hugging Face layout, or a .gguf file. dtype: a dtype of torch or its
+    name: float32, float64, bfloat16 or float16; by default the checkpoint's own, and float32 for
+    GGUF. The tokenizer is None if the checkpoint has none. FileNotFoundError if there is no
+    checkpoint, ValueError if it is not whole, or needs something that minillm does not implement.
     """
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and found not in DTYPES:
@@ -47,7 +47,7 @@ def load(path, dtype=None, device=None):
 
 
 def placed(device):
-    """The torch.device that is written; ValueError where nothing can be computed on it here."""
+    """The torch.device that `device` names; ValueError if nothing can be computed on it here."""
     if device is None:
         return None
     try:
@@ -65,8 +65,8 @@ def placed(device):
 
 def open_checkpoint(path, dtype, device):
     if path.suffix in huggingface.PICKLES and not path.is_dir():
-        raise ValueError(f"{path} is a pickle, which may run any code when it is opened; it was "
-                         "not. Ask for the model as safetensors")
+        raise ValueError(f"{path} is a pickle, which may run any code when it is opened, so it was "
+                         "not opened. Ask for the model as safetensors")
     if path.is_dir():
         return huggingface.load(path, dtype, device)
     if is_gguf(path) and path.exists():
@@ -88,11 +88,11 @@ def save(model, path, tokenizer=None, shard_bytes=5_000_000_000, type=None, forc
 
     A directory gets the Hugging Face layout, in the model's own dtype and in files of at most
     `shard_bytes`. A GGUF is written in `type`: "f32" (the default), "f16", "bf16" or "q8_0".
-    Of a model that is sharded over processes, each has to call this, and the first writes.
+    If the model is sharded over processes, each process must call this, and the first one writes.
 
     An earlier checkpoint of minillm is replaced. force=True also replaces any existing .gguf file,
-    and writes into a directory that holds other files, which stay there. All that `check_save`
-    raises comes before anything is written; OSError where the disk is full.
+    and writes into a directory that holds other files, which stay there. The errors of `check_save`
+    come before anything is written; OSError if the disk is full.
     """
     sharded = any(isinstance(p, DTensor) for p in model.parameters())
     if distributed.place()[0] and not sharded:
@@ -110,14 +110,14 @@ def save(model, path, tokenizer=None, shard_bytes=5_000_000_000, type=None, forc
 
 
 def check_save(model, path, tokenizer=None, type=None, force=False):
-    """Raise, before any work, what `save` would raise; the arguments are those of `save`.
+    """Raise, before any work, the errors of `save`; the arguments are those of `save`.
 
     model: a Transformer, or the Config of one that will be made. Returns the names of the files in
     an existing directory that the save may replace: those that minillm wrote.
 
-    ValueError for a model that has techniques attached (see `attached`) or is no longer what its
-    configuration says, for a tokenizer that does not fit, and for what the target cannot hold;
-    TypeError for a model that is not minillm's; FileExistsError for what is in the way.
+    ValueError for a model that has techniques attached (see `attached`) or no longer fits its
+    configuration, for a tokenizer that does not fit, and for a model that the target cannot hold;
+    TypeError for a model that is not minillm's; FileExistsError for a file in the way.
     """
     if not isinstance(model, Config):
         check_model(model)
@@ -154,9 +154,9 @@ def check_model(model):
 
 
 def attached(model):
-    """{technique: what can be done about it} of all that is attached and no checkpoint can hold.
+    """{technique: what the user can do about it} for all techniques that no checkpoint can hold.
 
-    What was only frozen (`minillm.freeze`) is an ordinary model, and is not listed.
+    A model that is only frozen (`minillm.freeze`) is an ordinary model: freeze is not listed.
     """
     found = {}
     for site in walk(model):
@@ -167,14 +167,14 @@ def attached(model):
             name, verbs = patch.name, f"minillm.{patch.family}"
             alone = f"{verbs}.save(model, path) writes it alone, to a file of its own"
             if patch.__class__.fold is Patch.fold:
-                found[name] = f"cannot be merged; {alone}, and .unwrap(model) takes it away"
+                found[name] = f"cannot be merged; {alone}, and .unwrap(model) removes it"
             else:
                 found[name] = f"{verbs}.merge(model) or .unwrap(model) first; {alone}"
     return found
 
 
 def config_of(model):
-    """The Config to be written: that of the model, tied or not as the model is now."""
+    """The Config to write: that of the model, with `tied` as the model is now."""
     if isinstance(model, Config):
         return model
     config = getattr(model, "config", None)
@@ -184,7 +184,7 @@ def config_of(model):
 
 
 def check_directory(path, type, dtype):
-    """ValueError where a directory is not what the caller seems to want."""
+    """ValueError if the caller seems to want a file, or a dtype that is not the model's."""
     if huggingface.looks_like_a_file(path):
         raise ValueError(f"{path} looks like a file, and a checkpoint is a directory or a .gguf "
                          f"file: write to {path.with_suffix('')} or {path.with_suffix('.gguf')}")

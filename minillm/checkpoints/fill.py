@@ -1,8 +1,8 @@
-"""A Transformer from a configuration and named tensors, which every kind of checkpoint comes to.
+"""Build a Transformer from a configuration and named tensors, for every kind of checkpoint.
 
 The model is built without memory (on the meta device) and filled one tensor at a time, so the peak
-is about one copy of the weights. Every parameter has to be found with its shape, and every tensor
-used: what a file holds beyond the model, or lacks, is an error.
+is about one copy of the weights. Every parameter needs a tensor of its shape, and every tensor must
+be used: a tensor that is missing or left over is an error.
 """
 
 import torch
@@ -15,7 +15,7 @@ def fill(config, parts, dtype, device, source):
     """The Transformer of `config`, in eval mode.
 
     parts: {name of a parameter: function that returns its tensor}, called one after the other.
-    dtype: None keeps the type of the first tensor, for all. ValueError, which names `source`, where
+    dtype: None takes the type of the first tensor for all. ValueError, which names `source`, if
     names, shapes or types do not fit.
     """
     if config.layers > len(parts):
@@ -37,7 +37,7 @@ def fill(config, parts, dtype, device, source):
         setattr(model.get_submodule(owner), key, nn.Parameter(t))
         del t
     if wrong:
-        raise ValueError(f"{source}: {len(wrong)} tensors have another shape or are no floats: "
+        raise ValueError(f"{source}: {len(wrong)} tensors have another shape or are not floats: "
                          f"{'; '.join(wrong[:4])}")
     if config.tied:
         model.lm_head.weight = model.embed_tokens.weight
@@ -45,7 +45,7 @@ def fill(config, parts, dtype, device, source):
 
 
 def cast(t, device, dtype, where):
-    """A copy of the tensor; ValueError where the dtype makes infinity of a number."""
+    """A copy of the tensor; ValueError if a number becomes infinite in the dtype."""
     new = t.to(device=device, dtype=dtype, copy=True).contiguous()
     if new.isinf().any() and not t.isinf().any():
         names = [str(one).removeprefix("torch.") for one in (dtype, t.dtype)]
@@ -60,17 +60,17 @@ def empty(config, source="this configuration"):
         with torch.device("meta"):
             return Transformer(config)
     except RuntimeError as error:
-        raise ValueError(f"{source} describes a model beyond all memory: {config}") from error
+        raise ValueError(f"{source} describes a model beyond any memory: {config}") from error
 
 
 def shapes_of(model, tied):
-    """{name: shape} of the parameters, of a tied model without its head."""
+    """{name: shape} of the parameters; a tied model's head is left out."""
     every = model.named_parameters(remove_duplicate=False)
     return {name: tuple(p.shape) for name, p in every if not (tied and name == "lm_head.weight")}
 
 
 def same_head(config, parts, source):
-    """Whether a file of a tied model holds the head a second time; ValueError where it differs."""
+    """Whether a file of a tied model also holds the head; ValueError if it differs."""
     if not (config.tied and {"lm_head.weight", "embed_tokens.weight"} <= set(parts)):
         return False
     if not torch.equal(parts["lm_head.weight"](), parts["embed_tokens.weight"]()):
@@ -80,16 +80,16 @@ def same_head(config, parts, source):
 
 
 def check_names(wanted, held, source):
-    """ValueError, which names some of them, where two sets of names differ."""
+    """ValueError, which names some of the differences, if two sets of names differ."""
     missing, extra = sorted(set(wanted) - set(held)), sorted(set(held) - set(wanted))
     if missing or extra:
         raise ValueError(f"{source} does not fit its configuration: " + "; ".join(
             f"{what} {len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
-            for what, names in (("it lacks", missing), ("it holds beyond it", extra)) if names))
+            for what, names in (("it lacks", missing), ("it also holds", extra)) if names))
 
 
 def check_tokenizer(tokenizer, rows, source):
-    """ValueError where a tokenizer gives ids for which an embedding of so many rows has none."""
+    """ValueError if a tokenizer gives ids beyond the `rows` of the embedding."""
     if tokenizer is None:
         return
     tokenizer.check_size(rows, source)

@@ -1,14 +1,14 @@
 """GGUF, llama.cpp's file: metadata and tensors, which may be stored in blocks of 4 to 8 bits.
 
-The `gguf` package, llama.cpp's own, reads the format and dequantizes the blocks; here is what it
-means for a Transformer: names, metadata, and one permutation. llama.cpp turns neighbours
-(x_2i, x_2i+1) in its rotary embedding where Llama's own code turns halves (x_i, x_i+d/2), so its
-converter stores the rows of q and k in the order 0, d/2, 1, d/2 + 1, ... of each head:
+The `gguf` package, llama.cpp's own, reads the format and dequantizes the blocks. This page
+translates the names and the metadata, and undoes one permutation. llama.cpp's rotary embedding
+rotates neighbours (x_2i, x_2i+1), but Llama's own code rotates halves (x_i, x_i+d/2). So
+llama.cpp's converter stores the rows of q and k in the order 0, d/2, 1, d/2 + 1, ... of each head:
 
     stored = W.view(heads, 2, d/2, in).swap(1, 2)        and back the same way
 
-Of Llama 3's scaled positions (see `rope.py`) the file keeps one number for each pair, in the tensor
-`rope_freqs.weight`: the frequency of the pair is divided by it. `gguf_write.py` writes such files.
+For Llama 3's scaled positions (see `rope.py`) the file keeps one number for each pair, in the
+tensor `rope_freqs.weight`: it divides the frequency of the pair. `gguf_write.py` writes such files.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ FACTORS = "rope_freqs.weight"
 
 
 def load(path, dtype, device):
-    """(model, tokenizer) of a GGUF file; ValueError where it is not whole, or not of this kind."""
+    """(model, tokenizer) of a GGUF file; ValueError if it is not whole or not supported."""
     gguf = files.need("gguf", "hub")
     try:
         check(path)
@@ -44,7 +44,7 @@ def load(path, dtype, device):
         check_spans(file.tensors, path.stat().st_size)
     except OSError:
         raise
-    except Exception as error:  # the reader trusts the file's numbers, and fails in as many ways
+    except Exception as error:  # the reader trusts the file's numbers, and fails in many ways
         raise ValueError(f"{path} is not a whole GGUF file "
                          f"({type(error).__name__}: {error})") from error
     by_name = {t.name: t for t in file.tensors}
@@ -57,7 +57,7 @@ def load(path, dtype, device):
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     except (KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
-        raise ValueError(f"{path}: its metadata is of another kind than it should be "
+        raise ValueError(f"{path}: its metadata is not of the expected kind "
                          f"({type(error).__name__}: {error})") from error
     check_tokenizer(tokenizer, config.vocab_size, path)
     parts = {}
@@ -72,14 +72,14 @@ def load(path, dtype, device):
 
 def heads_of(name, arch, config):
     """How many heads share the rows of a tensor that is stored for neighbours, else None."""
-    if arch != "llama":  # of the three, Llama alone is stored so
+    if arch != "llama":  # of the three architectures only Llama is stored so
         return None
     heads = {"attn_q": config.heads, "attn_k": config.kv_heads}
     return heads.get(name.split(".")[-2]) if "." in name else None
 
 
 def check_spans(tensors, size):
-    """ValueError where tensors end beyond the file, or overlap."""
+    """ValueError if tensors end beyond the file, or overlap."""
     spans = sorted((t.data_offset, t.data_offset + t.n_bytes, t.name) for t in tensors)
     end = max((end for _, end, _ in spans), default=0)
     if end > size:
@@ -95,9 +95,9 @@ TEXT, ARRAY = 8, 9
 
 
 def check(path):
-    """ValueError where a count of the header lies.
+    """ValueError if a count in the header is wrong.
 
-    The reader of the `gguf` package believes it, and would read nothing for ever.
+    The reader of the `gguf` package trusts the counts, and could loop without end.
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -106,7 +106,7 @@ def check(path):
 
         def skip(n):
             if n > size - file.tell():
-                raise ValueError(f"byte {file.tell():,} announces {n:,} more, "
+                raise ValueError(f"byte {file.tell():,} announces {n:,} more bytes, but "
                                  f"the file has {size:,}")
             file.seek(n, 1)
 
@@ -136,7 +136,7 @@ def check(path):
 
 
 def read(stored, heads, path):
-    """A stored tensor; ValueError, which names the file, where it cannot be one of the model's."""
+    """A stored tensor; ValueError, which names the file, if it cannot be one of the model's."""
     try:
         return tensor(stored, heads)
     except ValueError as error:
@@ -160,7 +160,7 @@ def tensor(stored, heads):
 
 
 def half_split(t, heads):
-    """Rows (heads * d, ...) from neighbours to halves."""
+    """Rows (heads * d, ...), reordered from neighbours to halves."""
     # (h, d/2, 2, ...) -> (h, 2, d/2, ...)
     return t.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
@@ -197,7 +197,7 @@ def translate(fields, names):
 
 
 def linear(field):
-    """The rope_scaling of the metadata, read as llama.cpp reads it: without a type it is linear."""
+    """The rope_scaling of the metadata. As in llama.cpp, it is linear if there is no type."""
     kind = field("rope.scaling.type", "linear")
     if kind not in ("none", "linear"):
         raise ValueError(f"rope.scaling.type is {kind!r}, which is not implemented "
@@ -212,8 +212,8 @@ def linear(field):
 def scaling_of(factors, config, fields):
     """The rope_scaling that has these factors (d/2,): Llama 3's own, if it fits, else a list.
 
-    Every Llama 3 has a band of 1 to 4 turns in 8192 tokens, and a factor of its own, the largest. A
-    file of ours says the number of tokens.
+    Every Llama 3 has a band of 1 to 4 turns in 8192 tokens, and a factor of its own, which is the
+    largest of the factors. A file that minillm wrote has the number of tokens.
     """
     if config.rope_scaling:
         raise ValueError(f"it scales its positions twice: {config.rope_scaling} and {FACTORS}")
@@ -229,5 +229,5 @@ def scaling_of(factors, config, fields):
 
 
 def factors_of(config):
-    """What the frequencies of a Config are divided by, (d/2,)."""
+    """The divisors (d/2,) of the rotary frequencies of a Config."""
     return divisors(frequencies(config.head_size, config.rope_base), config.rope_scaling)

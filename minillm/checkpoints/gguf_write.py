@@ -1,4 +1,4 @@
-"""Writing GGUF, llama.cpp's file, from a Transformer; `gguf.py` reads it and says what it holds."""
+"""Write GGUF, llama.cpp's file, from a Transformer; `gguf.py` reads and describes the format."""
 
 import contextlib
 import re
@@ -14,9 +14,9 @@ FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}  # llama.cpp's numbers 
 
 
 def check_save(config, tokenizer, type="f32"):
-    """ValueError where llama.cpp has no place for the model, the tokenizer or the type.
+    """ValueError if llama.cpp has no place for the model, the tokenizer or the type.
 
-    It takes the Llama family with silu, and a tokenizer that is byte-level BPE.
+    The model must be of the Llama family with silu, the tokenizer byte-level BPE.
     """
     c = config
     files.need("gguf", "hub")
@@ -41,7 +41,7 @@ def check_save(config, tokenizer, type="f32"):
 
 
 def architecture(config):
-    """llama.cpp's name. Its Llama has room for biases too, its Qwen2 for whole heads alone."""
+    """llama.cpp's name. Its Llama may have biases; its Qwen2 needs head_size * heads = width."""
     c = config
     if c.qk_norm:
         return "qwen3"
@@ -50,24 +50,24 @@ def architecture(config):
 
 
 def by_pair(config):
-    """Whether each pair has its own factor, which llama.cpp's Llama alone reads."""
+    """Whether each rotary pair has its own factor, which only llama.cpp's Llama reads."""
     return config.rope_scaling is not None and config.rope_scaling["rope_type"] != "linear"
 
 
 def write(model, config, path, tokenizer, type):
     """Write a GGUF file that llama.cpp runs, with the tokenizer and its chat template.
 
-    `checkpoints.save` calls it, after `check_save`. type: "f32", "f16", "bf16", or "q8_0" (8 bits in blocks
-    of 32 with a 16-bit scale). Vectors, and matrices whose rows do not divide by 32, stay in higher
-    precision. Of several processes the first writes. ValueError for a number that a 16-bit float
-    cannot hold.
+    `checkpoints.save` calls it, after `check_save`. type: "f32", "f16", "bf16", or "q8_0" (8 bits
+    in blocks of 32 with a 16-bit scale). Vectors, and matrices whose rows do not divide by 32, stay
+    in higher precision. With several processes the first one writes. ValueError for a number that a
+    16-bit float cannot hold.
     """
     import gguf
 
     arch = architecture(config)
     tensors = exported(model, config, arch)
     if distributed.place()[0]:
-        for _ in tensors:  # this process's part of each goes to the first
+        for _ in tensors:  # sends this process's part of each to the first
             pass
         return
     with files.atomic(path) as new, contextlib.closing(gguf.GGUFWriter(new, arch)) as writer:
@@ -86,7 +86,7 @@ def write(model, config, path, tokenizer, type):
 
 
 def add_shape(writer, config):
-    """The fields that say the model's shape."""
+    """Write the fields of the model's shape."""
     c, scaling = config, config.rope_scaling or {}
     writer.add_context_length(c.positions)
     writer.add_embedding_length(c.width)
@@ -111,10 +111,10 @@ def add_shape(writer, config):
 
 
 def stored(name, t, wanted):
-    """A tensor's bytes in the type `wanted`; ValueError where its numbers do not fit into it."""
+    """A tensor's bytes in the type `wanted`; ValueError if its numbers do not fit into it."""
     import gguf
 
-    if wanted.name in ("F16", "Q8_0"):  # Q8_0 has one 16-bit scale, the largest / 127, a block
+    if wanted.name in ("F16", "Q8_0"):  # a block of Q8_0 has one 16-bit scale, the largest / 127
         largest = t.abs().max().item() / (127 if wanted.name == "Q8_0" else 1)
         if not largest <= torch.finfo(torch.float16).max:
             raise ValueError(f"{name} holds {largest:.3g}, which a 16-bit float cannot: write the "
@@ -123,7 +123,7 @@ def stored(name, t, wanted):
 
 
 def add_field(writer, name, value):
-    """One metadata field, by the type of its value."""
+    """Write one metadata field, by the type of its value."""
     if isinstance(value, bool):
         writer.add_bool(name, value)
     elif isinstance(value, int):
@@ -135,7 +135,7 @@ def add_field(writer, name, value):
 
 
 def exported(model, config, arch):
-    """(name, tensor) as llama.cpp names them and lays them out."""
+    """Yield (name, tensor) with llama.cpp's names and layout."""
     heads = {"q_proj": config.heads, "k_proj": config.kv_heads}
     if by_pair(config):
         yield FACTORS, factors_of(config)

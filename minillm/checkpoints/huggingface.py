@@ -1,10 +1,10 @@
 """A directory in the Hugging Face layout: config.json, safetensors files, a tokenizer.
 
-What is read is checked before memory is asked for, and nothing is unpickled: a `.bin` or `.pt` is
-refused unopened, for a pickle may run any code.
+A file is checked before memory is allocated for it, and nothing is unpickled: a `.bin` or `.pt` is
+refused unopened, because a pickle may run any code.
 
 A directory that `save` wrote has a record of itself, `minillm.json`, with the SHA-256 of each file.
-So a later save knows which files it may replace: those that are, byte for byte, what minillm wrote.
+So a later save knows which files it may replace: those that minillm wrote and nobody changed.
 """
 
 import json
@@ -43,7 +43,7 @@ def load(path, dtype, device):
     for shard in tensor_files(path):
         where.update(dict.fromkeys(names_in(shard), shard))
 
-    def tensor(name):  # opened for each, so that what was read before leaves the memory
+    def tensor(name):  # opens the file for each tensor, so that earlier ones leave the memory
         with safetensors.safe_open(where[name], "pt") as file:
             return file.get_tensor(name)
 
@@ -60,14 +60,14 @@ def written_dtype(told):
     written = told.get("dtype") or told.get("torch_dtype")
     dtype = None if written is None else getattr(torch, str(written), None)
     if written is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype is {written!r}, which is no floating-point type of torch")
+        raise ValueError(f"dtype is {written!r}, which is not a floating-point type of torch")
     return dtype
 
 
 def names_in(shard):
-    """The names of a safetensors file's tensors."""
+    """The names of the tensors in a safetensors file."""
     if pathlib.Path(shard).is_dir():
-        raise ValueError(f"{shard} is a directory, and a safetensors file was expected there")
+        raise ValueError(f"{shard} is a directory, but a safetensors file was expected there")
     try:
         with safetensors.safe_open(shard, "pt") as file:
             return list(file.keys())
@@ -82,8 +82,8 @@ def tensor_files(path):
     if not index.exists():
         if not (path / "model.safetensors").exists():
             pickles = [p.name for p in path.iterdir() if p.suffix in PICKLES]
-            held = (f"; {pickles[0]} is a pickle, which may run any code when it is opened, and "
-                    "was not") if pickles else ""
+            held = (f"; {pickles[0]} is a pickle, which may run any code when it is opened, so it "
+                    "was not opened") if pickles else ""
             raise FileNotFoundError(f"{path} has no model.safetensors{held}")
         return [path / "model.safetensors"]
     listed = files.read_json(index).get("weight_map")
@@ -102,7 +102,7 @@ def tensor_files(path):
 
 
 def written(directory):
-    """The names of the files in a directory that `save` wrote and that nobody changed since."""
+    """The names of the files in a directory that `save` wrote and nobody has changed since."""
     directory = pathlib.Path(directory)
     try:
         sums = files.read_json(directory / RECORD)["sha256"]
@@ -127,19 +127,19 @@ def widest(model):
 
 
 def save(model, config, path, tokenizer, shard_bytes, own):
-    """Write the directory, whole or not at all; of several processes the first writes.
+    """Write the directory, whole or not at all; with several processes the first one writes.
 
-    own: the names in an existing directory that may go (see `files.atomic`).
+    own: the names in an existing directory that may be replaced (see `files.atomic`).
     """
     told = layouts.describe(config, widest(model))
     if tokenizer is not None:
-        for name in ("eos", "bos", "pad"):  # null where there is none: a default is another token
+        for name in ("eos", "bos", "pad"):  # null if there is none: a default would be another id
             told[f"{name}_token_id"] = getattr(tokenizer, name)
         if len(tokenizer.stops) > 1:
             told["eos_token_id"] = list(tokenizer.stops)
     tensors = layouts.exported(model, told["model_type"])
     if distributed.place()[0]:
-        for _ in tensors:  # this process's part of each goes to the first
+        for _ in tensors:  # sends this process's part of each to the first
             pass
         return
     with files.atomic(path, own) as new:
@@ -156,8 +156,8 @@ def write_json(path, told):
 
 
 def write_tensors(directory, tensors, shard_bytes):
-    """Write (name, tensor) pairs as they come, in files of at most `shard_bytes`, and an index."""
-    shards, held, total = [], {}, 0  # the names in each file that is written; what waits; bytes
+    """Write (name, tensor) pairs in order, in files of at most `shard_bytes`, and an index."""
+    shards, held, total = [], {}, 0  # names in each written file; waiting tensors; bytes in all
 
     def write():
         safetensors.torch.save_file(held, directory / str(len(shards)), {"format": "pt"})
@@ -167,7 +167,7 @@ def write_tensors(directory, tensors, shard_bytes):
     for name, t in tensors:
         if held and sum(map(size, held.values())) + size(t) > shard_bytes:
             write()
-        # two parameters that share their memory are written twice: a file has no names for that
+        # two parameters that share memory are written twice: a file cannot hold shared tensors
         shared = any(t.data_ptr() == other.data_ptr() for other in held.values())
         held[name], total = t.clone() if shared else t, total + size(t)
     write()
@@ -187,7 +187,7 @@ def size(t):
 
 
 def looks_like_a_file(path):
-    """Whether a path's ending says that its author thinks of a file, and not of a directory."""
+    """Whether the ending of a path suggests a file, not a directory."""
     return bool(re.fullmatch(FILE_ENDINGS, path.suffix.lower())) and not path.is_dir()
 
 

@@ -4,7 +4,7 @@
     Config       ->  config.json                describe
     Transformer  ->  named tensors              exported
 
-What would change the computation and is not implemented here is an error, never guessed. GPT-2's
+A field that would change the computation and is not implemented is an error, never ignored. GPT-2's
 checkpoints keep q, k and v in one matrix and all matrices transposed (`Conv1D`); here they are
 three ordinary leaves. transformers needs a class and a converter for each architecture; the five
 here (GPT-2, Llama, Mistral, Qwen2, Qwen3) are one Transformer.
@@ -22,7 +22,7 @@ from minillm.model.transformer import Config
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh",
                "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
-NEUTRAL = {  # fields that would change the computation, and the values at which they do not
+NEUTRAL = {  # fields that may change the computation, and their values that do not
     "partial_rotary_factor": (None, 1.0, 1), "scale_attn_by_inverse_layer_idx": (None, False),
     "scale_attn_weights": (None, True), "add_cross_attention": (None, False),
     "logit_scale": (None,), "final_logit_softcapping": (None,), "attn_logit_softcapping": (None,),
@@ -37,8 +37,8 @@ KINDS = {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel", "qwen2": "Qwen2
 def translate(told):
     """config.json, a dict -> (Config, names).
 
-    names: a function of the file's names that returns {our name: (their name, what to do to the
-    tensor)}. ValueError for what is missing, contradicts itself or is not implemented.
+    names: a function from the file's names to {our name: (their name, function of the tensor)}.
+    ValueError for a field that is missing, contradicts another or is not implemented.
     """
     kind = told.get("model_type")
     name = told["architectures"] if told.get("architectures") else KINDS.get(str(kind), kind)
@@ -71,7 +71,7 @@ def llama(told, activation, qkv_bias=None, sliding=False, qk_norm=False):
     base, scaling = rope(told, positions)
     window = told.get("sliding_window", 4096) if sliding else None  # Mistral's own default
     if window is not None and window >= positions:
-        window = None  # it sees everything
+        window = None  # a window as long as the positions hides nothing
     bias = told.get("attention_bias", False)
     config = Config(
         told["vocab_size"], told["hidden_size"], told["num_hidden_layers"],
@@ -95,7 +95,8 @@ def llama(told, activation, qkv_bias=None, sliding=False, qk_norm=False):
 def rope(told, positions):
     """(base, scaling) of a config.json.
 
-    transformers 5 writes `rope_parameters`; before, it was `rope_theta` and `rope_scaling`.
+    transformers 5 writes `rope_parameters`; earlier versions write `rope_theta` and
+    `rope_scaling`.
     """
     given = {name: told[name] for name in ("rope_scaling", "rope_parameters") if told.get(name)}
     said = [rope_field(field, value, told.get("rope_theta", 10000.0), positions)
@@ -106,7 +107,7 @@ def rope(told, positions):
 
 
 def rope_field(field, value, base, positions):
-    """(base, scaling) of one of the two."""
+    """(base, scaling) of one of the two fields."""
     if not isinstance(value, dict):
         raise ValueError(f"{field} is {value!r}, not an object of fields")
     kind = value.get("rope_type", value.get("type", "default"))
@@ -170,7 +171,7 @@ ARCHITECTURES = {
 
 
 def describe(config, dtype):
-    """The config.json of a Transformer's Config; ValueError where no architecture says it."""
+    """The config.json of a Transformer's Config; ValueError if no architecture describes it."""
     c = config
     back = {"gelu_tanh": "gelu_pytorch_tanh" if c.rope_base else "gelu_new"}
     activation = back.get(c.activation, c.activation)
@@ -210,12 +211,12 @@ def describe(config, dtype):
 
 
 def describe_rope(config):
-    """The fields of the rotary positions, as transformers 5 reads them and as those before do."""
+    """The fields of the rotary positions, for transformers 5 and for earlier versions."""
     base, scaling = config.rope_base, config.rope_scaling
     if scaling is None:
         return dict(rope_theta=base, rope_parameters=dict(rope_type="default", rope_theta=base))
     if scaling["rope_type"] == "factors":
-        raise ValueError("transformers has no name for the rope_scaling of this model, a factor "
+        raise ValueError("transformers has no name for the rope_scaling of this model, one factor "
                          "for each pair from a GGUF file; a .gguf file can hold it")
     return dict(rope_theta=base, rope_scaling=scaling,
                 rope_parameters=dict(scaling, rope_theta=base))
@@ -225,10 +226,10 @@ def describe_rope(config):
 
 
 def exported(model, kind):
-    """(name, tensor) as transformers names and lays them out, one at a time.
+    """Yield (name, tensor) with the names and the layout of transformers.
 
-    kind: "gpt2", or any other model_type. A tensor that several processes share is gathered when
-    its turn comes, so every process has to go through them all.
+    kind: "gpt2", or any other model_type. A tensor that is spread over processes is gathered when
+    its turn comes, so every process must go through them all.
     """
     own, tied = dict(model.named_parameters(remove_duplicate=False)), is_tied(model)
     for name, p in own.items():
@@ -243,7 +244,7 @@ def exported(model, kind):
 
 
 def is_tied(model):
-    """Whether the head is the embedding, whatever the configuration says."""
+    """Whether the head is the embedding in the model itself; its configuration may differ."""
     return model.lm_head.weight is model.embed_tokens.weight
 
 

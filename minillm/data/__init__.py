@@ -1,12 +1,12 @@
 """What a model learns from: Python's own documentation, and the user's files.
 
     example     ids, and the label of each id: which part of a text is learnt
-    tasks       three tasks made of the documentation that Python brings along
+    tasks       three tasks made of the documentation that comes with Python
     records     a record (text, prompt, conversation, Alpaca, ShareGPT) -> examples
     reading     a .txt, .jsonl, .json or .csv file -> records -> examples, or questions
-    packing     several examples in a row, so that little is padded
+    packing     several examples in one row, so that little is padded
     batching    the order of the batches, the held-out share, the fingerprint
-    showing     what is learnt and what is not, in colour
+    showing     the learnt and the other text, in colour
 """
 
 from minillm.data.batching import Batches, batches, collate, fingerprint, held_out

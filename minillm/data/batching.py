@@ -9,12 +9,12 @@ from minillm.data.example import NOT_LEARNT, at_least, check_examples
 
 
 class Batches:
-    """An endless iterator of (ids, labels, mask): each (b, t), padded on the right to the longest;
-    mask is None if nothing is padded.
+    """An endless iterator of (ids, labels, mask): each (b, t), padded on the right to the longest
+    example; mask is None if nothing is padded.
 
     Every epoch has all examples once, so its last batch may be smaller. `len()` is the number of
-    batches of an epoch. The order of an epoch follows from the seed and the epoch's number
-    alone, so the state is two numbers: (epoch, position).
+    batches per epoch. The order in an epoch depends only on the seed and the epoch's number, so
+    the state is two numbers: (epoch, position).
     """
 
     def __init__(self, examples, batch_size, seed=0, pad=0):
@@ -42,7 +42,7 @@ class Batches:
     def load_state_dict(self, state):
         epoch, position = state["epoch"], state["position"]
         if epoch < 0 or not 0 <= position < len(self.examples):
-            raise ValueError(f"epoch {epoch}, position {position} is no place in "
+            raise ValueError(f"epoch {epoch}, position {position} is not a place in "
                              f"{len(self.examples)} examples")
         self.epoch, self.position = epoch, position
 
@@ -72,8 +72,8 @@ batches = Batches
 def collate(examples, pad=0):
     """Examples -> (ids, labels, mask), each (b, t).
 
-    Where any example is packed, the mask numbers the documents; else it is true where a token
-    is, and None where every example has t tokens.
+    If an example is packed, the mask holds the numbers of the documents. Else it is True at
+    tokens and False at padding, or None if every example has t tokens.
     """
     t = max(len(e.ids) for e in examples)
     ids = torch.tensor([e.ids + [pad] * (t - len(e.ids)) for e in examples])
@@ -87,15 +87,15 @@ def collate(examples, pad=0):
 
 
 def content(example):
-    """All that a model gets of the example, as bytes."""
+    """The ids, labels and documents of an example, as bytes."""
     rows = [example.ids, example.labels, example.documents or []]
     return b"".join(array.array("q", row).tobytes() for row in (list(map(len, rows)), *rows))
 
 
 def fingerprint(examples):
-    """16 hexadecimal digits that follow from every id, label and document, and from their order.
+    """16 hexadecimal digits that depend on every id, label and document, and on their order.
 
-    A checkpoint keeps it, so that a run does not go on with other data.
+    A checkpoint keeps them, so that a run does not resume with other data.
     """
     digest = hashlib.sha256()
     for example in examples:
@@ -104,11 +104,11 @@ def fingerprint(examples):
 
 
 def held_out(examples, share, seed=0):
-    """(those to train on, those held out), two lists in the given order.
+    """(examples to train on, held-out examples), two lists in the given order.
 
-    The hash of an example's own content and the seed decide alone. So equal examples stay
-    together, and an example that is added or removed moves no other; the share is met only
-    on average. Hold out before you pack. ValueError where one of the lists would be empty.
+    Only a hash of the example's own content and the seed decides. So equal examples stay
+    together, an example that is added or removed moves no other, and the share is exact only
+    on average. Hold out before you pack. ValueError if one of the lists would be empty.
     """
     if not 0 < share < 1:
         raise ValueError(f"share={share!r}: a share to hold out lies between 0 and 1")

@@ -1,13 +1,13 @@
 """An Example: ids, and a label for each id, which is the id itself or NOT_LEARNT.
 
 A label has the place of its id: the model's loss shifts by one, so the label at place i is
-compared with what the model predicts after the ids before i. Nothing comes before the first
-id, so its label is always NOT_LEARNT. (A soft prompt would predict it: then one technique
-would learn, and be measured on, more tokens than the others.)
+compared with the prediction after the ids before i. Nothing comes before the first id, so
+its label is always NOT_LEARNT. (A soft prompt would predict it: then one technique would
+learn, and be measured on, more tokens than the others.)
 
-Which part is learnt follows from the structure of the record (its prompt, its messages) and
-from the tokenizer's offsets. Libraries that search the ids for a marker string miss it as
-soon as the text before it changes how it is tokenized.
+The structure of the record (its prompt, its messages) and the tokenizer's offsets decide
+which part is learnt. Libraries that search the ids for a marker string miss it if the text
+before it changes how it is tokenized.
 """
 
 import collections.abc
@@ -25,7 +25,7 @@ class Example:
     ids: list
     labels: list
     documents: list | None = None  # of a packed example: the number of each id's document, from 1
-    cut: int = 0  # how many tokens that were to be learnt lay beyond the length
+    cut: int = 0  # how many tokens to learn lay beyond the length
 
 
 def learnt(example):
@@ -34,9 +34,9 @@ def learnt(example):
 
 
 def check_examples(examples, what="examples"):
-    """TypeError unless this is a list of Examples; `what` begins the error's text.
+    """TypeError unless `examples` is a list of Examples; `what` begins the error's text.
 
-    Whatever has a length and places counts as a list.
+    Any object with a length and indexing counts as a list.
     """
     make = "data.read(path, tokenizer) makes Examples of a file, data.pieces(ids, length) of a text"
     if isinstance(examples, (str, dict)) or not (hasattr(examples, "__len__")
@@ -52,7 +52,7 @@ def check_examples(examples, what="examples"):
 
 
 def named(value):
-    """A text, shortened, or the type of anything else: for an error of one line."""
+    """A shortened text, or the type of any other value, for an error of one line."""
     return reprlib.repr(value) if isinstance(value, str) else type(value).__name__
 
 
@@ -61,8 +61,8 @@ def pieces(ids, length):
 
     Each piece starts with the last id of the piece before it. So every id but the first of
     the text is learnt once, with something before it. Pieces that do not overlap would never
-    learn the ids at their starts, and a last piece of one id would learn nothing. The price is
-    one id more a piece.
+    learn the ids at their starts, and a last piece of one id would learn nothing. The cost is
+    one more id per piece.
 
     >>> [e.ids for e in pieces([1, 2, 3, 4], 3)]
     [[1, 2, 3], [3, 4]]
@@ -72,7 +72,7 @@ def pieces(ids, length):
 
 
 def whole(text):
-    """The text; ValueError if it holds half a character, as JSON writes it: \\ud800."""
+    """The text; ValueError if it holds half a character, such as JSON's \\ud800."""
     half = re.search("[\ud800-\udfff]", text)
     if half:
         raise ValueError(f"the text holds half a character, {half[0]!r}, which UTF-8 cannot write")
@@ -82,7 +82,7 @@ def whole(text):
 def spans(tokenizer, text):
     """(ids, offsets) of a text, without an eos at its end.
 
-    Some tokenizers put eos behind each text, and some files have it in their texts already. An
+    Some tokenizers put eos after each text, and some files already have it in their texts. An
     example has it once, and learns it.
     """
     ids, offsets = tokenizer.spans(text)
@@ -92,7 +92,7 @@ def spans(tokenizer, text):
 
 
 def completion(tokenizer, prompt, answer, length):
-    """The Example of which only the answer and the end of the text are learnt."""
+    """An Example that learns only the answer and the end of the text."""
     ids, offsets = spans(tokenizer, prompt + answer)
     labels = only(ids, offsets, [(len(prompt), len(prompt + answer))])
     return clip(ids + [tokenizer.eos], labels + [tokenizer.eos], length)
@@ -101,14 +101,14 @@ def completion(tokenizer, prompt, answer, length):
 def only(ids, offsets, turns):
     """Labels: the id where it belongs to one of the (start, end) turns, else NOT_LEARNT."""
 
-    def inside(start, end):  # a first byte of a character is an empty span at its start
+    def inside(start, end):  # the first byte of a character is an empty span at its start
         return any(start < last and (end > first or start >= first) for first, last in turns)
 
     return [i if inside(*span) else NOT_LEARNT for i, span in zip(ids, offsets)]
 
 
 def clip(ids, labels, length):
-    """The Example of the first `length` ids, which counts what it loses."""
+    """The Example of the first `length` ids; its `cut` counts the lost tokens to learn."""
     labels = [NOT_LEARNT, *labels[1:]]
     lost = labels[length:]
     return Example(ids[:length], labels[:length], cut=len(lost) - lost.count(NOT_LEARNT))

@@ -1,9 +1,9 @@
 """Packing: several examples share a row, so that little of a batch is padding.
 
-The rows are those of first-fit decreasing: the longest example first, each into the first row
-that has room. It needs at most 11/9 of the fewest rows possible, and 6/9 of a row (Dosa 2007).
-Looking through all rows for each example would take n^2 steps. A tree over the rows, whose
-nodes hold the most room below them, finds the same row in log n.
+The method is first-fit decreasing: the longest example first, each into the first row that has
+room. It needs at most 11/9 of the fewest rows possible, plus 6/9 of a row (Dosa 2007). A search
+through all rows for each example would take n^2 steps. A tree over the rows, whose nodes hold
+the most room below them, finds the same row in log n steps.
 """
 
 from minillm.data.example import Example, NOT_LEARNT, check_examples, check_length
@@ -12,10 +12,10 @@ from minillm.data.example import Example, NOT_LEARNT, check_examples, check_leng
 def pack(examples, length):
     """Examples -> Examples of at most `length` ids, each holding one or more of the given ones.
 
-    A packed row has the loss of its documents one by one: each sees only itself, its positions
-    start at 0, and its first token is not learnt. Examples that are packed already keep
-    their documents. The order is the same at every call. ValueError for an example without
-    ids, or longer than a row.
+    A packed row has the same loss as its documents one by one: each document sees only
+    itself, its positions start at 0, and its first token is not learnt. Examples that are
+    packed already keep their documents. The order is the same at every call. ValueError for
+    an example without ids, or longer than a row.
     """
     check_length(length)
     check_examples(examples)

@@ -1,14 +1,14 @@
-"""The user's files -> Examples to train on, or questions to measure by.
+"""The user's files -> Examples to train on, or questions for an evaluation.
 
     .txt      one text
-    .jsonl    a record a line, a JSON object
+    .jsonl    one record per line, a JSON object
     .json     a list of records
-    .csv      a record a row, under a header that names the fields
+    .csv      one record per row, under a header that names the fields
 
-What a record may be is in `records`. Files are UTF-8, with or without a byte order mark. A record
-that is no good stops the reading with an error that names its line; with skip_bad=True it is
-left out, and counted. .jsonl and .csv are read record by record, so that a large file is
-not in memory beside what is made of it.
+`records` describes the kinds of records. Files are UTF-8, with or without a byte order mark. A
+bad record stops the reading with an error that names its line; with skip_bad=True it is left
+out, and counted. .jsonl and .csv are read record by record, so that a large file is not in
+memory beside its Examples.
 """
 
 import collections
@@ -25,14 +25,14 @@ from minillm.data.showing import Reason, summary
 
 
 class Reading(list):
-    """The Examples of a file: a list that also knows what was not learnt.
+    """The Examples of a file: a list, with counts of what was read and what was not.
 
-    path, length    what was read, and the most tokens an Example could have
+    path, length    the file, and the most tokens of an Example
     records         how many records the Examples come from
     skipped         "PATH, line N: the reason", a Reason for each bad record that was left out
-    kinds           {kind: records read as it}, a kind being a tuple of field names
-    unread          {kind: records that also fit it, but were read as another kind}
-    ignored         {field: records in which it has something that was not read}
+    kinds           {kind: number of records read as it}; a kind is a tuple of field names
+    unread          {kind: number of records that also fit it, but were read as another kind}
+    ignored         {field: number of records in which it has a value that was not read}
     """
 
     def __init__(self, path, length):
@@ -47,25 +47,25 @@ class Reading(list):
 
     @property
     def learnt(self):
-        """How many of these are learnt."""
+        """How many of these ids are learnt."""
         return sum(learnt(e) for e in self)
 
     @property
     def cut(self):
-        """How many Examples lost a part of what was to be learnt: it lay beyond `length`."""
+        """How many Examples lost tokens to learn, because they lay beyond `length`."""
         return sum(e.cut > 0 for e in self)
 
     def summary(self):
-        """All of this as a short text."""
+        """The counts as a short text."""
         return summary(self)
 
 
 @dataclasses.dataclass
 class Questions:
-    """What a file asks: prompts, their ids, and references, three lists of one length.
+    """The questions of a file: prompts, their ids, and references, three lists of one length.
 
-    Generate from the ids: they begin and end as the Examples of `read` have them before the answer
-    (a chat template writes its own BOS, other prompts get the tokenizer's).
+    Generate from the ids: they begin and end as in the Examples of `read`, before the answer (a
+    chat template writes its own BOS, other prompts get the tokenizer's).
     """
 
     prompts: list = dataclasses.field(default_factory=list)
@@ -73,15 +73,15 @@ class Questions:
     references: list = dataclasses.field(default_factory=list)
     texts: int = 0  # records of plain text, which ask nothing
     skipped: list = dataclasses.field(default_factory=list)  # as in Reading
-    unanswered: list = dataclasses.field(default_factory=list)  # such reasons, see `most`
+    unanswered: list = dataclasses.field(default_factory=list)  # Reasons; see `most`
 
 
 def read(path, tokenizer, length=256, skip_bad=False):
     """A .txt, .jsonl, .json or .csv file -> Reading, a list of Examples of at most `length` ids.
 
-    An answer that ends beyond `length` is cut, and counted in `.cut`; a long text is cut into
-    pieces that lose nothing. ValueError, with the line, for what is not UTF-8, not a record,
-    or leaves nothing to learn within `length`; with skip_bad, only if no record is good.
+    An answer that ends beyond `length` is cut, and counted in `.cut`; a long text is split into
+    pieces that lose nothing. ValueError, with the line, for a record that is not UTF-8, is not of
+    a known kind, or has nothing to learn within `length`; with skip_bad only if no record is good.
     """
     check_length(length)
     reader = reader_of(path)
@@ -104,11 +104,11 @@ def questions(path, tokenizer, skip_bad=False, most=None):
     """The Questions of a file that `read` reads, in its order.
 
     most: how many tokens a prompt may have (None: any number). A record whose prompt has none, or
-    more of them, is good to learn from, but no model can answer it: it is in `.unanswered` alone.
+    more than that, can be learnt but not answered: it is only in `.unanswered`.
 
-    The prompt of a conversation holds all before the assistant's last turn, by the chat template,
-    and the reference is that turn. The prompt of an Alpaca record is what `read` puts before the
-    output. A text asks nothing. Errors as in `read`, but a long answer is none.
+    The prompt of a conversation is all that comes before the assistant's last turn, written by the
+    chat template, and the reference is that turn. The prompt of an Alpaca record is what `read`
+    puts before the output. A text asks nothing. Errors as in `read`, but a long answer is no error.
     """
     reader, found = reader_of(path), Questions()
 
@@ -128,12 +128,12 @@ def questions(path, tokenizer, skip_bad=False, most=None):
 
 
 def check_file(path, skip_bad=False):
-    """The errors of `read` that need no tokenizer: to be found before a model is loaded."""
+    """Raise the errors of `read` that need no tokenizer, before a model is loaded."""
     each(path, reader_of(path), lambda record, where: plain(record, None), skip_bad, [])
 
 
 def each(path, reader, use, skip_bad, skipped):
-    """Call use(record, where) for every record; returns for how many it went well."""
+    """Call use(record, where) for every record; returns the number of good records."""
     good = 0
     for place, record in reader(path):
         where = f"{path}, {place}"
@@ -154,7 +154,7 @@ def each(path, reader, use, skip_bad, skipped):
 
 
 def reader_of(path):
-    """The function that reads such a file."""
+    """The function that reads a file with this ending; ValueError for an unknown ending."""
     ending = pathlib.Path(path).suffix
     if ending.lower() not in READERS:
         raise ValueError(f"{path}: the ending {ending!r} is unknown; known: {', '.join(READERS)}")
@@ -162,10 +162,10 @@ def reader_of(path):
 
 
 # --- from bytes to records -----------------------------------------------------------------------
-# A reader yields (place, record). Where a record cannot be read, it yields the error in its stead,
-# for a generator that raises could not go on. It raises for what spoils the whole file.
+# A reader yields (place, record). For a record that cannot be read it yields the error instead,
+# because a generator that raises cannot go on. It raises an error that concerns the whole file.
 
-ODD = re.compile("[\udc80-\udcff]")  # what `opened` makes of the bytes 0x80 to 0xff
+ODD = re.compile("[\udc80-\udcff]")  # `opened` decodes the bytes 0x80 to 0xff as these
 
 
 def opened(path, newline):
@@ -181,9 +181,9 @@ def utf8(text):
 
 
 def text(path):
-    """The text of a file, for training and for measuring alike, with \\n at the end of each line.
+    """The text of a file, for training and for measuring, with \\n at the end of each line.
 
-    ValueError, with the line, for what is not UTF-8, and for an empty file.
+    ValueError for an empty file, and, with the line, for bytes that are not UTF-8.
     """
     with opened(path, None) as file:
         whole = file.read()
@@ -202,14 +202,14 @@ def read_txt(path):
 
 
 def read_jsonl(path):
-    with opened(path, "\n") as file:  # alone \n ends a line; JSON may hold other line ends
+    with opened(path, "\n") as file:  # only \n ends a line; JSON may hold other line ends
         for line, row in enumerate(file, 1):
             if row.strip():
                 yield f"line {line}", json_object(row)
 
 
 def json_object(row):
-    """The object of a line, or the ValueError that it makes."""
+    """The object in a line, or a ValueError if there is none (returned, not raised)."""
     try:
         utf8(row)
     except ValueError as error:
@@ -233,8 +233,8 @@ def read_json(path):
     try:
         records = json.loads(whole)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error}); a file with a record a line has to "
-                         "end in .jsonl") from error
+        raise ValueError(f"{path}: not JSON ({error}); the name of a file with one record per "
+                         "line has to end in .jsonl") from error
     if not isinstance(records, list):
         raise ValueError(f"{path}: a .json file has to be a list of records, this is "
                          f"{type(records).__name__}")
@@ -245,7 +245,7 @@ def read_json(path):
 
 def read_csv(path):
     longest = os.path.getsize(path)
-    with opened(path, "") as file:  # csv itself ends the lines: a field may hold line ends
+    with opened(path, "") as file:  # csv itself finds the line ends: a field may hold some
         rows, header = csv.reader(file, strict=True), None
         while True:
             first, row = rows.line_num + 1, None
@@ -264,9 +264,9 @@ def read_csv(path):
 
 
 def next_row(rows, longest):
-    """The next row; a field may have up to `longest` characters, for this call alone.
+    """The next row; a field may have up to `longest` characters, in this call only.
 
-    The csv module keeps one limit for the whole program, 131,072 characters.
+    The csv module has one limit for the whole program, by default 131,072 characters.
     """
     before = csv.field_size_limit()
     csv.field_size_limit(min(max(before, longest), 2**31 - 1))
@@ -279,7 +279,7 @@ def next_row(rows, longest):
 
 
 def checked(header, where):
-    """The header, or the error that spoils the whole file."""
+    """The header; ValueError, for the whole file, if it is bad."""
     if isinstance(header, ValueError):
         raise ValueError(f"{where}: {header}") from header
     if len(set(header)) < len(header):
@@ -288,7 +288,7 @@ def checked(header, where):
 
 
 def fields(header, row):
-    """{field: text} of a row, or the ValueError that it makes."""
+    """{field: text} of a row, or a ValueError if it is bad (returned, not raised)."""
     if isinstance(row, ValueError):
         return row
     if len(row) != len(header):

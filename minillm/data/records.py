@@ -1,17 +1,17 @@
 """A record of a file -> Examples, or a question with its answer.
 
     kind                        fields                               what is learnt
-    conversation                messages                             what the assistant says
-    ShareGPT conversation       conversations                        what the assistant says
+    conversation                messages                             the assistant's messages
+    ShareGPT conversation       conversations                        the assistant's messages
     prompt                      prompt, completion                   the completion
     Alpaca instruction          instruction, output                  the output
                                 (and, where needed: input, system)
     text                        text                                 all of it
 
 A record may have other fields, which are not read; the summary of the file names them. A record
-that fits several kinds is read as the first of them in this table, and the summary says so:
-Alpaca's own file, for instance, has beside its fields a `text` that joins them, from which nobody
-could see what to learn.
+that fits several kinds is read as the first of them in this table, and the summary says so.
+Alpaca's own file, for instance, also has a field `text` that joins the others, and this text does
+not show which part to learn.
 
 Messages are {"role":, "content":} or, as ShareGPT writes them, {"from":, "value":}.
 """
@@ -27,8 +27,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant",
             "model": "assistant", **{role: role for role in ROLES}}
 
-# The prompt that Alpaca was trained on, and with it many models that have no chat template
-# (Taori et al. 2023, github.com/tatsu-lab/stanford_alpaca); `system` replaces its first sentences.
+# The prompt that Alpaca and many later models without a chat template were trained on (Taori et
+# al. 2023, github.com/tatsu-lab/stanford_alpaca); `system` replaces its first sentences.
 WITH_INPUT = ("Below is an instruction that describes a task, paired with an input that provides "
               "further context. Write a response that appropriately completes the request.")
 WITHOUT_INPUT = ("Below is an instruction that describes a task. Write a response that "
@@ -36,7 +36,7 @@ WITHOUT_INPUT = ("Below is an instruction that describes a task. Write a respons
 
 
 def fitting(record):
-    """The kinds that the record has the fields of; the first is the one that is read."""
+    """The kinds whose fields the record has; the record is read as the first."""
     found = [kind for kind in KINDS if set(kind) <= set(record)]
     if not found:
         known = "; or ".join(" and ".join(map(repr, kind)) for kind in KINDS)
@@ -45,7 +45,7 @@ def fitting(record):
 
 
 def unread(record):
-    """The record's fields that are of no kind and have something in them. They are not learnt."""
+    """The record's fields that belong to no kind and are not empty. They are not learnt."""
     kinds = fitting(record)
     read = {field for kind in kinds for field in kind}
     read |= set(OPTIONAL) if kinds[0] == ("instruction", "output") else set()
@@ -54,10 +54,10 @@ def unread(record):
 
 
 def plain(record, tokenizer):
-    """Any record -> what to learn, in one of three forms, each a tuple:
+    """Any record -> one of three forms, each a tuple: (text,), (prompt, completion), or
+    ([message, ...],) with messages {"role":, "content":}.
 
-    (text,), (prompt, completion), or ([message, ...],) with {"role":, "content":}. Without a
-    tokenizer (None) an instruction has the form that it has without a chat template.
+    Without a tokenizer (None) an instruction gets the form for models without a chat template.
     """
     kind = fitting(record)[0]
     if kind in (("messages",), ("conversations",)):
@@ -78,7 +78,7 @@ def check_text(record, field):
 
 
 def shown(value):
-    """A value's type and its start, for an error of one line."""
+    """A value's type and the start of its repr, for an error of one line."""
     written = repr(value)
     return f"{type(value).__name__} ({written if len(written) <= 60 else written[:57] + '...'})"
 
@@ -117,7 +117,7 @@ def conversation_of(messages, field):
 
 
 def turn(message, where):
-    """One message as {"role":, "content":}; other fields stay, a chat template may read them."""
+    """One message as {"role":, "content":}; other fields stay, as a chat template may read them."""
     known, fields = ROLES, ("role", "content")
     if isinstance(message, dict) and not set(fields) <= set(message) and "from" in message:
         known, fields = SHAREGPT, ("from", "value")
@@ -140,7 +140,7 @@ def turn(message, where):
 def parse(record, tokenizer, length, where=None):
     """The Examples of one record, none longer than `length` ids; `where` begins an error's text.
 
-    ValueError for what is no record of the kinds above, and where nothing is left to learn.
+    ValueError for a record of no known kind, and if nothing is left to learn.
     """
     try:
         return examples_of(record, tokenizer, length)
@@ -168,16 +168,17 @@ def examples_of(record, tokenizer, length):
 
 
 def conversation(messages, tokenizer, length):
-    """The Example of a conversation: each turn of the assistant is learnt, with what the chat
-    template writes to end it.
+    """The Example of a conversation. It learns each turn of the assistant, with the text by
+    which the chat template ends the turn.
 
-    messages: [{"role":, "content":}, ...]. ValueError if the template writes the turns so that
-    they cannot be found in the whole text.
+    messages: [{"role":, "content":}, ...]. ValueError if the turns cannot be found in the text
+    that the template writes.
     """
     text = tokenizer.chat(messages)
     turns = [find(text, messages, i, tokenizer) for i, message in enumerate(messages)
              if message["role"] == "assistant"]
-    ids, offsets = tokenizer.spans(text, special=False)  # the template itself writes what ends a turn
+    # special=False: the template itself writes the tokens that end a turn
+    ids, offsets = tokenizer.spans(text, special=False)
     return clip(ids, only(ids, offsets, turns), length)
 
 
@@ -187,7 +188,7 @@ def find(text, messages, i, tokenizer):
     after = tokenizer.chat(messages[: i + 1])
     if text.startswith(before) and after.startswith(before):
         said = after[len(before) :]
-        # Some templates put something before a turn that is the last (Qwen3: an empty thought).
+        # Some templates put a text before the last turn only (Qwen3: an empty thought).
         tail = said[max(0, said.rfind(messages[i]["content"].strip())) :]
         for found in (said, tail):
             if text.startswith(found, len(before)):
@@ -197,11 +198,11 @@ def find(text, messages, i, tokenizer):
 
 
 def question(record, tokenizer):
-    """(the text that asks, its ids, the reference answer) of a record; None for a text, which asks
+    """(the prompt, its ids, the reference answer) of a record; None for a text, which asks
     nothing.
 
-    A conversation asks by all that comes before the assistant's last turn, and by what the chat
-    template writes to let the assistant speak.
+    The prompt of a conversation is all that comes before the assistant's last turn, with the
+    text by which the chat template starts that turn.
     """
     match plain(record, tokenizer):
         case [list(messages)]:

@@ -1,4 +1,4 @@
-"""What a list of Examples teaches, for the eye: before any hour of training."""
+"""Show what is learnt from a list of Examples, so that a user can check it before training."""
 
 import collections
 import itertools
@@ -6,13 +6,13 @@ import itertools
 from minillm.data.example import NOT_LEARNT, learnt
 
 LEARNT, DIM, PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
-MOST = 600  # characters of a run that are shown
+MOST = 600  # the most characters of a run to show
 
 
 def summary(examples):
-    """How many examples and tokens, what was cut and what was skipped: a short text.
+    """The number of examples and tokens, and what was cut or skipped, as a short text.
 
-    examples: a list of Example, or a Reading, which knows more.
+    examples: a list of Example, or a Reading, which has more to show.
     """
     tokens, taught = sum(len(e.ids) for e in examples), sum(map(learnt, examples))
     cut, lost = sum(e.cut > 0 for e in examples), sum(e.cut for e in examples)
@@ -40,7 +40,7 @@ def count(n, what):
 
 
 class Reason(str):
-    """Why a record was left out: "PATH, line N: the reason". `where` is what comes before it."""
+    """Why a record was left out: "PATH, line N: the reason". `where` is its start."""
 
     @classmethod
     def at(cls, where, reason):
@@ -50,7 +50,7 @@ class Reason(str):
 
 
 def skips(skipped, most=5, title="skipped", what="bad record"):
-    """The lines that say which records were skipped, the first `most` of them with their reason."""
+    """Lines with the number of skipped records, and the reasons of the first `most` of them."""
     if not skipped:
         return []
     more = [f"  and {len(skipped) - most:,} more"] if len(skipped) > most else []
@@ -59,12 +59,12 @@ def skips(skipped, most=5, title="skipped", what="bad record"):
 
 
 def preview(examples, tokenizer, n=3, color=True):
-    """The summary, and the first n Examples with what is learnt in green and the rest dimmed.
+    """The summary, and the first n Examples: the learnt text in green, the rest dimmed.
 
-    Returns text. Without color, what is learnt is in [[double brackets]]. Special tokens show by
-    their name, line ends and other control characters as \\n or \\x1b (so that no text can command
-    the terminal), and a long part without its middle. A line begins each document of a packed
-    example.
+    Returns text. Without color, the learnt text is in [[double brackets]]. Special tokens appear
+    by name, line ends and other control characters as \\n or \\x1b (so that no text can control
+    the terminal), and long parts without their middle. A line of its own begins each document of
+    a packed example.
     """
     blocks = [summary(examples)]
     for i, example in enumerate(examples[:n], 1):
@@ -97,8 +97,8 @@ def painted(example, tokenizer, color):
 def decoded(tokenizer, ids, before=None):
     """The visible text of a run of ids; `before` is the id before it, None at a text's start.
 
-    The ids between two special ones are decoded together, for one character may take several.
-    The id before is decoded with them, for a tokenizer may drop the first space of what it decodes.
+    The ids between two special ones are decoded together, because one character may take several.
+    The id before is decoded with them, because a tokenizer may drop the first space of a text.
     """
     parts = []
     for special, run in itertools.groupby(ids, lambda i: is_special(tokenizer, i)):
@@ -116,13 +116,13 @@ def decoded(tokenizer, ids, before=None):
 
 
 def is_special(tokenizer, i):
-    """Whether an id has a name that decoding leaves out, such as the end of the text."""
+    """Whether decoding leaves out the text of an id, as for the end of the text."""
     name = tokenizer.text_of(i)
     return tokenizer.decode([i]) == "" and bool(name) and name.strip(" \u2581") != ""
 
 
 def visible(text):
-    """The text with what does not print written as in Python; a line end stays, after its sign."""
+    """The text with unprintable characters escaped as in Python; a line end also stays."""
     return "".join(c if c.isprintable() else "\\n\n" if c == "\n" else ascii(c)[1:-1] for c in text)
 
 

