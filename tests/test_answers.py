@@ -159,9 +159,9 @@ def test_one_text_is_no_list():
             with pytest.raises(TypeError, match="('hello there'|None) is not a list: give a"):
                 metric(*given)
     for given in (("one prompt", ["a"]), (["one prompt"], "ab")):
-        with pytest.raises(TypeError, match="is no list"):
+        with pytest.raises(TypeError, match="is not a list"):
             measure.choose(None, None, *given)
-    with pytest.raises(TypeError, match="is no list"):
+    with pytest.raises(TypeError, match="is not a list"):
         measure.generate_text(build("llama"), None, "one prompt", 4)
 
 

@@ -275,7 +275,7 @@ def test_models_of_others_are_held_out_saved_and_resumed(name, tmp_path):
 def test_what_learns_has_to_be_what_learnt(tmp_path):
     quiet(minillm.freeze.wrap(build("llama"), last=1), checkpoints=tmp_path, steps=2)
     for other in (build("llama"), minillm.freeze.wrap(build("llama"), last=2)):
-        with pytest.raises(ValueError, match="does not fit what learns.*wrapped then"):
+        with pytest.raises(ValueError, match="does not fit what learns.*wrapped for it"):
             quiet(other, checkpoints=tmp_path, steps=2, resume=True)
 
 

@@ -68,8 +68,8 @@ def test_two_files_of_one_name_are_refused(run):
     for name in ("one", "two"):
         run(*TRAIN, "--steps", 1, "--out", f"{name}.safetensors")
     said = run("eval", "--adapter", "one.safetensors", "--adapter", "two.safetensors", "--text", "a.txt", code=1)
-    assert "one.safetensors and two.safetensors both hold 'lora', and a model can have each name" in said
-    assert "minillm train --option name=NAME gives an adapter its own" in said
+    assert "one.safetensors and two.safetensors both hold 'lora', and a model can have each name once" in said
+    assert "minillm train --option name=NAME gives an adapter another name" in said
 
 
 def test_adapters_with_names(run):
@@ -142,7 +142,7 @@ def test_the_preview_trains_nothing_without_out(run, tmp_path):
     (["train", "--out", "."], "is a directory"),
     (["train", "--technique", "full", "--out", "a.txt"], "a.txt"),
     (["train", "--picture", "x.doc", "--out", "x.safetensors"], "'x.doc': a picture ends in"),
-    (["train", "--log", "a.txt", "--out", "x.safetensors"], "'a.txt' is a file, and no log"),
+    (["train", "--log", "a.txt", "--out", "x.safetensors"], "'a.txt' is a file, but not the log"),
     (["train", "--device", "cuda:99", "--out", "x.safetensors"],
      "--device cuda:99 is not possible here; possible: cpu"),
     (["train", "--device", "toaster", "--out", "x.safetensors"],

@@ -166,8 +166,8 @@ def test_outputs_are_checked_before_the_work(model, tmp_path, monkeypatch):
     for name, message in (
         ("file", "is a file"),
         ("json", "is not a table"),
-        ("md", "table.md is there"),
-        ("png", "table.png is there"),
+        ("md", "table.md exists"),
+        ("png", "table.png exists"),
     ):
         with pytest.raises(FileExistsError, match=message):
             run(model, tmp_path / name)

@@ -157,5 +157,5 @@ def test_nowhere_is_any_room(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space") as caught:
         quiet(model, checkpoints=tmp_path / "own", save_every=0)
     hook.remove()
-    assert "the training is lost: nor can" in caught.value.__notes__[0]
+    assert "the training is lost: a checkpoint cannot" in caught.value.__notes__[0]
     assert not list((tmp_path / "cache").glob("*")) and names(tmp_path / "own") == []
