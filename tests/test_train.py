@@ -349,7 +349,7 @@ def test_early_stopping():
 
 
 def test_an_evaluation_that_is_no_number_is_an_error():
-    with pytest.raises(ValueError, match="step 0: the evaluation is nan, which is no number"):
+    with pytest.raises(ValueError, match="step 0: the evaluation is nan, which cannot be compared"):
         quiet(build("llama"), evaluate=lambda model: math.nan)
 
 
@@ -408,7 +408,7 @@ def test_every_module_has_its_own_mode_again():
     (dict(held_out=examples(1), every=0), "every=0 is not a whole number from 1"),
     (dict(held_out=examples(1), patience=0), "patience=0 is not a whole number from 1"),
     (dict(held_out=[]), "held_out: there are no examples"),
-    (dict(held_out=examples(1), evaluate=float), "held_out= and evaluate= are two measures"),
+    (dict(held_out=examples(1), evaluate=float), "held_out= and evaluate= both choose the evaluation"),
     (dict(evaluate=3), "evaluate=3 is not a function of the model"),
     (dict(save_every=2), "save_every=2 needs a directory: give checkpoints="),
     (dict(resume=True), "resume=True needs a directory to go on from: give checkpoints="),

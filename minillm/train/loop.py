@@ -67,10 +67,9 @@ def train(model, examples, *, steps=None, epochs=None, lr, batch_size=8, accumul
     on_step          on_step(model, step, steps), called between backward and step: see `openings`
     log              a file for the returned log, as JSON lines; progress, name: of the bar
 
-    ValueError for a setting that makes no sense, an example beyond the model's positions or
-    vocabulary, a model in which nothing learns, a checkpoint of another training, and a loss that
-    is no longer a number. FileExistsError if `checkpoints` holds those of another training.
-    Interrupted, a KeyboardInterrupt, after a Ctrl-C that saved a checkpoint.
+    ValueError for a wrong setting, an example beyond the model's positions or vocabulary, a model
+    in which nothing learns, a checkpoint of another training, and a loss that is no number;
+    FileExistsError for another's `checkpoints`; Interrupted, a KeyboardInterrupt, on a saved Ctrl-C.
     """
     given = {key: value for key, value in locals().items() if key not in ("model", "examples")}
     run = Run(model, examples, resolve(examples, given))
