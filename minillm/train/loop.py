@@ -69,7 +69,7 @@ def train(model, examples, *, steps=None, epochs=None, lr, batch_size=8, accumul
 
     ValueError for a wrong setting, an example beyond the model's positions or vocabulary, a model
     in which nothing learns, a checkpoint of another training, and a loss that is no number;
-    FileExistsError for another's `checkpoints`; Interrupted, a KeyboardInterrupt, on a saved Ctrl-C.
+    FileExistsError for another's `checkpoints`; Interrupted (KeyboardInterrupt) on a saved Ctrl-C.
     """
     given = {key: value for key, value in locals().items() if key not in ("model", "examples")}
     run = Run(model, examples, resolve(examples, given))
