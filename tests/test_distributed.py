@@ -151,8 +151,10 @@ def test_each_process_talks_through_its_own_gpu(monkeypatch):
     monkeypatch.setenv("RANK", "1"), monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", said.append)
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *a, **k: said.append((a, k)))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *a,
+                        **k: said.append((a, k)))
     monkeypatch.setattr(distributed.atexit, "register", said.append)
     device = torch.device("cuda", 1)
     assert distributed.start() == device
-    assert said == [device, (("nccl",), dict(device_id=device)), torch.distributed.destroy_process_group]
+    assert said == [device, (("nccl",), dict(device_id=device)),
+                    torch.distributed.destroy_process_group]

@@ -1,4 +1,5 @@
-"""The house: which part of minillm may import which. A file imports from its own folder and from the floors below it."""
+"""The house: which part of minillm may import which. A file imports from its own folder
+and from the floors below it."""
 
 import ast
 import pathlib
@@ -24,14 +25,16 @@ ROOT = pathlib.Path(minillm.__file__).parent
 
 
 def imports(path):
-    """(the part of minillm that is imported, whether within a function) of every import in a file."""
+    """(the part of minillm that is imported, whether within a function) of every import in
+    a file."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     top = {id(node) for node in tree.body}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "minillm":
             parts = node.module.split(".")[1:2] or [alias.name for alias in node.names]
         elif isinstance(node, ast.Import):
-            parts = [alias.name.split(".")[1] for alias in node.names if alias.name.startswith("minillm.")]
+            parts = [alias.name.split(".")[1] for alias in node.names
+                     if alias.name.startswith("minillm.")]
         else:
             continue
         for part in parts:
