@@ -1,5 +1,5 @@
-"""A LoRA training step on SmolLM2, beside transformers + peft: r=8 on the seven
-projections, 4 x 128 tokens, AdamW.
+"""A training step of LoRA, and of DoRA, on SmolLM2, beside transformers + peft: r=8 on
+the seven projections, 4 x 128 tokens, AdamW.
 
 All sides start from the same adapter tensors and take the same batches, so their losses
 have to agree; the table says how far they are apart. A LoRA step takes about 4 N
@@ -14,9 +14,9 @@ import torch
 import minillm
 from benchmarks import common
 
-SIDES = {f"{library} {dtype}{' compiled' * compiled}": dict(library=library, dtype=dtype,
-                                                            compiled=compiled)
-         for dtype in ("float32", "bfloat16")
+SIDES = {f"{library} {technique}{dtype}{' compiled' * compiled}": dict(
+             library=library, dora=bool(technique), dtype=dtype, compiled=compiled)
+         for technique, dtype in (("", "float32"), ("", "bfloat16"), ("DoRA ", "float32"))
          for library, compiled in (("peft", False), ("minillm", False), ("minillm", True))}
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SETTINGS = dict(r=8, alpha=16, batch=4, length=128, lr=1e-4, steps=4, warmup=3)
@@ -35,7 +35,8 @@ def setup(side, settings):
             settings["checkpoint"], dtype=dtype
         ).to(device)
         told = peft.LoraConfig(r=settings["r"], lora_alpha=settings["alpha"],
-                               target_modules=PROJECTIONS, task_type="CAUSAL_LM")
+                               target_modules=PROJECTIONS, task_type="CAUSAL_LM",
+                               use_dora=side["dora"])
         model = peft.get_peft_model(model, told).train()
         adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
@@ -43,7 +44,8 @@ def setup(side, settings):
             return model(input_ids=ids, labels=ids).loss
     else:
         model, _ = minillm.load(settings["checkpoint"], dtype=dtype, device=device)
-        minillm.lora.wrap(model, PROJECTIONS, r=settings["r"], alpha=settings["alpha"]).train()
+        wrap = minillm.lora.dora.wrap if side["dora"] else minillm.lora.wrap
+        wrap(model, PROJECTIONS, r=settings["r"], alpha=settings["alpha"]).train()
         adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if side["compiled"]:
             minillm.compile(model)
@@ -51,8 +53,8 @@ def setup(side, settings):
         def loss(ids):
             return model.loss(ids, ids)
 
-    # in both libraries A, then B, in the order of the layers
-    for i, (name, p) in enumerate(adapters.items()):
+    # in both libraries A, then B, in the order of the layers; DoRA's lengths are those of W
+    for i, p in enumerate(p for p in adapters.values() if p.dim() == 2):
         draw = torch.Generator().manual_seed(i)
         scale = p.shape[1] ** -0.5 if i % 2 == 0 else 0.0
         p.data.copy_((torch.rand(p.shape, generator=draw) * 2 - 1) * scale)
@@ -99,7 +101,7 @@ def main():
     size, rows = 134_515_008, []
     for name, measured in found.items():
         dtype = SIDES[name]["dtype"]
-        base = found.get(f"peft {dtype}", measured)
+        base = found.get(f"peft {'DoRA ' * SIDES[name]['dora']}{dtype}", measured)
         apart = max(abs(a - b) for a, b in zip(measured[-1]["losses"], base[-1]["losses"]))
         speed = common.median(measured, "tokens/s")
         rows.append({
