@@ -46,7 +46,7 @@ def here(family, model, name=None):
 
 
 def unwrap(family, model, name=None):
-    """Forget the claims or the bans; in place, returns the model.
+    """Forget what the technique claims or forbids; in place, returns the model.
 
     Then the other techniques and the user's `requires_grad` decide what learns.
     """

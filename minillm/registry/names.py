@@ -43,7 +43,7 @@ def version(patch):
 
 
 def names_of(model):
-    """The names of all techniques in the model but the formats, which have no names."""
+    """The names of all techniques in the model but the formats, which are named by their kind."""
     return {patch.name for patch in patches(model)} | noted(model)
 
 
@@ -61,7 +61,7 @@ def follow(model):
 
 
 def adapters(model, names):
-    """The patches with parameters of their own; ValueError if none of them has one of `names`."""
+    """The patches with parameters of their own; ValueError for a name that none of them has."""
     found = [patch for patch in patches(model) if any(True for _ in patch.parameters())]
     known = sorted({patch.name for patch in found})
     for name in names:
@@ -79,8 +79,9 @@ def rows(model, names):
         with minillm.rows(model, ["sql", "chat", None]): ...
 
     names: for each row a name, a list of names whose adapters add up, or None. An adapter computes
-    for all rows and is left out of the others; the model beneath is computed once. ValueError for a
-    name that no adapter here has, for a batch of another size, and for a mask around the adapters.
+    for all rows, and its output is used in its own rows; the model beneath is computed once.
+    ValueError for a name that no adapter here has. In the model's call, a batch of another size is
+    an error, and so is a mask around the adapters.
     """
     asked = [[one] if isinstance(one, str) else list(one or ()) for one in names]
     found = adapters(model, [name for one in asked for name in one])

@@ -175,7 +175,7 @@ def check_base(model, metadata, path, any_base=False):
 
 
 def check_beside(model, name, metadata, path, own, made, any_base=False):
-    """ValueError if the file would change a weight that other techniques here rely on.
+    """ValueError if the file would change what other techniques rely on or have trained.
 
     The others are those attached to the model now that were not when the file was written.
     own: learned parameters of the file; made: {site: new Patch or Format}.
