@@ -130,7 +130,7 @@ def test_what_it_does_not_take():
         ValueError, match="lora takes a part out of the weight of '0', and prune lies around it"
     ):
         minillm.lora.pissa.wrap(minillm.prune.wrap(two()), r=2)
-    with pytest.raises(ValueError, match="it is that of .*embed_tokens too"):
+    with pytest.raises(ValueError, match="embed_tokens shares that weight"):
         minillm.lora.pissa.wrap(build("hf_llama"), ["lm_head"], r=2)
     with pytest.raises(ValueError, match="iterations=0 is not a whole number"):
         minillm.lora.pissa.wrap(two(), r=2, iterations=0)
