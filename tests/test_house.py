@@ -22,6 +22,7 @@ FLOORS = [
 FLOOR = {part: i for i, parts in enumerate(FLOORS) for part in parts}
 HELPERS = {"files": "swap", "calibrate": "calling"}  # one idea in two files, and no folder
 ROOT = pathlib.Path(minillm.__file__).parent
+LOOP = ("train/loop.py", "train")  # the one long function
 
 
 def imports(path):
@@ -59,3 +60,18 @@ def test_imports_go_down():
             inside = other == part or HELPERS.get(part) == other
             assert inside or FLOOR[other] < FLOOR[part], f"{where}, which is not below it"
     assert seen > 100
+
+
+PAGES = ["freeze", "prompts", "lora", "adapters", "quant", "prune", "sparse"]
+
+
+def test_a_page_is_short():
+    for path in ROOT.rglob("*.py"):
+        text, where = path.read_text(encoding="utf-8"), path.relative_to(ROOT)
+        lines = text.splitlines()
+        assert max(map(len, lines), default=0) <= 100, f"{where} has lines of over 100 columns"
+        assert len(lines) <= (150 if where.parts[0] in PAGES else 300), f"{where}: {len(lines)} lines"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and (str(where), node.name) != LOOP:
+                length = node.end_lineno - node.lineno + 1
+                assert length <= 60, f"{where}: {node.name} has {length} lines"

@@ -9,7 +9,7 @@ from minillm.registry.layer import Layer
 from minillm.registry.learning import came, say
 from minillm.registry.names import check_name, follow, names_of, taking_part, version
 from minillm.registry.past import Aside, past
-from minillm.registry.sites import ties
+from minillm.registry.sites import check_whole, ties
 from minillm.registry.targets import hidden_linears, select
 
 
@@ -26,6 +26,7 @@ def attach(
         (fill or cls.fill)(new, site)
         return new
 
+    check_whole(model, "wrap")
     sites = select(model, targets, cls.accepts, default(model), what)
     if issubclass(cls, Format):
         check_formats(cls, model, sites)

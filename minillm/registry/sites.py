@@ -4,6 +4,7 @@ import dataclasses
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from minillm.registry.kinds import Format, Patch
 from minillm.registry.layer import Below, Layer, dense, leaf
@@ -113,6 +114,13 @@ def walk(model):
 
     visit(model, "")
     return list(sites.values())
+
+
+def check_whole(model, what):
+    """ValueError if the weights are spread over processes: FSDP does not see new parameters."""
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise ValueError("the weights of this model are spread over the processes (shard): "
+                         f"{what} before that, or save the model and load it in one process")
 
 
 def layers(model):

@@ -33,7 +33,7 @@ from minillm.registry.opening import (
     BUFFER, LEARNED, check_base, check_beside, check_free, field, holds, kind_of, opened, read,
     remake, sorted_out,
 )
-from minillm.registry.sites import walk
+from minillm.registry.sites import check_whole, walk
 from minillm.registry.table import attached, formats_of, patches_of
 from minillm.registry.targets import computed, hint
 
@@ -166,6 +166,8 @@ def load(family, model, path, name=None, *, replace=False, any_base=False):
     tensors, metadata = opened(path, family)
     cls = kind_of(metadata, path)
     configs = field(metadata, "sites", path)
+    if configs:
+        check_whole(model, "load")
     sites = {site.name: site for site in walk(model)}
     if not all(isinstance(config, dict) for config in configs.values()):
         raise ValueError(f"{path} does not say where its tensors belong: "

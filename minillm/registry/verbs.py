@@ -22,7 +22,7 @@ from minillm.registry.kinds import CannotMerge, Format, Patch
 from minillm.registry.layer import Layer
 from minillm.registry.names import follow
 from minillm.registry.past import past
-from minillm.registry.sites import ties, walk
+from minillm.registry.sites import check_whole, ties, walk
 from minillm.registry.table import KINDS, attached, formats_of, patches_of, register
 
 log = logging.getLogger("minillm")
@@ -102,6 +102,7 @@ def merge(family, model, name=None, *, keep=True, tolerance=0.5):
     CannotMerge if the technique does not change a weight. ValueError if another patch lies
     beneath it, unless both add to the weight.
     """
+    check_whole(model, "merge")
     why = "it has nothing to fold, and unwrap gives the dense weight back"
     check_patches(family, model, name, why)
     found, bases, plan, worst = patches_of(family, model, name), {}, [], 0.0
@@ -171,6 +172,7 @@ def unmerge(family, model, name=None):
     name: unmerge only this one. By default all of the technique that were merged last. What
     the merged base has learned since is lost: save the model first to keep it.
     """
+    check_whole(model, "unmerge")
     check_patches(family, model, name, "it has nothing to fold, so nothing to put back")
 
     def ours(one):
