@@ -19,8 +19,7 @@ it, W + s B A is rounded as a whole: merge LoRA, then convert.
 Cost: the backward pass rounds W again. In compiled code rounding is one pass over W.
 The scales are fitted to W at each step, without a gradient (LSQ, arXiv 1902.08153,
 learns them). torchao's `QATConfig` swaps the linear layer's class twice. Not included:
-rounded activations (Jacob et al. average their ranges), a delayed start (call `wrap`
-later).
+rounded activations (Jacob et al. average their ranges), a delayed start (wrap later).
 
 >>> from torch import nn; import torch, minillm
 >>> model, x = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(2, 16)
@@ -120,8 +119,7 @@ def convert(model):
     """Store each leaf with the codes that training used; in place, returns the model.
 
     The format is Integer, or Codebook with `levels`. ValueError, before any change:
-    without a FakeQuant, with a patch beneath it, for a leaf that is tied or in a
-    format.
+    no FakeQuant, a patch beneath it, or a leaf that is tied or in a format.
     """
     plan = {}
     for site in walk(model):
