@@ -57,7 +57,7 @@ def run(kind, directory):
 def refused(model, path):
     """What would give a sharded model parameters that FSDP does not know."""
     minillm.lora.save(model, path)
-    for change in (minillm.lora.merge, minillm.lora.unmerge,
+    for change in (minillm.lora.merge, minillm.lora.unmerge, minillm.prune.wrap,
                    minillm.quant.wrap, minillm.lora.dora.wrap, minillm.prompts.wrap,
                    lambda model: minillm.lora.load(model, path, "more")):
         with pytest.raises(ValueError, match="spread over the processes"):

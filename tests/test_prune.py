@@ -10,7 +10,7 @@ from torch import nn
 
 import minillm
 from minillm import prune
-from minillm.prune import patterns, wanda
+from minillm.prune import patterns, smallest, wanda
 
 ROWS = torch.randint(24, (6, 12), generator=torch.Generator().manual_seed(3))
 
@@ -38,8 +38,8 @@ KINDS = ["distinct", "negative", "few", "equal", "half", "float16", "double", "i
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.77, 0.999])
 def test_patterns_are_a_stable_sort(kind, share, monkeypatch):
-    monkeypatch.setattr(patterns, "PIECE", 64)  # many pieces
-    monkeypatch.setattr(patterns, "SAMPLE", 50)
+    monkeypatch.setattr(smallest, "PIECE", 64)  # many pieces
+    monkeypatch.setattr(smallest, "SAMPLE", 50)
     a, b = draw(kind, 9, 24), draw(kind, 5, 16, seed=1)
     pairs = {"a": a, "b": b}
     found = prune.row.masks(pairs.items(), share)
@@ -58,7 +58,7 @@ def test_patterns_are_a_stable_sort(kind, share, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("n, m", [(2, 4), (1, 4), (1, 2), (3, 8), (4, 8), (15, 16)])
 def test_neighbours_are_a_stable_sort_of_each_few(kind, n, m, monkeypatch):
-    monkeypatch.setattr(patterns, "PIECE", 64)
+    monkeypatch.setattr(smallest, "PIECE", 64)
     s = draw(kind, 7, 48)
     pattern = prune.n_m(n, m)
     mask = pattern.masks([("a", s)], 1 - n / m)["a"]
@@ -70,15 +70,15 @@ def test_neighbours_are_a_stable_sort_of_each_few(kind, n, m, monkeypatch):
 @pytest.mark.parametrize("k", [1, 7, 5000, 9999, 10000])
 def test_a_bracket_that_misses_the_threshold_is_found_out(k, monkeypatch):
     """Every place of the sample holds a large number, and no other place does."""
-    monkeypatch.setattr(patterns, "SAMPLE", 100)
+    monkeypatch.setattr(smallest, "SAMPLE", 100)
     s = torch.rand(10000).numpy()
     s[::100] += 5
-    assert patterns.threshold([s[:5000], s[5000:]], k) == np.sort(s)[k - 1]
+    assert smallest.threshold([s[:5000], s[5000:]], k) == np.sort(s)[k - 1]
     s = torch.rand(10000).numpy()
     looked = []
-    monkeypatch.setattr(np, "partition", lambda a, k,
-                        real=np.partition: looked.append(len(a)) or real(a, k))
-    assert patterns.threshold([s], k) == np.sort(s)[k - 1] and looked[-1] < 9000
+    real = np.partition
+    monkeypatch.setattr(np, "partition", lambda a, k: looked.append(len(a)) or real(a, k))
+    assert smallest.threshold([s], k) == np.sort(s)[k - 1] and looked[-1] < 9000
 
 
 def test_threads_change_nothing():
