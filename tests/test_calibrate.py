@@ -331,7 +331,7 @@ class Odd(nn.Module):
 @pytest.mark.parametrize("fault, message", [
     ("shared", "some of the blocks of 'layers' are the same module"),
     ("between", "the input of 'layers.2' is not the output of the block before it"),
-    ("nan", "what 'layers.2' gets|holds nan"),
+    ("nan", "the input of 'layers.2'|holds nan"),
     ("skipped", r"no example reaches 'layers.1.mlp.3' \(1 such\).*targets="),
     ("left out", "the model calls 2 of its 3 blocks"),
     ("used twice", "'layers.0.mlp.0' is used in 2 places"),
