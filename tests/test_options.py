@@ -18,7 +18,7 @@ from minillm import options
     ("lora", dict(r=True), "r=True is not a whole number"),
     ("lora", dict(r=None), "r=None is not a whole number"),
     ("lora", dict(r=0), "r=0 is not a whole number of at least 1"),
-    ("lora", dict(r=99), "r=99 at .*between 1 and"),
+    ("lora", dict(r=99), "r=99 at .*from 1 to"),
     ("lora", dict(alpha=math.nan), "alpha=nan is not a number above 0"),
     ("lora", dict(alpha=math.inf), "alpha=inf is not a number above 0"),
     ("lora", dict(alpha="x"), "alpha='x' is not a number above 0"),
