@@ -1,8 +1,11 @@
-"""What the benchmarks share: every side in a process of its own, all sides in turn, medians, and the machine's own limits.
+"""What the benchmarks share: every side in a process of its own, all sides in turn,
+medians, and the machine's own limits.
 
-Times on shared machines move, so nothing is compared across runs: in each round every side measures once, the order turning by one
-from round to round, while the others sleep. A side's figure is the median of its rounds; a ratio is the median of the rounds' ratios. The
-peak of memory is the process's own: the resident set on a CPU, what torch allocated on CUDA.
+Times on shared machines move, so nothing is compared across runs: in each round every
+side measures once, the order turning by one from round to round, while the others
+sleep. A side's figure is the median of its rounds; a ratio is the median of the rounds'
+ratios. The peak of memory is the process's own: the resident set on a CPU, what torch
+allocated on CUDA.
 """
 
 import argparse
@@ -35,16 +38,22 @@ def arguments(text):
 
 
 def run(module, sides, args, settings):
-    """{side: [what its measure() returned, one a round]}. Each side is `setup(side, settings) -> measure` in the module."""
+    """{side: [what its measure() returned, one a round]}. Each side is `setup(side,
+    settings) -> measure` in the module."""
     settings |= dict(device=args.device, threads=args.threads)
     chosen = {name: side for name, side in sides.items() if not args.sides or name in args.sides}
     if not chosen:
         raise SystemExit(f"no side is called {args.sides}; known: {', '.join(sides)}")
-    found, processes, spawn = {name: [] for name in chosen}, {}, multiprocessing.get_context("spawn")
+    found, processes, spawn = (
+        {name: [] for name in chosen},
+        {},
+        multiprocessing.get_context("spawn"),
+    )
     try:
         for name, side in chosen.items():
             ours, theirs = spawn.Pipe()
-            process = spawn.Process(target=serve, args=(module, side, settings, theirs), daemon=True)
+            process = spawn.Process(target=serve, args=(module, side, settings, theirs),
+                                    daemon=True)
             process.start()
             theirs.close()
             processes[name] = (process, ours)
@@ -106,7 +115,8 @@ def checkpoint():
 
 
 def limits(device):
-    """The machine's own: bytes read a second, and operations of a matrix product a second, by dtype."""
+    """The machine's own: bytes read a second, and operations of a matrix product a second,
+    by dtype."""
 
     def fastest(work, repeats=7):
         times = []
@@ -128,20 +138,32 @@ def limits(device):
 
 
 def keep(name, device, settings, rows, limits):
-    """Write the figures to benchmarks/results, and all kept figures as tables to docs/benchmarks.md."""
-    machine = torch.cuda.get_device_name() if device == "cuda" else f"{processor()}, {torch.get_num_threads()} threads"
+    """Write the figures to benchmarks/results, and all kept figures as tables to
+    docs/benchmarks.md."""
+    machine = (
+        torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"{processor()}, {torch.get_num_threads()} threads"
+    )
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("transformers", "peft", "llama_cpp"):
         try:
             versions[package] = importlib.import_module(package).__version__
         except ImportError:
             pass
-    kept = dict(benchmark=name, command=f"python -m benchmarks.{name}" + (f" --device {device}" if device != "cpu" else ""),
-                date=str(datetime.date.today()), machine=machine, versions=versions, settings=settings, limits=limits, rows=rows)
+    kept = dict(benchmark=name,
+                command=f"python -m benchmarks.{name}"
+                + (f" --device {device}" if device != "cpu" else ""),
+                date=str(datetime.date.today()), machine=machine, versions=versions,
+                settings=settings, limits=limits, rows=rows)
     with files.atomic(HERE / "results" / f"{name}-{device}.json") as new:
         new.write_text(json.dumps(kept, indent=2) + "\n")
-    parts = ["# Benchmarks\n\nSmolLM2-135M. Written by the commands that stand above the tables, from `benchmarks/results/`; how they "
-             "measure is told in `benchmarks/common.py`. Ratios are medians over the rounds of one run, in which the sides take turns."]
+    parts = [
+        "# Benchmarks\n\nSmolLM2-135M. Written by the commands that stand above the tables, from "
+        "`benchmarks/results/`; how they "
+        "measure is told in `benchmarks/common.py`. Ratios are medians over the rounds of one "
+        "run, in which the sides take turns."
+    ]
     for path in sorted((HERE / "results").glob("*.json")):
         parts.append(section(json.loads(path.read_text())))
     with files.atomic(HERE.parent / "docs" / "benchmarks.md") as new:
@@ -152,13 +174,17 @@ def keep(name, device, settings, rows, limits):
 def section(kept):
     limits = ", ".join(f"{key} {value / 1e9:,.0f} G" for key, value in kept["limits"].items())
     versions = ", ".join(f"{key} {value}" for key, value in kept["versions"].items())
-    return (f"## {kept['benchmark']}, {kept['machine']}\n\n`{kept['command']}`, {kept['date']}; {versions}. "
-            f"The machine's limits, measured in the same run: {limits}.\n\n{report.table(kept['rows'])}")
+    return (
+        f"## {kept['benchmark']}, {kept['machine']}\n\n`{kept['command']}`, {kept['date']}; "
+        f"{versions}. "
+        f"The machine's limits, measured in the same run: {limits}.\n\n{report.table(kept['rows'])}"
+    )
 
 
 def processor():
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return next(line.split(":", 1)[1].strip() for line in lines
+                    if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

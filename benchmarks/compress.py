@@ -1,9 +1,11 @@
-"""SmolLM2 made small after its training: rounding beside GPTQ, magnitude beside Wanda, by perplexity.
+"""SmolLM2 made small after its training: rounding beside GPTQ, magnitude beside Wanda,
+by perplexity.
 
-Evaluated on the first 8 windows of 512 tokens of `pydoc_data.topics`; calibrated with windows (32, or
-`--windows`) that begin 8,192 tokens in, so that the two have no token in common. SmolLM2 is here the file in Q4_1,
-dequantized: its weights lie on an asymmetric grid of 4 bits in groups of 32. One scale for a whole row
-and pruning gain nothing from that, and only such sides are compared.
+Evaluated on the first 8 windows of 512 tokens of `pydoc_data.topics`; calibrated with
+windows (32, or `--windows`) that begin 8,192 tokens in, so that the two have no token
+in common. SmolLM2 is here the file in Q4_1, dequantized: its weights lie on an
+asymmetric grid of 4 bits in groups of 32. One scale for a whole row and pruning gain
+nothing from that, and only such sides are compared.
 
     gap closed      (rounding - GPTQ) / (rounding - dense), of the perplexities
     against         the perplexity of magnitude over that of Wanda
@@ -64,7 +66,9 @@ def ratios(found):
             said[f"gap closed by {name}"] = (value["rounding, int4"] - value[name]) / gap
     for pattern in ("50%", "2:4"):
         if {f"magnitude, {pattern}", f"Wanda, {pattern}"} <= value.keys():
-            said[f"magnitude against Wanda, {pattern}"] = value[f"magnitude, {pattern}"] / value[f"Wanda, {pattern}"]
+            said[f"magnitude against Wanda, {pattern}"] = (
+                value[f"magnitude, {pattern}"] / value[f"Wanda, {pattern}"]
+            )
     return said
 
 
@@ -76,9 +80,11 @@ def main():
     found = json.loads(RESULTS.read_text())["sides"] if RESULTS.exists() else {}
     for name in args.sides:
         found[name] = measured(SIDES[name], args.windows)
-        print(f"{name:24}{found[name]['perplexity']:10.3f}{found[name]['seconds']:8.0f} s", flush=True)
+        print(f"{name:24}{found[name]['perplexity']:10.3f}{found[name]['seconds']:8.0f} s",
+              flush=True)
         versions = dict(python=platform.python_version(), torch=torch.__version__)
-        RESULTS.write_text(json.dumps(dict(versions=versions, sides=found, ratios=ratios(found)), indent=2) + "\n")
+        RESULTS.write_text(json.dumps(dict(versions=versions, sides=found, ratios=ratios(found)),
+                                      indent=2) + "\n")
     for name, ratio in ratios(found).items():
         print(f"{name}: {ratio:.2f}")
 

@@ -1,7 +1,9 @@
-"""Generation on SmolLM2, batch 1, greedy, beside transformers and, where it is installed, llama.cpp: prefill and decode tokens/s.
+"""Generation on SmolLM2, batch 1, greedy, beside transformers and, where it is
+installed, llama.cpp: prefill and decode tokens/s.
 
-Decoding reads every weight once a token, so the machine's limit is its bandwidth over the bytes of the weights; the table gives
-each side's share of that. All sides in float32 have to continue with the same tokens; the table says how many of the first are.
+Decoding reads every weight once a token, so the machine's limit is its bandwidth over
+the bytes of the weights; the table gives each side's share of that. All sides in
+float32 have to continue with the same tokens; the table says how many of the first are.
 Run: python -m benchmarks.decode
 """
 
@@ -43,8 +45,10 @@ def setup(side, settings):
     def measure():
         before, _ = timed(prefill)
         whole, new = timed(generate)
-        decode = (settings["new"] - 1) / (whole - before)  # the first new token comes out of the prefill
-        return {"decode": decode, "prefill": settings["prompt"] / before, "tokens": new, "bytes": size, "warm": ready}
+        # the first new token comes out of the prefill
+        decode = (settings["new"] - 1) / (whole - before)
+        return {"decode": decode, "prefill": settings["prompt"] / before, "tokens": new,
+                "bytes": size, "warm": ready}
 
     return measure
 
@@ -52,23 +56,40 @@ def setup(side, settings):
 def transformers(side, settings):
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(settings["checkpoint"], dtype=getattr(torch, side["dtype"]))
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        settings["checkpoint"], dtype=getattr(torch, side["dtype"])
+    )
     model = model.to(settings["device"]).eval()
     ids = torch.tensor([settings["ids"]], device=settings["device"])
-    told = dict(max_new_tokens=settings["new"], min_new_tokens=settings["new"], do_sample=False, pad_token_id=2)
+    told = dict(max_new_tokens=settings["new"], min_new_tokens=settings["new"], do_sample=False,
+                pad_token_id=2)
     return (torch.inference_mode()(lambda: model(ids, logits_to_keep=1)),
-            lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **told)[0, ids.shape[1]:].tolist(), weights(model))
+            lambda: model.generate(ids, attention_mask=torch.ones_like(ids),
+                                   **told)[0, ids.shape[1]:].tolist(), weights(model))
 
 
 def ours(side, settings):
     model, _ = minillm.load(settings["checkpoint"], dtype=side["dtype"], device=settings["device"])
     if side.get("int8"):
-        minillm.quant.wrap(model, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-                                   "embed_tokens", "lm_head"])  # the last two share their matrix, and its codes
+        minillm.quant.wrap(
+            model,
+            [
+                "q_proj",
+                "k_proj",
+                "v_proj",
+                "o_proj",
+                "gate_proj",
+                "up_proj",
+                "down_proj",
+                "embed_tokens",
+                "lm_head",
+            ],
+        )  # the last two share their matrix, and its codes
     if side.get("compiled"):
         minillm.compile(model)
     ids = torch.tensor([settings["ids"]], device=settings["device"])
-    return (lambda: model.generate(ids, 1), lambda: model.generate(ids, settings["new"])[0, ids.shape[1]:].tolist(),
+    return (lambda: model.generate(ids, 1),
+            lambda: model.generate(ids, settings["new"])[0, ids.shape[1]:].tolist(),
             weights(model))
 
 
@@ -76,7 +97,8 @@ def llama_cpp(side, settings):
     import llama_cpp
 
     path = settings["checkpoint"] + ".gguf"
-    model = llama_cpp.Llama(path, n_ctx=512, n_threads=torch.get_num_threads(), n_threads_batch=torch.get_num_threads(), verbose=False)
+    model = llama_cpp.Llama(path, n_ctx=512, n_threads=torch.get_num_threads(),
+                            n_threads_batch=torch.get_num_threads(), verbose=False)
 
     def prefill():
         model.reset()
@@ -97,7 +119,11 @@ def weights(model):
     """The bytes that a token has to read: every matrix once, of an untied embedding one row."""
     head = model.get_output_embeddings()
     embedding = getattr(model, "embed_tokens", None)
-    unread = embedding.weight.nbytes if embedding is not None and getattr(head, "weight", None) is not embedding.weight else 0
+    unread = (
+        embedding.weight.nbytes
+        if embedding is not None and getattr(head, "weight", None) is not embedding.weight
+        else 0
+    )
     return minillm.report.total_bytes(model) - unread
 
 
@@ -121,11 +147,13 @@ def main():
         same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
         speed = common.median(measured, "decode")
         rows.append({
-            "side": name, "decode, tokens/s": f"{speed:,.1f}", "of transformers": f"{common.ratio(measured, base, 'decode'):.2f}",
+            "side": name, "decode, tokens/s": f"{speed:,.1f}",
+            "of transformers": f"{common.ratio(measured, base, 'decode'):.2f}",
             "of the bandwidth": f"{speed * measured[-1]['bytes'] / limits['bytes/s']:.0%}",
             "prefill, tokens/s": f"{common.median(measured, 'prefill'):,.0f}",
             "prefill of transformers": f"{common.ratio(measured, base, 'prefill'):.2f}",
-            "first run, s": f"{measured[0]['warm']:.1f}", "peak MB": f"{measured[-1]['peak_bytes'] / 1e6:,.0f}",
+            "first run, s": f"{measured[0]['warm']:.1f}",
+            "peak MB": f"{measured[-1]['peak_bytes'] / 1e6:,.0f}",
             "same tokens": f"{same} of {len(pairs)}"})
     del settings["ids"], settings["checkpoint"]
     common.keep("decode", args.device, settings, rows, limits)

@@ -1,8 +1,10 @@
-"""A LoRA training step on SmolLM2, beside transformers + peft: r=8 on the seven projections, 4 x 128 tokens, AdamW.
+"""A training step of LoRA, and of DoRA, on SmolLM2, beside transformers + peft: r=8 on
+the seven projections, 4 x 128 tokens, AdamW.
 
-All sides start from the same adapter tensors and take the same batches, so their losses have to agree; the table says how far they
-are apart. A LoRA step takes about 4 N operations a token (N: all parameters, the head included), which tells the share of the machine's
-limit. Run: python -m benchmarks.lora_step
+All sides start from the same adapter tensors and take the same batches, so their losses
+have to agree; the table says how far they are apart. A LoRA step takes about 4 N
+operations a token (N: all parameters, the head included), which tells the share of the
+machine's limit. Run: python -m benchmarks.lora_step
 """
 
 import time
@@ -12,8 +14,10 @@ import torch
 import minillm
 from benchmarks import common
 
-SIDES = {f"{library} {dtype}{' compiled' * compiled}": dict(library=library, dtype=dtype, compiled=compiled)
-         for dtype in ("float32", "bfloat16") for library, compiled in (("peft", False), ("minillm", False), ("minillm", True))}
+SIDES = {f"{library} {technique}{dtype}{' compiled' * compiled}": dict(
+             library=library, dora=bool(technique), dtype=dtype, compiled=compiled)
+         for technique, dtype in (("", "float32"), ("", "bfloat16"), ("DoRA ", "float32"))
+         for library, compiled in (("peft", False), ("minillm", False), ("minillm", True))}
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SETTINGS = dict(r=8, alpha=16, batch=4, length=128, lr=1e-4, steps=4, warmup=3)
 
@@ -25,9 +29,14 @@ def setup(side, settings):
         import peft
         import transformers
 
-        transformers.AutoTokenizer.from_pretrained(settings["checkpoint"])  # the other side's load brings one too
-        model = transformers.AutoModelForCausalLM.from_pretrained(settings["checkpoint"], dtype=dtype).to(device)
-        told = peft.LoraConfig(r=settings["r"], lora_alpha=settings["alpha"], target_modules=PROJECTIONS, task_type="CAUSAL_LM")
+        # the other side's load brings one too
+        transformers.AutoTokenizer.from_pretrained(settings["checkpoint"])
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            settings["checkpoint"], dtype=dtype
+        ).to(device)
+        told = peft.LoraConfig(r=settings["r"], lora_alpha=settings["alpha"],
+                               target_modules=PROJECTIONS, task_type="CAUSAL_LM",
+                               use_dora=side["dora"])
         model = peft.get_peft_model(model, told).train()
         adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
@@ -35,7 +44,8 @@ def setup(side, settings):
             return model(input_ids=ids, labels=ids).loss
     else:
         model, _ = minillm.load(settings["checkpoint"], dtype=dtype, device=device)
-        minillm.lora.wrap(model, PROJECTIONS, r=settings["r"], alpha=settings["alpha"]).train()
+        wrap = minillm.lora.dora.wrap if side["dora"] else minillm.lora.wrap
+        wrap(model, PROJECTIONS, r=settings["r"], alpha=settings["alpha"]).train()
         adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if side["compiled"]:
             minillm.compile(model)
@@ -43,12 +53,15 @@ def setup(side, settings):
         def loss(ids):
             return model.loss(ids, ids)
 
-    for i, (name, p) in enumerate(adapters.items()):  # in both libraries A, then B, in the order of the layers
+    # in both libraries A, then B, in the order of the layers; DoRA's lengths are those of W
+    for i, p in enumerate(p for p in adapters.values() if p.dim() == 2):
         draw = torch.Generator().manual_seed(i)
         scale = p.shape[1] ** -0.5 if i % 2 == 0 else 0.0
         p.data.copy_((torch.rand(p.shape, generator=draw) * 2 - 1) * scale)
     optimizer = torch.optim.AdamW(adapters.values(), lr=settings["lr"])
-    batches = iter(torch.tensor(settings["ids"]).view(-1, settings["batch"], settings["length"]).to(device))
+    batches = iter(
+        torch.tensor(settings["ids"]).view(-1, settings["batch"], settings["length"]).to(device)
+    )
 
     def step():
         value = loss(next(batches))
@@ -67,7 +80,8 @@ def setup(side, settings):
         losses.extend(step() for _ in range(settings["steps"]))
         common.wait(device)
         seconds = time.perf_counter() - began
-        return {"tokens/s": settings["steps"] * settings["batch"] * settings["length"] / seconds, "losses": list(losses), "warm": ready}
+        return {"tokens/s": settings["steps"] * settings["batch"] * settings["length"] / seconds,
+                "losses": list(losses), "warm": ready}
 
     return measure
 
@@ -77,17 +91,22 @@ def main():
     settings = dict(SETTINGS, checkpoint=common.checkpoint())
     _, tokenizer = minillm.load(settings["checkpoint"])
     ids = tokenizer.encode(minillm.data.topics())
-    settings["ids"] = ids[: settings["batch"] * settings["length"] * (settings["warmup"] + args.rounds * settings["steps"])]
+    settings["ids"] = ids[
+        : settings["batch"]
+        * settings["length"]
+        * (settings["warmup"] + args.rounds * settings["steps"])
+    ]
     limits = common.limits(args.device)
     found = common.run("benchmarks.lora_step", SIDES, args, settings)
     size, rows = 134_515_008, []
     for name, measured in found.items():
         dtype = SIDES[name]["dtype"]
-        base = found.get(f"peft {dtype}", measured)
+        base = found.get(f"peft {'DoRA ' * SIDES[name]['dora']}{dtype}", measured)
         apart = max(abs(a - b) for a, b in zip(measured[-1]["losses"], base[-1]["losses"]))
         speed = common.median(measured, "tokens/s")
         rows.append({
-            "side": name, "tokens/s": f"{speed:,.0f}", "of peft": f"{common.ratio(measured, base, 'tokens/s'):.2f}",
+            "side": name, "tokens/s": f"{speed:,.0f}",
+            "of peft": f"{common.ratio(measured, base, 'tokens/s'):.2f}",
             "peak MB": f"{measured[-1]['peak_bytes'] / 1e6:,.0f}",
             "of peft's": f"{measured[-1]['peak_bytes'] / base[-1]['peak_bytes']:.2f}",
             "of the machine's FLOP/s": f"{speed * 4 * size / limits[f'{dtype} FLOP/s']:.0%}",

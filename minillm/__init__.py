@@ -4,7 +4,7 @@ Fine-tuning, wrapped in place with `minillm.NAME.wrap(model)`:
 
     freeze          trains the last blocks only
                     Howard & Ruder 2018, arXiv 1801.06146
-    freeze.bitfit   trains the biases alone
+    freeze.bitfit   trains the biases only
                     Ben Zaken et al. 2022, arXiv 2106.10199
     prompts         learns vectors that come before the text
                     Lester et al. 2021, arXiv 2104.08691
@@ -12,7 +12,7 @@ Fine-tuning, wrapped in place with `minillm.NAME.wrap(model)`:
                     Hu et al. 2021, arXiv 2106.09685
     lora.dora       LoRA for each weight's direction, and its length apart
                     Liu et al. 2024, arXiv 2402.09353
-    lora.pissa      LoRA that starts with the largest part of each weight
+    lora.pissa      LoRA that starts with the principal part of each weight
                     Meng et al. 2024, arXiv 2404.02948
     adapters        puts a small network after each sublayer
                     Houlsby et al. 2019, arXiv 1902.00751
@@ -21,17 +21,17 @@ Making it small, wrapped in place with `minillm.NAME.wrap(model)`:
 
     quant           stores weights as integers of 2 to 8 bits, with a scale for each row or group
                     Dettmers et al. 2022, arXiv 2208.07339
-    quant.gptq      rounds column by column; those that are left repair it
+    quant.gptq      rounds column by column; the remaining columns compensate
                     Frantar et al. 2022, arXiv 2210.17323
-    quant.nf4       stores weights as 4-bit codes of 16 levels, spaced as a normal distribution is
+    quant.nf4       stores weights as 4-bit codes of 16 levels at quantiles of the normal distribution
                     Dettmers et al. 2023, arXiv 2305.14314
-    quant.qat       trains with weights that are rounded already, to store them so
+    quant.qat       trains with rounded weights, to store them rounded
                     Jacob et al. 2018, arXiv 1712.05877
     prune           zeroes the smallest weights
                     Han et al. 2015, arXiv 1506.02626
-    prune.wanda     zeroes what is small and has a small input
+    prune.wanda     zeroes small weights with small inputs
                     Sun et al. 2023, arXiv 2306.11695
-    sparse          stores only what is not zero (CSR)
+    sparse          stores only the nonzero weights (CSR)
                     Saad 2003
 
 Beneath them:

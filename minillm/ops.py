@@ -1,18 +1,20 @@
-"""The product x Wᵀ where W is not kept: W is made from what is stored, in the forward and again in the backward.
+"""The product x Wᵀ without keeping W: forward and backward each make W anew.
 
     y = x Wᵀ        dx = dy W        dW = dyᵀ x          x (..., in), W (out, in), y (..., out)
 
-For dx autograd keeps the W that the forward used. Where W is a parameter that costs
-nothing. Where W was made for this one product (int8 turned to floats, a weight times its
-mask) it is a whole dense matrix for each leaf, kept from the forward to the backward: more
-than all that LoRA keeps. The functions below keep what W is made from, and make it
-again. The price is that small computation a second time.
+For dx autograd keeps the W that the forward used. Where W is a parameter, that costs
+nothing. Where W was made for this one product (int8 turned to floats, a weight times
+its mask), autograd keeps a whole dense matrix for each leaf from the forward to the
+backward, which is more than all that LoRA keeps. The functions below keep what W is
+made from, and make W a second time. The price is that small computation.
 
-`remade` does so for any W, by checkpointing, which has some overhead. The other three are its
-quick forms: for a W that does not learn, for the product of a parameter and a mask, and for a
-parameter that is rounded. Each is differentiable twice, since its backward is made of ordinary operations. In code that
-torch.compile makes they checkpoint too: left alone, the compiler keeps a W that goes into a
-matrix product."""
+`remade` does so for any W, by checkpointing, which has some overhead. `remade_linear`,
+`masked_linear` and `straight_linear` have less: they are for a W that does not learn,
+for a parameter times a mask, and for a parameter that is rounded. Each is
+differentiable twice, because its backward consists of ordinary operations. In compiled
+code they checkpoint too, because the compiler would otherwise keep a W that goes into a
+matrix product.
+"""
 
 import contextlib
 
@@ -24,8 +26,10 @@ from torch.utils.checkpoint import checkpoint
 def linear(x, W, b=None):
     """x Wᵀ + b: x (..., in), W (out, in) -> (..., out).
 
-    A single row, in code that torch.compile makes for a CPU, is written as multiply and sum: that is fused with what makes W (a
-    conversion from int8) and reads it at the speed of memory, where the library's matrix product reaches a third of it.
+    In code that torch.compile makes for a CPU, the product of a single row is a
+    multiplication and a sum. The compiler fuses them with the operation that makes W (a
+    conversion from int8), and the loop reads W at the speed of memory. The library's
+    matrix product reaches a third of that speed.
     """
     if single(x):
         y = (W * x.flatten()).sum(-1).view(*x.shape[:-1], -1)
@@ -39,7 +43,7 @@ def single(x):
 
 
 def words_fit(x, q):
-    """Whether `row_of_codes` is the way: one row x without a gradient, whole words in a row of q."""
+    """Whether `row_of_codes` applies: one row x without a gradient, rows of whole words."""
     learns = torch.is_grad_enabled() and x.requires_grad
     whole = q.shape[1] % 4 == 0 and q.is_contiguous()
     return single(x) and not learns and whole and x.dtype != torch.float64
@@ -48,13 +52,14 @@ def words_fit(x, q):
 def row_of_codes(x, q, width, zero=0):
     """x (C - zero)ᵀ for one row x (..., in) and the codes C (out, in) in q: (out,), in float32.
 
-    q (out, in * width / 8): int8, or uint8 packed as `quant.grid.pack` does. zero: a number, or
-    (out, 1) of int32. For code that torch.compile makes for a CPU; elsewhere it is right, and slow.
+    q (out, in * width / 8): int8, or uint8 packed as `quant.grid.pack` does. zero: a
+    number, or (out, 1) of int32. For code that torch.compile makes for a CPU; elsewhere
+    it is correct but slow.
 
-    Four bytes are read as one word, and shifts take the codes out of it. Written as q * x, each
-    step of the sum reads only as many bytes as fit a vector once they are floats, and waits for
-    the step before it. The words are loaded as floats and then taken for integers, because torch's
-    AVX2 vectors load integers by way of the stack.
+    Four bytes are read as one word, and shifts take the codes out of it. Written as q *
+    x, each step of the sum would read only as many bytes as fit a vector once they are
+    floats, and wait for the step before it. The words are loaded as floats and then
+    viewed as integers, because torch's AVX2 vectors load integers by way of the stack.
     """
     parts, k = 8 // width, q.shape[1]
     words = q.view(torch.float32).view(torch.int32)  # (out, k / 4)
@@ -75,14 +80,18 @@ def row_of_codes(x, q, width, zero=0):
 
 
 def remade(function, x):
-    """function(x), of which only x is kept: the backward computes it again, the same each time."""
+    """function(x), keeping only x: the backward calls `function` again.
+
+    Both calls must give the same result; the random state is not restored.
+    """
     return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
 
 
 def remade_linear(x, make):
-    """x Wᵀ, where W = make() does not learn: the backward calls `make` again. x (..., in) -> (..., out).
+    """x Wᵀ, where W = make() does not learn: the backward calls `make` again.
 
-    `make` returns W (out, in) in the dtype of x, and the same W at every call.
+    x (..., in) -> (..., out). `make` returns W (out, in) in the dtype of x, and the
+    same W at every call.
     """
     if not (torch.is_grad_enabled() and x.requires_grad):
         return linear(x, make())
@@ -103,7 +112,10 @@ class _Remade(torch.autograd.Function):
 
 
 def masked_linear(x, W, mask):
-    """x (mask * W)ᵀ, where W may learn: W and mask are kept, and not their product. x (..., in) -> (..., out)."""
+    """x (mask * W)ᵀ, where W may learn: x (..., in), W, mask (out, in) -> (..., out).
+
+    Autograd keeps W and the mask, and not their product.
+    """
     def product(x):
         return linear(x, (W * mask).to(x.dtype))
 
@@ -126,20 +138,21 @@ class _Masked(torch.autograd.Function):
         dx = dy @ (W * mask).to(dy.dtype) if ctx.needs_input_grad[0] else None
         dW = None
         if ctx.needs_input_grad[1]:
-            dW = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])  # (n, out)ᵀ (n, in) -> (out, in)
+            dW = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])  # (out, n) (n, in)
             dW = dW.to(W.dtype) * mask
         return dx, dW, None
 
 
 def straight(W, new):
-    """`new`, bit for bit, with the gradient of W (Bengio et al. 2013, arXiv 1308.3432)."""
+    """`new` as it is, whose gradient goes to W (Bengio et al. 2013, arXiv 1308.3432)."""
     return new.detach() + (W - W.detach())
 
 
 def straight_linear(x, W, change):
-    """x change(W)ᵀ, with W's gradient of x Wᵀ: the backward calls `change` again.
+    """x change(W)ᵀ, with the gradient of x Wᵀ for W: x (..., in) -> (..., out).
 
-    x (..., in) -> (..., out). `change` returns another matrix (out, in), the same at every call. W may learn.
+    `change` returns a matrix (out, in), the same at every call; the backward calls it
+    again. W may learn.
     """
     def product(x):
         return linear(x, straight(W, change(W)).to(x.dtype))
@@ -164,22 +177,26 @@ class _Straight(torch.autograd.Function):
         dx = dy @ straight(W, ctx.change(W)).to(dy.dtype) if ctx.needs_input_grad[0] else None
         dW = None
         if ctx.needs_input_grad[1]:
-            dW = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])  # (n, out)ᵀ (n, in) -> (out, in)
+            dW = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])  # (out, n) (n, in)
             dW = dW.to(W.dtype)
         return dx, dW, None
 
 
 def in_autocast(x):
-    """x in the dtype that autocast chooses for a matrix product, where autocast is on; else x itself."""
+    """x in autocast's dtype for matrix products; x itself where autocast is off."""
     if autocasts(x) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
 
 
 def without_autocast(x):
-    """A context in which autocast leaves the dtypes of the device of x alone."""
-    return torch.autocast(x.device.type, enabled=False) if autocasts(x) else contextlib.nullcontext()
+    """A context without autocast on the device of x."""
+    if autocasts(x):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def autocasts(x):
-    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+    """Whether autocast is on for the device of x."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

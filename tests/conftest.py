@@ -5,7 +5,8 @@ import copy
 import os
 import warnings
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # -n 2: threads that wait for each other's cores are slower than one
+# -n 2: threads that wait for each other's cores are slower than one
+if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
@@ -28,11 +29,13 @@ def law(name, holds, what):
 def close(name, a, b, what, tolerance=1e-5):
     """Count a check that two tensors agree, relative to the size of the second."""
     scale = max(1.0, b.abs().max().item())
-    law(name, torch.allclose(a, b, rtol=0, atol=tolerance * scale), f"{what}: off by {(a - b).abs().max():.3g} at scale {scale:.3g}")
+    law(name, torch.allclose(a, b, rtol=0, atol=tolerance * scale),
+        f"{what}: off by {(a - b).abs().max():.3g} at scale {scale:.3g}")
 
 
 def pytest_sessionfinish(session):
-    if hasattr(session.config, "workeroutput"):  # one of several processes (-n 2) hands over its count
+    # one of several processes (-n 2) hands over its count
+    if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["laws"] = dict(LAWS)
 
 
@@ -48,7 +51,8 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def peft_model(model, **config):
-    """peft's LoRA model around a copy of the model, or a skip; the deprecations that it meets are not ours."""
+    """peft's LoRA model around a copy of the model, or a skip; the deprecations that it
+    meets are not ours."""
     peft = pytest.importorskip("peft", reason="needs the extra 'parity'")
     with warnings.catch_warnings(action="ignore"):
         return peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**config))

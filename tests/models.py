@@ -1,4 +1,5 @@
-"""The models that the laws are run on, each small and random: ids (b, t) of 0 .. 23 -> logits (b, t, 24)."""
+"""The models that the laws are run on, each small and random: ids (b, t) of 0 .. 23 ->
+logits (b, t, 24)."""
 
 import torch
 from conftest import hugging_face
@@ -41,15 +42,18 @@ def conv1d():
 
 def hf_gpt2():
     transformers = hugging_face()
-    config = transformers.GPT2Config(vocab_size=24, n_embd=16, n_layer=3, n_head=2, n_positions=32, resid_pdrop=0, embd_pdrop=0,
+    config = transformers.GPT2Config(vocab_size=24, n_embd=16, n_layer=3, n_head=2, n_positions=32,
+                                     resid_pdrop=0, embd_pdrop=0,
                                      attn_pdrop=0, bos_token_id=0, eos_token_id=0)
     return transformers.GPT2LMHeadModel(config)
 
 
 def hf_llama():
     transformers = hugging_face()
-    config = transformers.LlamaConfig(vocab_size=24, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4,
-                                      num_key_value_heads=2, max_position_embeddings=32, tie_word_embeddings=True)
+    config = transformers.LlamaConfig(vocab_size=24, hidden_size=16, intermediate_size=32,
+                                      num_hidden_layers=3, num_attention_heads=4,
+                                      num_key_value_heads=2, max_position_embeddings=32,
+                                      tie_word_embeddings=True)
     return transformers.LlamaForCausalLM(config)
 
 
@@ -57,14 +61,16 @@ MODELS = {
     "Linear": lambda: Plain(nn.Linear),
     "Conv1D": conv1d,
     "gpt2": lambda: minillm.Transformer(minillm.Config.gpt2(24, 16, 3, 2, positions=32)),
-    "llama": lambda: minillm.Transformer(minillm.Config(24, 16, 3, 4, kv_heads=2, ffn=32, positions=32, tied=False)),
+    "llama": lambda: minillm.Transformer(minillm.Config(24, 16, 3, 4, kv_heads=2, ffn=32,
+                                                        positions=32, tied=False)),
     "hf_gpt2": hf_gpt2,
     "hf_llama": hf_llama,
 }
 
 
 def build(name):
-    """The model called `name`, the same weights at every call, with biases and norms away from 0 and 1."""
+    """The model called `name`, the same weights at every call, with biases and norms away
+    from 0 and 1."""
     torch.manual_seed(1)
     model = MODELS[name]().eval()
     with torch.no_grad():
@@ -77,7 +83,8 @@ IDS = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])
 
 
 def logits(model, ids=None):
-    """The model's logits for ids, or for IDS as the attached techniques prepare them (soft prompts in front)."""
+    """The model's logits for ids, or for IDS as the attached techniques prepare them (soft
+    prompts in front)."""
     if ids is None:
         ids, _, _ = minillm.prepare(model, IDS.to(next(iter(model.state_dict().values())).device))
     output = model(ids)
@@ -91,7 +98,8 @@ def two():
 
 @torch.no_grad()
 def learnt(model, std=0.3):
-    """Every patch's parameters away from their start, as training would leave them; returns the model."""
+    """Every patch's parameters away from their start, as training would leave them; returns
+    the model."""
     for layer in minillm.layers(model).values():
         for p in layer.patches.parameters():
             nn.init.normal_(p, std=std)

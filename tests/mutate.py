@@ -177,7 +177,8 @@ def candidates(mutant, notes):
     own = {t for t in notes if file_of(t) == names[0] or pathlib.Path(file_of(t)).stem == names[1]}
     lines = {test: note["lines"].get(file, ()) for test, note in notes.items()}
     hit = {t for t in notes if any(change.first <= line <= change.last for line in lines[t])}
-    if not hit and not change.in_function:  # it runs once, at import, and constants are read anywhere
+    # it runs once, at import, and constants are read anywhere
+    if not hit and not change.in_function:
         hit = {test for test in notes if lines[test] or file_of(test) == "tests/test_snapshots.py"}
     total = collections.Counter()
     for test in hit | own:

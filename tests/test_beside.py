@@ -1,4 +1,5 @@
-"""A file that would change what another technique relies on, or has trained, is an error in every order."""
+"""A file that would change what another technique relies on, or has trained, is an
+error in every order."""
 
 import itertools
 
@@ -33,7 +34,8 @@ def files(tmp_path):
     for name, make in MAKE.items():
         minillm.techniques()[name].save(make(build("llama")), tmp_path / name)
     for name in ("quant", "prune"):  # wrapped, and nothing trained
-        minillm.techniques()[name].save(minillm.techniques()[name].wrap(build("llama")), tmp_path / f"{name}0")
+        minillm.techniques()[name].save(minillm.techniques()[name].wrap(build("llama")),
+                                        tmp_path / f"{name}0")
     return tmp_path
 
 
@@ -49,14 +51,16 @@ def test_two_files_of_the_plain_model(one, two, files):
     with pytest.raises(ValueError, match="belongs to another model|was made without|made over"):
         load(model, files / two)
     after = model.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in after)
+    assert (before.keys() == after.keys()
+            and all(torch.equal(before[key], after[key]) for key in after))
 
 
 @pytest.mark.parametrize("name", ["quant0", "prune0"])
 def test_a_file_of_untrained_weights_after_freeze(name, files):
     model = load(build("llama"), files / "freeze")
     expected = logits(model)
-    with pytest.raises(ValueError, match=f"{name} was made without freeze.*would change .*any_base=True"):
+    with pytest.raises(ValueError,
+                       match=f"{name} was made without freeze.*would change .*any_base=True"):
         load(model, files / name)
     assert torch.equal(logits(model), expected)
 
@@ -70,7 +74,8 @@ def test_what_commutes_is_loaded_in_both_orders(files):
 
 
 def test_one_after_the_other_is_no_contradiction(tmp_path):
-    """Made one on top of the other, the later file may hold other values of what the earlier one trained."""
+    """Made one on top of the other, the later file may hold other values of what the
+    earlier one trained."""
     model = MAKE["quant"](build("llama"))
     minillm.quant.save(model, tmp_path / "q")
     trained(minillm.prune.wrap(model))
@@ -79,8 +84,11 @@ def test_one_after_the_other_is_no_contradiction(tmp_path):
     assert torch.equal(logits(again), logits(model))
 
 
-@pytest.mark.parametrize("before, after", [(dict(bits=4), dict(bits=3)), (dict(bits=8), dict(bits=7)), (dict(bits=3), dict(bits=4)),
-                                           (dict(bits=4, zero_point=True), dict(bits=3, zero_point=True)), ({}, dict(bits=2, group=8))])
+@pytest.mark.parametrize("before, after",
+                         [(dict(bits=4), dict(bits=3)), (dict(bits=8), dict(bits=7)),
+                          (dict(bits=3), dict(bits=4)),
+                          (dict(bits=4, zero_point=True), dict(bits=3, zero_point=True)),
+                          ({}, dict(bits=2, group=8))])
 def test_a_format_of_other_options_takes_the_place(before, after, tmp_path):
     model = minillm.quant.wrap(build("llama"), **after)
     minillm.quant.save(model, tmp_path / "q")
@@ -88,8 +96,10 @@ def test_a_format_of_other_options_takes_the_place(before, after, tmp_path):
     with pytest.raises(ValueError, match="the model has quant already"):
         minillm.quant.load(other, tmp_path / "q")
     minillm.quant.load(other, tmp_path / "q", replace=True, any_base=True)
-    forms = [site.module for site in minillm.registry.walk(other) if isinstance(site.module, minillm.quant.Integer)]
-    expected = [site.module for site in minillm.registry.walk(model) if isinstance(site.module, minillm.quant.Integer)]
+    forms = [site.module for site in minillm.registry.walk(other)
+             if isinstance(site.module, minillm.quant.Integer)]
+    expected = [site.module for site in minillm.registry.walk(model)
+                if isinstance(site.module, minillm.quant.Integer)]
     assert torch.equal(logits(other), logits(model))
     assert [form.config() for form in forms] == [form.config() for form in expected]
     minillm.quant.unwrap(other), minillm.lora.unwrap(other)

@@ -1,4 +1,5 @@
-"""Files that are broken by chance: each is an error that names the file, or is read as what it says; and nothing else is touched.
+"""Files that are broken by chance: each is an error that names the file, or is read as
+what it says; and nothing else is touched.
 
 Over 1,000 of them, the same in every run.
 """
@@ -24,13 +25,18 @@ checks = {"files": 0, "refused": 0}
 
 
 def many(n):
-    return settings(max_examples=n, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    return settings(max_examples=n, derandomize=True, deadline=None, database=None,
+                    suppress_health_check=list(HealthCheck))
 
 
-# An edit of a file: what to do, where (often in the first bytes, which say what the rest is), and with which bytes.
-bytes_of_lies = some.one_of(some.binary(min_size=1, max_size=12), some.integers(0, 2**64 - 1).map(lambda n: n.to_bytes(8, "little")),
-                            some.sampled_from([b"0", b"9", b"-", b"}", b'"', b"\n", b",", b"[" * 5000, b"\xff", b"\0" * 8, b"\\ud800"]))
-edit = some.tuples(some.sampled_from(["put", "insert", "delete", "cut", "swap"]), some.one_of(some.integers(0, 3000), some.floats(0, 1)),
+# An edit of a file: what to do, where (often in the first bytes, which say what the rest
+# is), and with which bytes.
+bytes_of_lies = some.one_of(some.binary(min_size=1, max_size=12),
+                            some.integers(0, 2**64 - 1).map(lambda n: n.to_bytes(8, "little")),
+                            some.sampled_from([b"0", b"9", b"-", b"}", b'"', b"\n", b",",
+                                               b"[" * 5000, b"\xff", b"\0" * 8, b"\\ud800"]))
+edit = some.tuples(some.sampled_from(["put", "insert", "delete", "cut", "swap"]),
+                   some.one_of(some.integers(0, 3000), some.floats(0, 1)),
                    bytes_of_lies)
 edits = some.lists(edit, min_size=1, max_size=3)
 
@@ -65,13 +71,15 @@ def refused(call, path):
 
 def same(a, b):
     """Bit for bit, nan included."""
-    return a.shape == b.shape and a.dtype == b.dtype and a.contiguous().view(torch.uint8).equal(b.contiguous().view(torch.uint8))
+    return (a.shape == b.shape and a.dtype == b.dtype
+            and a.contiguous().view(torch.uint8).equal(b.contiguous().view(torch.uint8)))
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("broken") / "m"
-    minillm.save(minillm.Transformer(minillm.Config(500, 16, 2, 4, kv_heads=2, ffn=32, positions=32)), path,
+    minillm.save(minillm.Transformer(minillm.Config(500, 16, 2, 4, kv_heads=2, ffn=32,
+                                                    positions=32)), path,
                  tokenizer=SentencePiece.train([data.topics()[:30000]], 500))
     return path
 
@@ -80,7 +88,8 @@ def is_what_its_files_say(model, path):
     told = json.loads((path / "config.json").read_text())
     held = safetensors.torch.load_file(path / "model.safetensors")
     c = model.config
-    names = dict(vocab_size="vocab_size", width="hidden_size", layers="num_hidden_layers", ffn="intermediate_size", eps="rms_norm_eps",
+    names = dict(vocab_size="vocab_size", width="hidden_size", layers="num_hidden_layers",
+                 ffn="intermediate_size", eps="rms_norm_eps",
                  heads="num_attention_heads", positions="max_position_embeddings")
     for ours, theirs in names.items():
         if theirs in told:
@@ -94,14 +103,24 @@ def is_what_its_files_say(model, path):
 def test_broken_tensors(checkpoint, edits):
     path = checkpoint.with_name("tensors")
     shutil.copytree(checkpoint, path, dirs_exist_ok=True)
-    (path / "model.safetensors").write_bytes(damaged((checkpoint / "model.safetensors").read_bytes(), edits))
+    (path / "model.safetensors").write_bytes(
+        damaged((checkpoint / "model.safetensors").read_bytes(), edits)
+    )
     failed, loaded = refused(lambda: zoo.load(path), path)
     if not failed:
         is_what_its_files_say(loaded[0], path)
 
 
-anything = some.recursive(some.none() | some.booleans() | some.integers(-9, 10**12) | some.floats() | some.text(max_size=5),
-                          lambda inner: some.lists(inner, max_size=2) | some.dictionaries(some.text(max_size=3), inner, max_size=2))
+anything = some.recursive(
+    some.none()
+    | some.booleans()
+    | some.integers(-9, 10**12)
+    | some.floats()
+    | some.text(max_size=5),
+    lambda inner: (
+        some.lists(inner, max_size=2) | some.dictionaries(some.text(max_size=3), inner, max_size=2)
+    ),
+)
 
 
 @many(260)
@@ -109,7 +128,8 @@ anything = some.recursive(some.none() | some.booleans() | some.integers(-9, 10**
 def test_broken_configurations(checkpoint, draw):
     path = checkpoint.with_name("config")
     shutil.copytree(checkpoint, path, dirs_exist_ok=True)
-    name = draw.draw(some.sampled_from(["config.json", "config.json", "tokenizer_config.json", "tokenizer.model"]))
+    name = draw.draw(some.sampled_from(["config.json", "config.json", "tokenizer_config.json",
+                                        "tokenizer.model"]))
     raw = (checkpoint / name).read_bytes()
     if name.endswith(".json") and draw.draw(some.booleans()):
         told = json.loads(raw)
@@ -142,9 +162,11 @@ def test_broken_ggufs(gguf_file, edits):
     path.write_bytes(damaged(gguf_file.read_bytes(), edits))
     failed, loaded = refused(lambda: zoo.load(path), path)
     if not failed:
-        held = {t.name: torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy()) for t in gguf.GGUFReader(path).tensors}
+        held = {t.name: torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy())
+                for t in gguf.GGUFReader(path).tensors}
         model = loaded[0]
-        assert same(model.embed_tokens.weight.data, held["token_embd.weight"]) and same(model.norm.weight.data, held["output_norm.weight"])
+        assert (same(model.embed_tokens.weight.data, held["token_embd.weight"])
+                and same(model.norm.weight.data, held["output_norm.weight"]))
         for i, block in enumerate(model.layers):
             assert same(block.mlp.down_proj.weight.data, held[f"blk.{i}.ffn_down.weight"])
 
@@ -160,11 +182,13 @@ GGUF_LIES = {  # where a number stands, its format, what to write there
     "a long key": lambda raw: (24, "<Q", 1 << 40),
     "a long text": lambda raw: (after(raw, b"general.architecture") + 4, "<Q", (1 << 64) - 1),
     "a long array of texts": lambda raw: (after(raw, b"tokenizer.ggml.tokens") + 8, "<Q", 1 << 40),
-    "a long array of numbers": lambda raw: (after(raw, b"tokenizer.ggml.token_type") + 4, "<IQ", 0, 1 << 62),
+    "a long array of numbers": lambda raw: (after(raw, b"tokenizer.ggml.token_type") + 4, "<IQ", 0,
+                                            1 << 62),
     "an unknown type of value": lambda raw: (after(raw, b"general.architecture"), "<I", 77),
     "dimensions": lambda raw: (after(raw, b"blk.0.ffn_up.weight"), "<I", 1 << 30),
     "a size": lambda raw: (after(raw, b"blk.0.ffn_up.weight") + 4, "<Q", 1 << 50),
-    "an offset beyond the end": lambda raw: (after(raw, b"blk.0.ffn_up.weight") + 24, "<Q", 1 << 50),
+    "an offset beyond the end": lambda raw: (after(raw, b"blk.0.ffn_up.weight") + 24, "<Q",
+                                             1 << 50),
     "an offset in another tensor": lambda raw: (after(raw, b"blk.0.ffn_up.weight") + 24, "<Q", 32),
 }
 
@@ -175,7 +199,9 @@ def test_a_gguf_whose_counts_or_offsets_lie(gguf_file, lie):
     at, form, *numbers = GGUF_LIES[lie](raw)
     struct.pack_into(form, raw, at, *numbers)
     path.write_bytes(raw)
-    with pytest.raises(ValueError, match="overlap" if "another" in lie else "lies.gguf is not a whole GGUF file"):
+    with pytest.raises(ValueError,
+                       match="overlap" if "another" in lie
+                       else "lies.gguf is not a whole GGUF file"):
         zoo.load(path)
 
 
@@ -206,11 +232,13 @@ def test_broken_files_of_techniques(tmp_path, technique):
         if not failed:
             held = safetensors.torch.load_file(path)
             state = model.state_dict()
-            assert all(any(same(t, s) for s in state.values() if s.shape == t.shape) for t in held.values() if t.is_floating_point())
+            assert all(any(same(t, s) for s in state.values() if s.shape == t.shape)
+                       for t in held.values() if t.is_floating_point())
             page.unwrap(model)
             if technique in ("quant", "sparse"):  # the file's weights, not the model's
                 model.load_state_dict(before)
-        assert list(model.state_dict()) == list(before) and all(same(t, before[name]) for name, t in model.state_dict().items())
+        assert (list(model.state_dict()) == list(before)
+                and all(same(t, before[name]) for name, t in model.state_dict().items()))
 
     broken()
 
@@ -219,7 +247,8 @@ def test_broken_training_checkpoints(tmp_path):
     def run(**options):
         torch.manual_seed(0)
         model = minillm.lora.wrap(build("llama"), r=2)
-        return minillm.train.train(model, examples(), steps=2, lr=1e-2, batch_size=4, progress=False, checkpoints=tmp_path, keep=1,
+        return minillm.train.train(model, examples(), steps=2, lr=1e-2, batch_size=4,
+                                   progress=False, checkpoints=tmp_path, keep=1,
                                    **options)
 
     run()
@@ -238,7 +267,8 @@ def test_broken_training_checkpoints(tmp_path):
 
 FILES = {
     "a.txt": "Some text.\n" * 30,
-    "a.jsonl": '{"text": "one two three"}\n{"prompt": "1+1=", "completion": "2"}\n{"messages": [{"role": "user", "content": "hi"}, '
+    "a.jsonl": '{"text": "one two three"}\n{"prompt": "1+1=", "completion": "2"}\n{"messages": '
+               '[{"role": "user", "content": "hi"}, '
                '{"role": "assistant", "content": "hello"}]}\n' * 3,
     "a.csv": 'prompt,completion\n"say ""hi"",\nplease",hi\n1,2\n' * 2,
 }
@@ -258,7 +288,8 @@ def test_broken_data(tmp_path, name):
         failed, found = refused(lambda: data.read(path, tokenizer, length=64), path)
         if not failed:
             for example in found:
-                assert len(example.ids) == len(example.labels) <= 64 and any(label != -100 for label in example.labels[1:])
+                assert (len(example.ids) == len(example.labels) <= 64
+                        and any(label != -100 for label in example.labels[1:]))
                 assert all(label in (-100, i) for i, label in zip(example.ids, example.labels))
             if name == "a.txt":
                 ids = [found[0].ids[0], *(i for example in found for i in example.labels[1:])]

@@ -28,7 +28,9 @@ def by_hand(model, name, rows=ROWS):
     """X (tokens, in) of one leaf, each example alone through the whole model."""
     (site,) = [site for site in minillm.registry.walk(model) if site.name == name]
     found = []
-    handle = (site.layer or site.module).register_forward_pre_hook(lambda _, args: found.append(args[0].flatten(0, -2)))
+    handle = (site.layer or site.module).register_forward_pre_hook(
+        lambda _, args: found.append(args[0].flatten(0, -2))
+    )
     for row in rows:
         ids, _, _ = minillm.prepare(model, torch.tensor([row]))
         model(ids)
@@ -40,7 +42,8 @@ def by_hand(model, name, rows=ROWS):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_leaf_gets_what_it_gets_in_the_whole_model(name, size):
     model, seen = small(name), {}
-    calibrate.stream(model, ROWS, lambda site, s: seen.update({site.name: s}), batch_size=size, progress=False)
+    calibrate.stream(model, ROWS, lambda site, s: seen.update({site.name: s}), batch_size=size,
+                     progress=False)
     assert len(seen) == len(minillm.layers(minillm.lora.wrap(copy.deepcopy(model), r=1)))
     for where, s in seen.items():
         X = by_hand(model, where)
@@ -50,9 +53,11 @@ def test_a_leaf_gets_what_it_gets_in_the_whole_model(name, size):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_each_leaf_is_fed_by_the_changed_ones_before_it(name):
-    """The reference runs the whole model anew for each leaf, with the leaves before its group changed."""
+    """The reference runs the whole model anew for each leaf, with the leaves before its
+    group changed."""
     model, reference, order, seen = small(name), small(name), [], {}
-    calibrate.stream(small(name), ROWS, lambda site, s: order.append((site.name, s)), progress=False)
+    calibrate.stream(small(name), ROWS, lambda site, s: order.append((site.name, s)),
+                     progress=False)
 
     @torch.no_grad()
     def change(site, s):
@@ -66,10 +71,12 @@ def test_each_leaf_is_fed_by_the_changed_ones_before_it(name):
             group = [other for other, t in order if t is s]
             X = by_hand(reference, where)
             for other in group:
-                torch.testing.assert_close(seen[other].sum.double(), X.square().sum(0), rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(seen[other].sum.double(), X.square().sum(0), rtol=1e-4,
+                                           atol=1e-4)
                 here[other].module.weight.data.mul_(1.5)
     groups = len({id(s) for s in seen.values()})
-    per = {"llama": 4, "hf_llama": 4, "hf_qwen2": 4, "hf_mistral": 4, "hf_gpt2": 4, "gpt2": 4, "hf_neox": 4, "hf_neo": 4, "hf_opt": 4}
+    per = {"llama": 4, "hf_llama": 4, "hf_qwen2": 4, "hf_mistral": 4, "hf_gpt2": 4, "gpt2": 4,
+           "hf_neox": 4, "hf_neo": 4, "hf_opt": 4}
     blocks = len(minillm.registry.roles.blocks(model))
     head = 0 if hasattr(model, "get_output_embeddings") else 1
     assert groups == per.get(name, 2) * blocks + head, "q, k, v share an input, and gate and up"
@@ -77,15 +84,18 @@ def test_each_leaf_is_fed_by_the_changed_ones_before_it(name):
 
 def test_the_order_is_that_of_the_calls():
     order = []
-    calibrate.stream(small("llama"), ROWS, lambda site, s: order.append(site.name), ["down_proj", "gate_proj", "o_proj", "k_proj"],
+    calibrate.stream(small("llama"), ROWS, lambda site, s: order.append(site.name),
+                     ["down_proj", "gate_proj", "o_proj", "k_proj"],
                      progress=False)
-    assert order == [f"layers.{i}.{key}" for i in range(3) for key in ("self_attn.k_proj", "self_attn.o_proj", "mlp.gate_proj",
-                                                                       "mlp.down_proj")]
+    assert order == [f"layers.{i}.{key}" for i in range(3)
+                     for key in ("self_attn.k_proj", "self_attn.o_proj",
+                                 "mlp.gate_proj", "mlp.down_proj")]
 
 
 def test_leaves_outside_of_the_blocks_take_the_whole_model():
     model, seen = small("llama"), {}
-    calibrate.stream(model, ROWS, lambda site, s: seen.update({site.name: s}), ["lm_head", "layers.2.mlp.up_proj"], progress=False)
+    calibrate.stream(model, ROWS, lambda site, s: seen.update({site.name: s}),
+                     ["lm_head", "layers.2.mlp.up_proj"], progress=False)
     for where, s in seen.items():
         X = by_hand(model, where)
         torch.testing.assert_close(s.H.double(), X.T @ X, rtol=1e-4, atol=1e-4)
@@ -111,7 +121,8 @@ def test_leaves_outside_of_the_blocks_take_the_whole_model():
 
     calibrate.stream(model, ROWS, change, progress=False)
     assert list(seen) == ["first", *(f"body.{i}.mlp.{j}" for i in range(3) for j in (0, 2)), "last"]
-    for where in ("first", "body.0.mlp.0", "last"):  # what is before them has changed, and changes no more
+    # what is before them has changed, and changes no more
+    for where in ("first", "body.0.mlp.0", "last"):
         X = by_hand(model, where)
         torch.testing.assert_close(seen[where].H.double(), X.T @ X, rtol=1e-4, atol=1e-4)
 
@@ -135,7 +146,10 @@ def test_blocks_may_be_leaves():
     class Stack(nn.Module):
         def __init__(self):
             super().__init__()
-            self.embed, self.layers = nn.Embedding(24, 6), nn.ModuleList(nn.Linear(6, 6) for _ in "123")
+            self.embed, self.layers = (
+                nn.Embedding(24, 6),
+                nn.ModuleList(nn.Linear(6, 6) for _ in "123"),
+            )
 
         def forward(self, ids):
             x = self.embed(ids)
@@ -153,7 +167,8 @@ def test_blocks_may_be_leaves():
         seen.append(site.name)
 
     calibrate.stream(model, ROWS, change, progress=False)
-    assert seen == ["layers.0", "layers.1", "layers.2"] and len(minillm.registry.formats_of("quant", model)) == 3
+    assert (seen == ["layers.0", "layers.1", "layers.2"]
+            and len(minillm.registry.formats_of("quant", model)) == 3)
 
 
 def test_only_the_blocks_that_are_named_are_run():
@@ -168,7 +183,8 @@ def test_a_leaf_that_a_block_calls_twice_counts_twice():
     for block in model.layers:
         block.mlp.append(nn.Sequential(nn.GELU(), nn.Linear(16, 16), nn.GELU()))
         block.mlp.append(block.mlp[3])
-    calibrate.stream(model, ROWS, lambda site, s: seen.update({site.name: s}), batch_size=1, progress=False)
+    calibrate.stream(model, ROWS, lambda site, s: seen.update({site.name: s}), batch_size=1,
+                     progress=False)
     for where in ("layers.1.mlp.0", "layers.1.mlp.3.1", "layers.2.mlp.2"):
         X = by_hand(model, where)
         assert seen[where].count == len(X) == (44 if where.endswith("3.1") else 22)
@@ -188,13 +204,15 @@ def test_hooks_of_the_user_run_as_in_the_whole_model():
 def test_examples_are_a_tensor_lists_or_examples():
     found = []
     for examples in (torch.tensor(ROWS[::3]), ROWS[::3], [Example(row, row) for row in ROWS[::3]]):
-        calibrate.stream(small("llama"), examples, lambda site, s: found.append(s), ["layers.0.mlp.up_proj"], progress=False)
+        calibrate.stream(small("llama"), examples, lambda site, s: found.append(s),
+                         ["layers.0.mlp.up_proj"], progress=False)
     assert found[0].H.equal(found[1].H) and found[0].H.equal(found[2].H) and found[0].count == 14
 
 
 def test_packed_examples_are_their_documents():
     model, apart, packed = small("llama"), {}, {}
-    rows = [Example(ROWS[0] + ROWS[1], ROWS[0] + ROWS[1], documents=[1] * 7 + [2] * 3), Example(ROWS[2], ROWS[2])]
+    rows = [Example(ROWS[0] + ROWS[1], ROWS[0] + ROWS[1], documents=[1] * 7 + [2] * 3),
+            Example(ROWS[2], ROWS[2])]
     calibrate.stream(model, ROWS[:3], lambda site, s: apart.update({site.name: s}), progress=False)
     calibrate.stream(model, rows, lambda site, s: packed.update({site.name: s}), progress=False)
     for where, s in packed.items():
@@ -209,7 +227,8 @@ WRAPS = {
     "prompts": lambda m: minillm.prompts.wrap(m, length=2),
     "adapters": lambda m: learnt(minillm.adapters.wrap(m, size=2)),
     "adapters around blocks": lambda m: learnt(minillm.adapters.wrap(
-        m, lambda name, module: name.rpartition(".")[2].isdigit() and not isinstance(module, nn.Linear), size=2)),
+        m, lambda name,
+        module: name.rpartition(".")[2].isdigit() and not isinstance(module, nn.Linear), size=2)),
 }
 
 
@@ -217,7 +236,8 @@ WRAPS = {
 @pytest.mark.parametrize("name", ["llama", "hf_gpt2", "hf_llama"])
 def test_it_works_with_what_is_attached(name, wrapped):
     model, seen = WRAPS[wrapped](small(name)).eval(), {}
-    calibrate.stream(model, ROWS, lambda site, s: seen.update({site.name: s}), batch_size=2, progress=False)
+    calibrate.stream(model, ROWS, lambda site, s: seen.update({site.name: s}), batch_size=2,
+                     progress=False)
     for where, s in list(seen.items())[:: 5]:
         X = by_hand(model, where)
         assert s.count == len(X)
@@ -225,7 +245,8 @@ def test_it_works_with_what_is_attached(name, wrapped):
 
 
 def hooks(model):
-    return [(name, len(m._forward_hooks), len(m._forward_pre_hooks), m.training) for name, m in model.named_modules()]
+    return [(name, len(m._forward_hooks), len(m._forward_pre_hooks), m.training)
+            for name, m in model.named_modules()]
 
 
 @pytest.mark.parametrize("name", ["llama", "hf_gpt2", "hf_llama"])
@@ -234,7 +255,11 @@ def test_the_model_is_left_as_it_was(name, fails):
     model = minillm.freeze.wrap(small(name), last=1).train()
     next(model.children()).eval()
     model.register_forward_hook(lambda *_: None)
-    before = hooks(model), [p.requires_grad for p in model.parameters()], [p.clone() for p in model.parameters()]
+    before = (
+        hooks(model),
+        [p.requires_grad for p in model.parameters()],
+        [p.clone() for p in model.parameters()],
+    )
 
     def change(site, s):
         assert not torch.is_grad_enabled() and not site.module.training
@@ -255,7 +280,8 @@ def test_the_model_is_left_as_it_was(name, fails):
 def test_statistics_are_at_least_float32(dtype):
     for statistic, key in ((calibrate.Gram, "H"), (calibrate.Squares, "sum")):
         found = []
-        calibrate.stream(small("llama").to(dtype), ROWS, lambda site, s: found.append(getattr(s, key)), statistic=statistic,
+        calibrate.stream(small("llama").to(dtype), ROWS, lambda site,
+                         s: found.append(getattr(s, key)), statistic=statistic,
                          progress=False)
         assert all(t.dtype == torch.promote_types(dtype, torch.float32) for t in found)
 
@@ -275,7 +301,12 @@ def test_the_bar_counts_leaves(capsys):
 class Odd(nn.Module):
     def __init__(self, fault):
         super().__init__()
-        self.fault, self.embed, self.layers, self.head = fault, nn.Embedding(24, 16), build("Linear").layers, nn.Linear(16, 24)
+        self.fault, self.embed, self.layers, self.head = (
+            fault,
+            nn.Embedding(24, 16),
+            build("Linear").layers,
+            nn.Linear(16, 24),
+        )
         if fault == "shared":
             self.layers[2] = self.layers[0]
         if fault == "used twice":
@@ -298,9 +329,9 @@ class Odd(nn.Module):
 
 
 @pytest.mark.parametrize("fault, message", [
-    ("shared", "some of the blocks of 'layers' are one and the same module"),
-    ("between", "what 'layers.2' gets is not what the block before it gives"),
-    ("nan", "what 'layers.2' gets|holds nan"),
+    ("shared", "some of the blocks of 'layers' are the same module"),
+    ("between", "the input of 'layers.2' is not the output of the block before it"),
+    ("nan", "the input of 'layers.2'|holds nan"),
     ("skipped", r"no example reaches 'layers.1.mlp.3' \(1 such\).*targets="),
     ("left out", "the model calls 2 of its 3 blocks"),
     ("used twice", "'layers.0.mlp.0' is used in 2 places"),
@@ -308,11 +339,14 @@ class Odd(nn.Module):
 def test_what_cannot_be_run_block_by_block_is_refused_before_any_change(fault, message):
     changed = []
     with pytest.raises(ValueError, match=message):
-        calibrate.stream(Odd(fault), ROWS, lambda site, s: changed.append(site), r"layers.*", progress=False)
+        calibrate.stream(Odd(fault), ROWS, lambda site, s: changed.append(site), r"layers.*",
+                         progress=False)
     assert not changed
 
 
-@pytest.mark.parametrize("examples, message", [([], "no examples"), ("text", "not a list of Examples"), ([3], "not an Example")])
+@pytest.mark.parametrize("examples, message",
+                         [([], "no examples"), ("text", "not a list of Examples"),
+                          ([3], "not an Example")])
 def test_examples_that_are_none_are_named(examples, message):
     with pytest.raises((ValueError, TypeError), match=message):
         calibrate.stream(small("llama"), examples, print, progress=False)
@@ -322,6 +356,8 @@ def test_examples_that_are_none_are_named(examples, message):
 
 def test_an_encoder_decoder_is_refused():
     transformers = hugging_face()
-    config = transformers.T5Config(vocab_size=24, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    config = transformers.T5Config(vocab_size=24, d_model=16, d_kv=8, d_ff=32, num_layers=2,
+                                   num_heads=2)
     with pytest.raises(ValueError, match="several lists of blocks"):
-        calibrate.stream(transformers.T5ForConditionalGeneration(config), ROWS, print, progress=False)
+        calibrate.stream(transformers.T5ForConditionalGeneration(config), ROWS, print,
+                         progress=False)

@@ -462,11 +462,15 @@ class Shared(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(1)
-        self.table, self.layers = nn.Embedding(24, 8), nn.ModuleList(nn.Linear(8, 8) for _ in "1234")
+        self.table, self.layers = (
+            nn.Embedding(24, 8),
+            nn.ModuleList(nn.Linear(8, 8) for _ in "1234"),
+        )
         self.head, count = nn.Linear(8, 24), torch.zeros(4, 2)
         for layer, t in zip(self.layers, (count, count, count[1:], torch.zeros(1).expand(8))):
             layer.register_buffer("count", t)
-        self.layers[1].weight = nn.Parameter(self.layers[0].weight.data)  # one memory, two parameters
+        # one memory, two parameters
+        self.layers[1].weight = nn.Parameter(self.layers[0].weight.data)
 
     def forward(self, ids, attention_mask=None):
         x = self.table(ids)

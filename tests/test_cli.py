@@ -23,7 +23,8 @@ TRAIN = ("train", "--data", "a.txt", "--length", 64, "--option", "r=4", "--rate"
 
 
 def test_train_then_eval_then_generate_with_what_was_learnt(run, model, tmp_path):
-    said = run(*TRAIN, "--steps", 30, "--log", "log.jsonl", "--picture", "loss.png", "--out", "lora.safetensors")
+    said = run(*TRAIN, "--steps", 30, "--log", "log.jsonl", "--picture", "loss.png", "--out",
+               "lora.safetensors")
     assert "saved lora.safetensors" in said and "over the first 3 of 30 steps" in said
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 30
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -41,25 +42,32 @@ def test_train_then_eval_then_generate_with_what_was_learnt(run, model, tmp_path
 
 
 @pytest.mark.parametrize("technique", ["full", *minillm.techniques(), *(
-    pytest.param(name, marks=pytest.mark.slow) for name in ("wanda", "gptq", "dora", "pissa", "qat"))])
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("wanda", "gptq", "dora", "pissa", "qat"))])
 def test_what_each_technique_learns_is_saved(technique, run, model):
     """train, then eval of the file in another load: the loss is that of the trained model."""
-    more = {"sparse": ["--option", "anyway=true"], "freeze": ["--option", "last=1"]}.get(technique, [])
+    more = {"sparse": ["--option", "anyway=true"],
+            "freeze": ["--option", "last=1"]}.get(technique, [])
     out = "out" if technique == "full" else "out.safetensors"
-    run("train", "--data", "a.txt", "--length", 64, "--technique", technique, *more, "--steps", 20, "--rate", 0.02, "--out", out)
+    run("train", "--data", "a.txt", "--length", 64, "--technique", technique, *more, "--steps", 20,
+        "--rate", 0.02, "--out", out)
     tuned = ["--model", "out"] if technique == "full" else ["--adapter", "out.safetensors"]
-    before, after = (float(run("eval", *which, "--text", "a.txt", "--length", 64).split()[1]) for which in ([], tuned))
+    before, after = (float(run("eval", *which, "--text", "a.txt", "--length", 64).split()[1])
+                     for which in ([], tuned))
     assert after < 0.99 * before
 
 
 def test_an_adapter_goes_on_learning(run):
     run(*TRAIN, "--steps", 10, "--out", "one.safetensors")
     first = minillm.registry.store.read("one.safetensors")[0]
-    more = ["train", "--data", "a.txt", "--length", 64, "--adapter", "one.safetensors", "--steps", 3, "--rate", 0.01]
-    assert "keeps its own settings" in run(*more, "--option", "r=2", "--out", "two.safetensors", code=1)
+    more = ["train", "--data", "a.txt", "--length", 64, "--adapter", "one.safetensors", "--steps",
+            3, "--rate", 0.01]
+    assert "keeps its own settings" in run(*more, "--option", "r=2", "--out", "two.safetensors",
+                                         code=1)
     run(*more, "--out", "two.safetensors")
     second, told = minillm.registry.store.read("two.safetensors")
-    assert second.keys() == first.keys() and json.loads(told["sites"])["layers.0.self_attn.q_proj"]["r"] == 4
+    assert (second.keys() == first.keys()
+            and json.loads(told["sites"])["layers.0.self_attn.q_proj"]["r"] == 4)
     moved = [(second[key] - t).abs().max().item() for key, t in first.items()]
     assert 0 < max(moved) < 0.2, "on from where it was, not anew"
 
@@ -67,19 +75,26 @@ def test_an_adapter_goes_on_learning(run):
 def test_two_files_of_one_name_are_refused(run):
     for name in ("one", "two"):
         run(*TRAIN, "--steps", 1, "--out", f"{name}.safetensors")
-    said = run("eval", "--adapter", "one.safetensors", "--adapter", "two.safetensors", "--text", "a.txt", code=1)
-    assert "one.safetensors and two.safetensors both hold 'lora', and a model can have each name once" in said
+    said = run("eval", "--adapter", "one.safetensors", "--adapter", "two.safetensors", "--text",
+               "a.txt", code=1)
+    assert (
+        "one.safetensors and two.safetensors both hold 'lora', and a model can have each name once"
+        in said
+    )
     assert "minillm train --option name=NAME gives an adapter another name" in said
 
 
 def test_adapters_with_names(run):
-    """One more on top of the first, evaluated and exported together; which one learns on is asked where two could."""
+    """One more on top of the first, evaluated and exported together; which one learns on is
+    asked where two could."""
     model = ["--data", "a.txt", "--length", 64, "--steps", 3, "--rate", 0.01]
     run("train", *model, "--option", "r=2", "--option", "name=sql", "--out", "sql.safetensors")
-    run("train", *model, "--adapter", "sql.safetensors", "--option", "name=chat", "--option", "r=2", "--out", "chat.safetensors")
+    run("train", *model, "--adapter", "sql.safetensors", "--option", "name=chat", "--option", "r=2",
+        "--out", "chat.safetensors")
     both = ["--adapter", "sql.safetensors", "--adapter", "chat.safetensors"]
     run("eval", *both, "--text", "a.txt", "--length", 64)
-    assert "made over sql" in run("eval", "--adapter", "chat.safetensors", "--text", "a.txt", "--length", 64, code=1)
+    assert "made over sql" in run("eval", "--adapter", "chat.safetensors", "--text", "a.txt",
+                                  "--length", 64, code=1)
     said = run("train", *model, *both, "--out", "more.safetensors", code=1)
     assert "--adapter loads 'sql', 'chat' of lora: --option name=sql" in said
     before = minillm.registry.store.read("chat.safetensors")[0]
@@ -97,27 +112,35 @@ def test_an_adapter_of_another_model_is_refused_by_name(run, tmp_path):
     config = minillm.Config(500, 32, 3, 4, kv_heads=2, ffn=64, positions=512)
     tokenizer = SentencePiece.train([data.topics()[:40000]], 500)
     minillm.save(minillm.Transformer(config), tmp_path / "other", tokenizer=tokenizer)
-    said = run("eval", "--model", "other", "--adapter", "one.safetensors", "--text", "a.txt", code=1)
-    assert "one.safetensors belongs to another model" in said and "'other'" in said and "--any-base" in said
-    run("eval", "--model", "other", "--adapter", "one.safetensors", "--any-base", "--text", "a.txt", "--length", 64)
+    said = run("eval", "--model", "other", "--adapter", "one.safetensors", "--text", "a.txt",
+               code=1)
+    assert ("one.safetensors belongs to another model" in said and "'other'" in said
+            and "--any-base" in said)
+    run("eval", "--model", "other", "--adapter", "one.safetensors", "--any-base", "--text", "a.txt",
+        "--length", 64)
 
 
 def test_held_out_data_stops_the_training_and_the_best_is_saved(run):
-    said = run(*TRAIN, "--eval-share", 0.3, "--every", 2, "--patience", 2, "--steps", 400, "--rate", 0.3, "--out", "a.safetensors",
+    said = run(*TRAIN, "--eval-share", 0.3, "--every", 2, "--patience", 2, "--steps", 400, "--rate",
+               0.3, "--out", "a.safetensors",
                "--log", "log.jsonl")
     steps = logged("log.jsonl")
-    assert len(steps) < 400 and "best held-out loss" in said and steps[-1]["best"]["step"] < steps[-1]["step"]
+    assert (len(steps) < 400 and "best held-out loss" in said
+            and steps[-1]["best"]["step"] < steps[-1]["step"])
     assert said.splitlines()[-2:] == [
         f"stopped by --patience 2 after {len(steps)} steps",
         f"saved a.safetensors, as the model was after step {steps[-1]['best']['step'] + 1}"]
-    said = run(*TRAIN, "--eval-share", 0.3, "--every", 2, "--patience", 2, "--steps", 4, "--out", "b.safetensors")
-    assert "stopped" not in said and said.endswith("saved b.safetensors, as the model was after step 4\n")
+    said = run(*TRAIN, "--eval-share", 0.3, "--every", 2, "--patience", 2, "--steps", 4, "--out",
+               "b.safetensors")
+    assert ("stopped" not in said
+            and said.endswith("saved b.safetensors, as the model was after step 4\n"))
 
 
 def test_the_preview_trains_nothing_without_out(run, tmp_path):
     before = sorted(os.listdir(tmp_path))
     shown = run("train", "--data", "chats.jsonl", "--preview", 2)
-    assert "example 2" in shown and "example 3" not in shown and "[[It is 0." in shown and "20 examples" in shown
+    assert ("example 2" in shown and "example 3" not in shown and "[[It is 0." in shown
+            and "20 examples" in shown)
     assert sorted(os.listdir(tmp_path)) == before
     assert "saved" in run(*TRAIN, "--preview", 1, "--steps", 1, "--out", "x.safetensors")
 
@@ -212,7 +235,8 @@ def test_errors_are_one_line_and_nothing_is_touched(args, message, run, tmp_path
     (["export", "--type", "q4", "--out", "x"], "'q4'"),
 ])
 def test_wrong_arguments_are_one_line_before_any_work(args, message, capsys, monkeypatch):
-    monkeypatch.setattr(minillm.checkpoints, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(minillm.checkpoints, "load", lambda *_,
+                        **__: pytest.fail("a model was loaded"))
     with pytest.raises(SystemExit) as stopped:
         cli.main(args)
     said = capsys.readouterr().err
@@ -249,12 +273,16 @@ def test_chat_remembers_what_was_said(run, model, monkeypatch):
 
 def test_export_merges_what_can_be_merged_and_refuses_the_rest(run, tmp_path):
     pytest.importorskip("gguf")
-    for technique, more in (("lora", ["--option", "r=2"]), ("quant", []), ("freeze", ["--option", "last=1"]), ("prompts", [])):
-        run("train", "--data", "a.txt", "--length", 64, "--technique", technique, *more, "--steps", 2, "--out", f"{technique}.safetensors")
+    for technique, more in (("lora", ["--option", "r=2"]), ("quant", []),
+                            ("freeze", ["--option", "last=1"]), ("prompts", [])):
+        run("train", "--data", "a.txt", "--length", 64, "--technique", technique, *more, "--steps",
+            2, "--out", f"{technique}.safetensors")
     for technique in ("lora", "quant", "freeze"):
         run("export", "--adapter", f"{technique}.safetensors", "--out", technique)
-        continued = [run("generate", *which, "The", "--max-new-tokens", 8)
-                     for which in (["--adapter", f"{technique}.safetensors"], ["--model", technique])]
+        continued = [
+            run("generate", *which, "The", "--max-new-tokens", 8)
+            for which in (["--adapter", f"{technique}.safetensors"], ["--model", technique])
+        ]
         assert continued[0] == continued[1], technique
     assert "prompts.safetensors holds prompts, which does not change a weight" in run(
         "export", "--adapter", "prompts.safetensors", "--out", "no", code=1)
@@ -270,16 +298,25 @@ def test_export_merges_what_can_be_merged_and_refuses_the_rest(run, tmp_path):
 
 @pytest.mark.parametrize("where", [["--checkpoints", "c"], []])
 def test_ctrl_c_saves_and_says_how_to_go_on(run, model, tmp_path, where):
-    args = ["--data", "a.txt", "--length", "64", "--option", "r=4", "--steps", "60", *where, "--log", "log.jsonl",
+    args = ["--data", "a.txt", "--length", "64", "--option", "r=4", "--steps", "60", *where,
+            "--log", "log.jsonl",
             "--out", "lora.safetensors"]
-    process = subprocess.Popen([sys.executable, "-m", "minillm", "train", "--model", model, *args], cwd=tmp_path, text=True,
-                               stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(minillm.__file__))})
-    while not (tmp_path / "log.jsonl").exists() or not (tmp_path / "log.jsonl").read_text().count("\n"):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "minillm", "train", "--model", model, *args],
+        cwd=tmp_path,
+        text=True,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(minillm.__file__))},
+    )
+    while not (tmp_path / "log.jsonl").exists() or not (tmp_path / "log.jsonl").read_text().count(
+        "\n"
+    ):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     said = process.communicate()[1]
-    assert process.returncode == 130 and "--resume goes on from there" in said and "Traceback" not in said
+    assert (process.returncode == 130 and "--resume goes on from there" in said
+            and "Traceback" not in said)
     assert not (tmp_path / "lora.safetensors").exists()
     assert "--resume" in run("train", *args, code=1), "a fresh run there is refused"
     run("train", *args, "--resume")
@@ -288,7 +325,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(run, model, tmp_path, where):
     run("train", *args[:8], "--out", "whole.safetensors")
     whole, resumed = ((tmp_path / f"{name}.safetensors").read_bytes() for name in ("whole", "lora"))
     assert whole == resumed
-    assert cli.main(["train", "--model", model, *args[:-2], "--rate", "1e9", "--out", "no.safetensors"]) == 1
+    assert cli.main(["train", "--model", model, *args[:-2], "--rate", "1e9", "--out",
+                     "no.safetensors"]) == 1
     assert not list(tmp_path.glob("no.safetensors*")), "a training that fails leaves nothing"
 
 
@@ -297,21 +335,26 @@ def test_compare_writes_the_table(run, model, tmp_path):
     sizes = ["--data", "chats.jsonl", "--steps", 2, "--seeds", 1, "--batch-size", 2]
     said = run("compare", "--model", model, "--techniques", "none", "lora", "--out", "r", *sizes)
     told = json.loads((tmp_path / "r" / "table.json").read_text())
-    assert [row["technique"] for row in told["rows"]] == ["none", "lora"] and "lora: learning rate" in said
+    assert ([row["technique"] for row in told["rows"]] == ["none", "lora"]
+            and "lora: learning rate" in said)
     assert (tmp_path / "r" / "table.md").read_text().count("|") > 20
     assert (tmp_path / "r" / "table.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("command", [("generate", "x"), ("generate", "--chat", "x"), ("chat",), ("eval", "--task", "language"),
+@pytest.mark.parametrize("command",
+                         [("generate", "x"), ("generate", "--chat", "x"), ("chat",),
+                          ("eval", "--task", "language"),
                                      ("train", "--data", "a.txt", "--out", "x.safetensors")])
 def test_a_model_without_a_tokenizer_is_one_line(run, tmp_path, command):
     minillm.save(minillm.Transformer(minillm.Config(500, 16, 1, 2)), tmp_path / "bare")
     said = run(command[0], "--model", "bare", *command[1:], code=1)
-    assert "bare has no tokenizer (tokenizer.json or tokenizer.model), which" in said and command[0] in said
+    assert ("bare has no tokenizer (tokenizer.json or tokenizer.model), which" in said
+            and command[0] in said)
 
 
 def test_chat_takes_a_template_that_joins_texts(run, model, tmp_path, monkeypatch):
-    """Such a template fails on a message without content: the check before the first line has to give one."""
+    """Such a template fails on a message without content: the check before the first line
+    has to give one."""
     shutil.copytree(model, tmp_path / "joins")
     (tmp_path / "joins" / "chat_template.jinja").write_text(
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}")

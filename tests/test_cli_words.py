@@ -19,23 +19,29 @@ from minillm import cli, train
     (["--steps", 3, "--every", 1, "--eval-share", "0.0001"], "--eval-share 0.0001 of"),
 ])
 def test_an_error_speaks_of_options(options, message, run):
-    assert message in run("train", "--data", "a.txt", "--length", 64, *options, "--out", "x.safetensors", code=1)
+    assert message in run("train", "--data", "a.txt", "--length", 64, *options, "--out",
+                          "x.safetensors", code=1)
 
 
 def test_settings_of_a_checkpoint_are_options_too(run):
     args = ("--out", "a.safetensors", "--checkpoints", "c")
     learn(run, "lora", *args, steps=4)
-    said = learn(run, "lora", "--checkpoints", "c", "--out", "b.safetensors", "--resume", steps=8, code=1)
-    assert "--steps 4 then, 8 now" in said and "to train longer, begin a new training" in said and "--adapter FILE" in said
-    said = run("train", *FAST, "--steps", 4, "--rate", 0.01, "--checkpoints", "c", "--out", "b.safetensors", "--resume", code=1)
+    said = learn(run, "lora", "--checkpoints", "c", "--out", "b.safetensors", "--resume", steps=8,
+                 code=1)
+    assert ("--steps 4 then, 8 now" in said and "to train longer, begin a new training" in said
+            and "--adapter FILE" in said)
+    said = run("train", *FAST, "--steps", 4, "--rate", 0.01, "--checkpoints", "c", "--out",
+               "b.safetensors", "--resume", code=1)
     assert "--rate 0.02 then, 0.01 now" in said and "to train longer" not in said
 
 
 def test_a_long_warmup_is_found_before_the_model(run, monkeypatch):
-    monkeypatch.setattr(minillm.checkpoints, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(minillm.checkpoints, "load", lambda *_,
+                        **__: pytest.fail("a model was loaded"))
     said = run("train", "--warmup", 5, "--steps", 3, "--out", "x.safetensors", code=2)
     assert "--warmup 5 is more than the 3 steps" in said
-    assert "--warmup 101 is more than the 100" in run("train", "--warmup", 101, "--out", "x.safetensors", code=2)
+    assert "--warmup 101 is more than the 100" in run("train", "--warmup", 101, "--out",
+                                                      "x.safetensors", code=2)
 
 
 def test_the_list_of_defaults_is_as_python_has_it(run):
@@ -52,7 +58,8 @@ def test_without_a_chat_template_it_says_what_is_possible(command, run, tmp_path
     del told["chat_template"]
     config.write_text(json.dumps(told))
     said = run(command[0], "--model", "plain", *command[1:], code=1)
-    assert "no chat template" in said and "minillm generate" in said and "chat_template.jinja" in said
+    assert ("no chat template" in said and "minillm generate" in said
+            and "chat_template.jinja" in said)
 
 
 @pytest.mark.parametrize("where", ["summary", "picture"])
@@ -62,17 +69,23 @@ def test_ctrl_c_after_the_last_write_says_what_is_saved(where, run, capsys, monk
 
     monkeypatch.setattr(train, where, interrupt)
     monkeypatch.setattr(minillm.cli.training.train, where, interrupt)
-    args = ["train", "--model", run.model, *FAST, "--steps", 2, "--out", "a.safetensors", "--picture", "a.png"]
+    args = ["train", "--model", run.model, *FAST, "--steps", 2, "--out", "a.safetensors",
+            "--picture", "a.png"]
     assert cli.main([str(arg) for arg in args]) == 130
-    assert capsys.readouterr().err.splitlines()[-1] == "minillm train: interrupted; saved a.safetensors"
+    assert (
+        capsys.readouterr().err.splitlines()[-1]
+        == "minillm train: interrupted; saved a.safetensors"
+    )
 
 
 @pytest.mark.parametrize("command", [["eval"], ["train", "--out", "x.safetensors"]])
 def test_a_larger_length_is_advised_where_it_helps(command, run, tmp_path):
     rows = [dict(prompt="so " * n, completion=" yes") for n in (600, 20)]
     (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for length, said in ((32, "a larger --length keeps it"), (512, "and the model has no more than 512 positions")):
+    for length, said in ((32, "a larger --length keeps it"),
+                         (512, "and the model has no more than 512 positions")):
         assert said in run(*command, "--data", "qa.jsonl", "--length", length, code=1)
     (tmp_path / "qa.jsonl").write_text(json.dumps(dict(prompt="a", completion=" yes" * 90)))
-    printed = run(*command, "--data", "qa.jsonl", "--length", 32, *["--steps", 1] * (command[0] == "train"))
+    printed = run(*command, "--data", "qa.jsonl", "--length", 32,
+                  *["--steps", 1] * (command[0] == "train"))
     assert "a larger --length keeps " in printed + run.error

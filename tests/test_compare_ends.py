@@ -1,4 +1,5 @@
-"""How a comparison ends: outputs that cannot be written are found first, Ctrl-C leaves nothing behind."""
+"""How a comparison ends: outputs that cannot be written are found first, Ctrl-C leaves
+nothing behind."""
 
 import os
 import signal
@@ -17,7 +18,9 @@ pytest.importorskip("matplotlib")
 
 @pytest.mark.parametrize("name", ["table.json", "table.md", "table.png"])
 @pytest.mark.parametrize("force", [True, False])
-def test_a_directory_in_the_place_of_a_file_is_found_first(name, force, model, tmp_path, monkeypatch):  # noqa: F811
+def test_a_directory_in_the_place_of_a_file_is_found_first(
+    name, force, model, tmp_path, monkeypatch  # noqa: F811
+):
     Worker(monkeypatch)
     run(model, tmp_path, ["none"])
     (tmp_path / name).unlink()
@@ -37,10 +40,13 @@ def test_no_lock_is_left(model, tmp_path, monkeypatch):  # noqa: F811
 @pytest.mark.slow
 @pytest.mark.parametrize("after", [0.3, 8])
 def test_ctrl_c_is_one_line(after, model, tmp_path):  # noqa: F811
-    """It reaches all processes of the terminal: while the second one starts, and in its training."""
+    """It reaches all processes of the terminal: while the second one starts, and in its
+    training."""
     path = os.path.dirname(os.path.dirname(minillm.__file__))
-    args = ["compare", "--model", model, "--techniques", "lora", "--out", "r", "--length", "32", "--steps", "500"]
-    process = subprocess.Popen([sys.executable, "-m", "minillm", *args], cwd=tmp_path, text=True, start_new_session=True,
+    args = ["compare", "--model", model, "--techniques", "lora", "--out", "r", "--length", "32",
+            "--steps", "500"]
+    process = subprocess.Popen([sys.executable, "-m", "minillm", *args], cwd=tmp_path, text=True,
+                               start_new_session=True,
                                stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path})
     while not (tmp_path / "r" / ".lock").exists():
         assert process.poll() is None, process.stderr.read()
@@ -49,7 +55,8 @@ def test_ctrl_c_is_one_line(after, model, tmp_path):  # noqa: F811
     os.killpg(process.pid, signal.SIGINT)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "Traceback" not in said
-    assert said.splitlines()[-1] == "minillm compare: interrupted" and os.listdir(tmp_path / "r") == []
+    assert (said.splitlines()[-1] == "minillm compare: interrupted"
+            and os.listdir(tmp_path / "r") == [])
 
 
 def echo():

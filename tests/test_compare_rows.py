@@ -161,4 +161,9 @@ def test_a_task_has_all_three_splits_and_the_limit_is_of_what_is_measured(model)
     _, tokenizer = minillm.load(model)
     found = row.parts(tokenizer, dict(data=None, task="package", limit=5, length=200))
     assert list(found) == ["train", "validation", "test"]
-    assert len(found["validation"].examples) == len(found["test"].examples) == 5 < len(found["train"].examples)
+    assert (
+        len(found["validation"].examples)
+        == len(found["test"].examples)
+        == 5
+        < len(found["train"].examples)
+    )

@@ -1,4 +1,5 @@
-"""What makes a model small: int8, pruning and CSR, each against its formula, and the ways it can be called wrongly."""
+"""What makes a model small: int8, pruning and CSR, each against its formula, and the
+ways it can be called wrongly."""
 
 import copy
 import itertools
@@ -13,7 +14,7 @@ import minillm
 from minillm.registry import CannotMerge
 
 
-# --- int8 ----------------------------------------------------------------------------------------------------------------------
+# --- int8 ---------------------------------------------------------------------------------------
 
 
 def test_int8_is_absmax_by_output_channel():
@@ -24,7 +25,10 @@ def test_int8_is_absmax_by_output_channel():
     model = minillm.quant.wrap(nn.Sequential(leaf))
     s = W.abs().amax(1) / 127
     q = (W / s.where(s > 0, 1)[:, None]).round()
-    assert model[0].q.equal(q.to(torch.int8)) and model[0].q.abs().amax(1).eq(torch.tensor([127, 127, 127, 0, 127, 127, 127, 127])).all()
+    assert (
+        model[0].q.equal(q.to(torch.int8))
+        and model[0].q.abs().amax(1).eq(torch.tensor([127, 127, 127, 0, 127, 127, 127, 127])).all()
+    )
     torch.testing.assert_close(model[0].dense(), q * s[:, None])
     x = torch.randn(3, 64)
     torch.testing.assert_close(model(x), F.linear(x, q * s[:, None], leaf.bias))
@@ -36,7 +40,9 @@ def test_int8_of_an_embedding_has_a_scale_for_each_token():
     W = model[0].weight.detach().clone()
     minillm.quant.wrap(model, ["0"])
     assert model[0].scale.shape == (10, 1)
-    assert ((model[0](torch.arange(10)) - W).abs() <= W.abs().amax(1, keepdim=True) / 254 * 1.001).all()
+    assert (
+        (model[0](torch.arange(10)) - W).abs() <= W.abs().amax(1, keepdim=True) / 254 * 1.001
+    ).all()
 
 
 def test_storing_again_what_was_stored_changes_nothing():
@@ -67,7 +73,9 @@ def test_int8_in_half_precision_neither_overflows_nor_loses_small_rows(dtype, ca
     leaf, x = nn.Linear(512, 4, bias=False), torch.full((3, 512), 10.0)
     leaf.weight.data.uniform_(0.5, 1).mul_(torch.tensor([[1.0], [4e-6], [1e-2], [-1.0]]))
     model = nn.Sequential(copy.deepcopy(leaf))
-    model = minillm.quant.wrap(model.to(dtype)) if cast_first else minillm.quant.wrap(model).to(dtype)
+    model = (
+        minillm.quant.wrap(model.to(dtype)) if cast_first else minillm.quant.wrap(model).to(dtype)
+    )
     y = model(x.to(dtype))
     assert y.dtype == dtype and model[0].scale.dtype == torch.float32
     torch.testing.assert_close(y.float(), leaf(x), rtol=0.02, atol=0)
@@ -87,7 +95,8 @@ def test_int8_sums_float16_in_float32_and_bfloat16_as_a_dense_matrix_does():
 
 
 @pytest.mark.parametrize("cast, dtype", [
-    (nn.Module.half, torch.float16), (nn.Module.bfloat16, torch.bfloat16), (nn.Module.double, torch.float64),
+    (nn.Module.half, torch.float16), (nn.Module.bfloat16, torch.bfloat16),
+    (nn.Module.double, torch.float64),
     (lambda m: m.to(torch.float16), torch.float16),
 ])
 def test_a_cast_changes_what_int8_gives_back_and_not_what_it_stores(cast, dtype):
@@ -96,7 +105,8 @@ def test_a_cast_changes_what_int8_gives_back_and_not_what_it_stores(cast, dtype)
     cast(model)
     assert model[0].dense().dtype == model[1].dense().dtype == dtype
     assert model(torch.arange(3)).dtype == model[0](torch.arange(3)).dtype == dtype
-    assert all(t.equal(stored[key]) and t.dtype == stored[key].dtype for key, t in model.named_buffers())
+    assert all(t.equal(stored[key]) and t.dtype == stored[key].dtype
+               for key, t in model.named_buffers())
     assert model.float()[1].dense().equal(model[1].q * model[1].scale)
 
 
@@ -107,7 +117,7 @@ def test_int8_moves_with_its_model():
     assert scale.device.type == "cpu" and scale.dtype == torch.float32
 
 
-# --- pruning -------------------------------------------------------------------------------------------------------------------
+# --- pruning ------------------------------------------------------------------------------------
 
 
 def test_magnitude_pruning_zeroes_the_smallest():
@@ -156,19 +166,23 @@ def test_exactly_as_many_are_pruned_as_were_asked_for_also_among_equals():
     for group, sparsity in itertools.product(("row", "matrix", "model"), (0.0, 0.1, 0.5, 0.9)):
         model = two()
         for leaf in (model[0], model[2]):
-            leaf.weight.data.copy_(torch.randint(1, 3, leaf.weight.shape))  # nothing but ones and twos
+            # nothing but ones and twos
+            leaf.weight.data.copy_(torch.randint(1, 3, leaf.weight.shape))
         weights = [model[i].weight.detach().clone() for i in (0, 2)]
         masks = [layer.patches["prune"].mask for layer in minillm.layers(
             minillm.prune.wrap(copy.deepcopy(model), sparsity=sparsity, group=group)).values()]
         again = [layer.patches["prune"].mask for layer in minillm.layers(
             minillm.prune.wrap(model, sparsity=sparsity, group=group)).values()]
         assert all(a.equal(b) for a, b in zip(masks, again))
-        groups = {"row": [rows for pair in zip(masks, weights) for rows in zip(*pair)], "matrix": list(zip(masks, weights)),
-                  "model": [[torch.cat([t.flatten() for t in part]) for part in (masks, weights)]]}[group]
+        groups = {"row": [rows for pair in zip(masks, weights) for rows in zip(*pair)],
+                  "matrix": list(zip(masks, weights)),
+                  "model": [[torch.cat([t.flatten() for t in part])
+                             for part in (masks, weights)]]}[group]
         for mask, W in groups:
             mask, W = mask.flatten(), W.flatten()
             k = round(sparsity * W.numel())
-            order = sorted(range(W.numel()), key=lambda i: W[i].item())  # a stable sort: of equals the first goes first
+            # a stable sort: of equals the first goes first
+            order = sorted(range(W.numel()), key=lambda i: W[i].item())
             assert sorted(order[:k]) == (~mask).nonzero().flatten().tolist(), (group, sparsity)
 
 
@@ -189,7 +203,8 @@ def test_a_mask_from_a_file_is_the_files(tmp_path):
     minillm.prune.load(other, tmp_path / "a", any_base=True)
     for i in (0, 2):
         patch = other[i].patches["prune"]
-        assert patch.mask.equal(model[i].patches["prune"].mask) and patch.config() == dict(sparsity=0.5, group="row")
+        assert (patch.mask.equal(model[i].patches["prune"].mask)
+                and patch.config() == dict(sparsity=0.5, group="row"))
 
 
 def test_a_mask_reads_the_weight_with_what_lies_beneath():
@@ -200,7 +215,7 @@ def test_a_mask_reads_the_weight_with_what_lies_beneath():
     assert (W[mask].view(5, 3).amin(1) >= W[~mask].view(5, 3).amax(1)).all()
 
 
-# --- sparse --------------------------------------------------------------------------------------------------------------------
+# --- sparse -------------------------------------------------------------------------------------
 
 
 def test_csr_is_the_compressed_rows_of_the_matrix():
@@ -209,7 +224,8 @@ def test_csr_is_the_compressed_rows_of_the_matrix():
     model[0].weight.data.copy_(W)
     bias = model[0].bias.clone()
     minillm.sparse.wrap(model)
-    assert model[0].crow.tolist() == [0, 1, 1, 3] and model[0].col.tolist() == [1, 0, 2] and model[0].values.tolist() == [2, 1, 3]
+    assert (model[0].crow.tolist() == [0, 1, 1, 3] and model[0].col.tolist() == [1, 0, 2]
+            and model[0].values.tolist() == [2, 1, 3])
     for shape in ((3,), (1, 3), (5, 3), (2, 4, 3)):
         x = torch.randn(shape)
         torch.testing.assert_close(model(x), x @ W.T + bias)
@@ -243,7 +259,8 @@ def test_csr_reads_only_rows_whose_columns_rise():
     for col in ([1, 1, 0, 3], [2, 1, 0, 3], [1, 2, 3, 0], [1, 2, 0, 0]):
         with pytest.raises(ValueError, match="file: the columns of a row do not rise"):
             leaf.take({**right, "col": torch.tensor(col, dtype=torch.int32)}, "file")
-    for wrong in (dict(crow=[0, 3, 2]), dict(crow=[1, 2, 4]), dict(crow=[0, 2, 3]), dict(col=[0, 1, 2, 4]), dict(col=[-1, 1, 0, 3]),
+    for wrong in (dict(crow=[0, 3, 2]), dict(crow=[1, 2, 4]), dict(crow=[0, 2, 3]),
+                  dict(col=[0, 1, 2, 4]), dict(col=[-1, 1, 0, 3]),
                   dict(col=[0, 1, 3])):
         (key, value), = wrong.items()
         with pytest.raises(ValueError, match=r"contradict each other for a \(2, 4\)"):
@@ -255,7 +272,9 @@ def test_a_merge_that_fills_the_zeros_of_csr_is_refused():
     minillm.sparse.wrap(minillm.prune.merge(minillm.prune.wrap(model, sparsity=0.75), keep=False))
     learnt(minillm.lora.wrap(model, r=2))
     before = {key: t.clone() for key, t in model.state_dict().items()}
-    with pytest.raises(ValueError, match="q_proj' has 0% zeros.*from 50% on.*[Uu]nwrap sparse first.*anyway=True"):
+    with pytest.raises(
+        ValueError, match="q_proj' has 0% zeros.*from 50% on.*[Uu]nwrap sparse first.*anyway=True"
+    ):
         minillm.lora.merge(model)
     assert all(t.equal(before[key]) for key, t in model.state_dict().items())
     minillm.lora.merge(minillm.sparse.unwrap(model))
@@ -273,7 +292,8 @@ def test_anyway_goes_into_the_file(tmp_path):
     minillm.lora.merge(learnt(minillm.lora.wrap(model, r=2)))
 
 
-@pytest.mark.parametrize("dtype, zeros", [(torch.float32, 0.5), (torch.bfloat16, 2 / 3), (torch.float64, 1 / 3)])
+@pytest.mark.parametrize("dtype, zeros",
+                         [(torch.float32, 0.5), (torch.bfloat16, 2 / 3), (torch.float64, 1 / 3)])
 def test_csr_breaks_even_where_the_bytes_say(dtype, zeros):
     for share, fits in ((zeros - 0.02, False), (zeros + 0.02, True)):
         model = nn.Sequential(nn.Linear(300, 300, dtype=dtype))

@@ -132,7 +132,8 @@ def test_a_day_with_a_text(day):
     perplexities = [measure(score, "perplexity") for score in scores]
     assert perplexities[1] < 0.5 * perplexities[0]
 
-    for out, said in ((".", "choose a directory in it"), ("notes.txt", "notes.txt looks like a file")):
+    for out, said in ((".", "choose a directory in it"),
+                      ("notes.txt", "notes.txt looks like a file")):
         message = day.run(f"export {tuned} --out {out}", code=1)
         assert message.count("\n") == 1 and said in message
     assert (day.work / "notes.txt").read_text() == notes(), "what minillm did not write stays"

@@ -43,6 +43,8 @@ def run(kind, directory):
             elif distributed.place()[0] == 0:
                 max((path / name).glob("step-*")).unlink()  # the next goes on from the one before
             distributed.wait()
+        if kind == "sharded" and "lora" in wraps:
+            refused(model, path / f"{name}.refused")
         whole = {key: distributed.whole(p.detach()) for key, p in model.named_parameters()}
         if distributed.place()[0] == 0:
             safetensors.torch.save_file(whole, path / f"{name}.whole")
@@ -50,6 +52,16 @@ def run(kind, directory):
             minillm.lora.save(model, path / f"{name}.safetensors")
     assert history[-1]["step"] == 5
     interrupted(kind, path / "interrupted")
+
+
+def refused(model, path):
+    """What would give a sharded model parameters that FSDP does not know."""
+    minillm.lora.save(model, path)
+    for change in (minillm.lora.merge, minillm.lora.unmerge, minillm.prune.wrap,
+                   minillm.quant.wrap, minillm.lora.dora.wrap, minillm.prompts.wrap,
+                   lambda model: minillm.lora.load(model, path, "more")):
+        with pytest.raises(ValueError, match="spread over the processes"):
+            change(model)
 
 
 def interrupted(kind, directory):
@@ -151,8 +163,10 @@ def test_each_process_talks_through_its_own_gpu(monkeypatch):
     monkeypatch.setenv("RANK", "1"), monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", said.append)
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *a, **k: said.append((a, k)))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *a,
+                        **k: said.append((a, k)))
     monkeypatch.setattr(distributed.atexit, "register", said.append)
     device = torch.device("cuda", 1)
     assert distributed.start() == device
-    assert said == [device, (("nccl",), dict(device_id=device)), torch.distributed.destroy_process_group]
+    assert said == [device, (("nccl",), dict(device_id=device)),
+                    torch.distributed.destroy_process_group]

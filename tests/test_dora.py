@@ -39,7 +39,8 @@ def test_the_formula_of_the_paper(bias, options):
 def test_the_norm_needs_no_matrix_and_is_that_of_the_matrix():
     _, patch, base = one()
     W = base.weight.detach()
-    assert torch.allclose(patch.norm(W), (W + patch.scale * patch.B @ patch.A).norm(dim=1), atol=1e-6)
+    assert torch.allclose(patch.norm(W), (W + patch.scale * patch.B @ patch.A).norm(dim=1),
+                          atol=1e-6)
     with torch.no_grad():  # V is nothing but rounding in one row: no root of a number below 0
         patch.A.zero_(), patch.B.zero_()
         patch.A[0], patch.B[2, 0] = W[2], -1 / patch.scale
@@ -51,7 +52,8 @@ def test_at_birth_m_is_the_length_of_each_row_as_the_patches_beneath_leave_it():
     W, _ = model[0].dense()
     minillm.lora.dora.wrap(model, r=2)
     assert torch.allclose(model[0].patches["dora"].m, W.norm(dim=1))
-    assert model[0].patches["dora"].config() == dict(r=2, alpha=16.0, rank_stabilized=False, dropout=0.0)
+    assert model[0].patches["dora"].config() == dict(r=2, alpha=16.0, rank_stabilized=False,
+                                                     dropout=0.0)
 
 
 def test_dropout_is_of_the_branch_alone():
@@ -69,7 +71,8 @@ def test_dropout_is_of_the_branch_alone():
 def test_over_lora_and_merged():
     """It is no sum: what lies beneath is part of its direction, and is merged first."""
     model = learnt(minillm.lora.dora.wrap(minillm.lora.wrap(two(), r=2), r=2))
-    with pytest.raises(ValueError, match="dora cannot be merged into '0' while lora lies beneath it"):
+    with pytest.raises(ValueError,
+                       match="dora cannot be merged into '0' while lora lies beneath it"):
         minillm.lora.merge(model, "dora")
     x = torch.randn(3, 6)
     expected = model(x)
@@ -80,7 +83,8 @@ def test_over_lora_and_merged():
 
 
 def test_embeddings_are_not_taken():
-    with pytest.raises(ValueError, match="'embed_tokens' is a Embedding, no leaf that can be wrapped"):
+    with pytest.raises(ValueError,
+                       match="'embed_tokens' is a Embedding, no leaf that can be wrapped"):
         minillm.lora.dora.wrap(build("llama"), ["embed_tokens"])
 
 
@@ -89,8 +93,10 @@ def test_embeddings_are_not_taken():
 def test_peft(rank_stabilized):
     """Outputs within 1e-5, and the gradients of A, B and m."""
     plain = build("hf_llama")
-    theirs = peft_model(plain, r=4, lora_alpha=8, use_dora=True, use_rslora=rank_stabilized, target_modules=["q_proj", "down_proj"])
-    ours = minillm.lora.dora.wrap(plain, ["q_proj", "down_proj"], r=4, alpha=8.0, rank_stabilized=rank_stabilized)
+    theirs = peft_model(plain, r=4, lora_alpha=8, use_dora=True, use_rslora=rank_stabilized,
+                        target_modules=["q_proj", "down_proj"])
+    ours = minillm.lora.dora.wrap(plain, ["q_proj", "down_proj"], r=4, alpha=8.0,
+                                  rank_stabilized=rank_stabilized)
     found = {}
     for name, module in theirs.base_model.model.named_modules():
         if hasattr(module, "lora_magnitude_vector"):
@@ -98,7 +104,8 @@ def test_peft(rank_stabilized):
                 module.lora_B["default"].weight.normal_(std=0.2)
                 module.lora_magnitude_vector["default"].weight.mul_(1.3)
             patch = minillm.layers(ours)[name].patches["dora"]
-            pairs = [(patch.A, module.lora_A["default"].weight), (patch.B, module.lora_B["default"].weight),
+            pairs = [(patch.A, module.lora_A["default"].weight),
+                     (patch.B, module.lora_B["default"].weight),
                      (patch.m, module.lora_magnitude_vector["default"].weight)]
             with torch.no_grad():
                 for p, q in pairs:

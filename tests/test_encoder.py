@@ -1,4 +1,5 @@
-"""Every technique in nn.TransformerEncoder, whose layers in eval read their modules' weights instead of calling them."""
+"""Every technique in nn.TransformerEncoder, whose layers in eval read their modules'
+weights instead of calling them."""
 
 import copy
 
@@ -20,7 +21,8 @@ WRAPS = {
     "adapters around leaves": lambda m: minillm.adapters.wrap(m, ["linear1", "linear2"], size=2),
     "adapters around layers": lambda m: minillm.adapters.wrap(m, ["layers.0", "layers.1"], size=2),
     "lora and prune": lambda m: minillm.prune.wrap(minillm.lora.wrap(m, LINEARS, r=2), LINEARS),
-    "quant and adapters": lambda m: minillm.adapters.wrap(minillm.quant.wrap(m, LINEARS), ["linear2"], size=2),
+    "quant and adapters": lambda m: minillm.adapters.wrap(minillm.quant.wrap(m, LINEARS),
+                                                          ["linear2"], size=2),
 }
 PADDING = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 0, 1, 1]]).bool()
 
@@ -40,7 +42,8 @@ def test_eval_computes_what_training_does(name):
         model.train()
         right = model(x, src_key_padding_mask=padding).detach()
         seen = torch.ones(2, 5, dtype=torch.bool) if padding is None else ~padding
-        assert padding is not None or name == "sparse" or (right - plain).norm() > 1e-4 * plain.norm()
+        assert (padding is not None or name == "sparse"
+                or (right - plain).norm() > 1e-4 * plain.norm())
         model.eval()
         if "adapters" in name:  # not in the nested tensor that padded rows become
             model.use_nested_tensor = False
@@ -52,7 +55,10 @@ def test_eval_computes_what_training_does(name):
 
 def test_padded_rows_and_adapters_are_an_error_that_says_what_to_do():
     model = minillm.adapters.wrap(encoder(), ["linear1"], size=2).eval()
-    with torch.no_grad(), pytest.raises(CannotMerge, match="adapters cannot be merged.*use_nested_tensor = False"):
+    with (
+        torch.no_grad(),
+        pytest.raises(CannotMerge, match="adapters cannot be merged.*use_nested_tensor = False"),
+    ):
         model(torch.randn(2, 5, 16), src_key_padding_mask=PADDING)
 
 

@@ -1,4 +1,5 @@
-"""The examples: each runs, and a technique of one's own is one file and one line, which the laws hold."""
+"""The examples: each runs, and a technique of one's own is one file and one line, which
+the laws hold."""
 
 import ast
 import os
@@ -11,7 +12,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 RUN = {  # what its output has to say
-    "tune_hugging_face.py": ["0 modules of minillm are left", "transformers reads it    the logits differ by at most 0.0e+00"],
+    "tune_hugging_face.py": ["0 modules of minillm are left",
+                             "transformers reads it    the logits differ by at most 0.0e+00"],
     "tune_hugging_face.py gpt2": ["GPT2LMHeadModel", "0 modules of minillm are left"],
     "chat_smollm2.py": ["before: perplexity", "after 2 steps: perplexity"],
     "to_llama_cpp.py": ["pruned: 101,376 zeros", "q8_0.gguf, read again"],
@@ -24,13 +26,15 @@ import ia3  # the one line
 from minillm.registry import METHODS
 for name in set(METHODS) - {"ia3", "lora", "prune", "quant"}:  # the pairs of all would take minutes
     del METHODS[name]
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", "Linear or loading or neutral", sys.argv[1]]))
+chosen = "Linear or loading or neutral"
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", chosen, sys.argv[1]]))
 """
 
 
 def run(*command):
     path = os.pathsep.join(map(str, (ROOT, EXAMPLES)))
-    return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL,
+    return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True,
+                          text=True, stdin=subprocess.DEVNULL,
                           env=os.environ | dict(MINILLM_SHORT="1", PYTHONPATH=path))
 
 
@@ -38,10 +42,12 @@ def code(path):
     """The lines of a file that are code: neither blank, nor a comment, nor in a docstring."""
     text = path.read_text(encoding="utf-8")
     tree, lines = ast.parse(text), text.splitlines()
-    documented = [node for node in ast.walk(tree) if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))]
+    documented = [node for node in ast.walk(tree)
+                  if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))]
     strings = {line for node in documented if ast.get_docstring(node)
                for line in range(node.body[0].lineno, node.body[0].end_lineno + 1)}
-    return [line for i, line in enumerate(lines, 1) if line.strip() and not line.strip().startswith("#") and i not in strings]
+    return [line for i, line in enumerate(lines, 1) if line.strip()
+            and not line.strip().startswith("#") and i not in strings]
 
 
 @pytest.mark.slow
@@ -59,7 +65,9 @@ def test_an_example_runs(command):
 
 
 def test_every_example_is_run():
-    assert {command.split()[0] for command in RUN} | {"ia3.py"} == {path.name for path in EXAMPLES.glob("*.py")}
+    assert {command.split()[0] for command in RUN} | {"ia3.py"} == {
+        path.name for path in EXAMPLES.glob("*.py")
+    }
     for path in EXAMPLES.glob("*.py"):
         assert max(map(len, path.read_text(encoding="utf-8").splitlines())) <= 100, path
 
@@ -69,10 +77,12 @@ def test_a_technique_is_one_file_of_thirty_lines_and_one_line():
     lines = [line for line in code(EXAMPLES / "own_technique.py") if "ia3" in line]
     assert lines[0].split("#")[0].strip() == "import ia3"
     assert all("import" not in line for line in lines[1:])
-    assert "ia3" not in "".join(path.read_text(encoding="utf-8") for path in (ROOT / "minillm").rglob("*.py"))
+    assert "ia3" not in "".join(path.read_text(encoding="utf-8")
+                                for path in (ROOT / "minillm").rglob("*.py"))
 
 
 @pytest.mark.slow
 def test_the_laws_of_minillm_hold_for_it():
     done = run("-c", LAWS, ROOT / "tests" / "test_laws.py")
-    assert not done.returncode and "5 merge" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+    assert not done.returncode and "5 merge" in done.stdout, (
+        done.stdout[-3000:] + done.stderr[-3000:])

@@ -38,9 +38,12 @@ def test_what_is_in_the_way_is_said_before_the_work(tmp_path):
         files.check_writable(tmp_path / name, directory=True)
     files.check_writable(tmp_path / "new" / "file")
     for name, options, kind, message in [
-        ("full", dict(directory=True), FileExistsError, "full holds a.txt, b.txt, c.txt and 1 more.*force=True"),
-        ("file", {}, FileExistsError, "file exists: choose another path, or replace it with force=True"),
-        ("file", dict(directory=True, force=True), NotADirectoryError, "file is a file, and a directory is"),
+        ("full", dict(directory=True), FileExistsError,
+         "full holds a.txt, b.txt, c.txt and 1 more.*force=True"),
+        ("file", {}, FileExistsError,
+         "file exists: choose another path, or replace it with force=True"),
+        ("file", dict(directory=True, force=True), NotADirectoryError,
+         "file is a file, and a directory is"),
         ("full", dict(force=True), IsADirectoryError, "full is a directory, and a file is"),
         ("file/new", {}, NotADirectoryError, "cannot be written: .*file is not a directory"),
     ]:
@@ -49,9 +52,11 @@ def test_what_is_in_the_way_is_said_before_the_work(tmp_path):
         assert str(error.value).count(str(tmp_path / name)) == 1
     files.check_writable(tmp_path / "file", force=True)
     files.check_writable(tmp_path / "full", directory=True, force=True)
-    files.check_writable(tmp_path / "full", directory=True, own={"a.txt", "b.txt", "c.txt", "d.txt"})
+    files.check_writable(tmp_path / "full", directory=True,
+                         own={"a.txt", "b.txt", "c.txt", "d.txt"})
     with pytest.raises(FileExistsError, match="full holds c.txt, d.txt, which .*never replaces it"):
-        files.check_writable(tmp_path / "full", directory=True, force=True, own={"a.txt"}, needs="[acd].txt")
+        files.check_writable(tmp_path / "full", directory=True, force=True, own={"a.txt"},
+                             needs="[acd].txt")
 
 
 def test_a_device_a_mount_point_and_the_current_directory_are_refused(tmp_path, monkeypatch):
@@ -89,8 +94,10 @@ def test_a_directory_is_replaced_and_what_others_wrote_stays(tmp_path):
     inode = (old / "notes.txt").stat().st_ino
     with files.atomic(old, own={"own.txt", "stale.txt"}) as new:
         made(new, own_txt="new")
-    assert tree(old) == {"own.txt": "new", "notes.txt": "mine", "sub/deep/deep.txt": "mine too", "link": "mine"}
-    assert (old / "link").is_symlink() and (old / "sublink").is_symlink() and (old / "empty").is_dir()
+    assert tree(old) == {"own.txt": "new", "notes.txt": "mine", "sub/deep/deep.txt": "mine too",
+                         "link": "mine"}
+    assert ((old / "link").is_symlink() and (old / "sublink").is_symlink()
+            and (old / "empty").is_dir())
     assert (old / "notes.txt").stat().st_ino == inode, "it is the same file, not a copy"
     assert os.listdir(tmp_path) == ["d"]
 
@@ -268,17 +275,21 @@ def test_a_process_killed_at_any_moment_leaves_one_whole_directory(tmp_path):
             process.stdout.readline()
         process.kill(), process.wait(), process.stdout.close()
         assert set(os.listdir(old)) == {"own.txt", "notes.txt"}
-        assert (old / "own.txt").read_text().startswith("x" * 1000) and (old / "notes.txt").read_text() == "mine"
+        assert ((old / "own.txt").read_text().startswith("x" * 1000)
+                and (old / "notes.txt").read_text() == "mine")
 
 
 @pytest.mark.parametrize("text, message", [
-    ('{"a": "\\ud800"}', r"holds '\\ud800', which is half of a character"), ('{"\\udfff": 1}', "half of a character"),
-    ("[1]", "holds list, not an object"), ("{", "not whole JSON"), ("[" * 100_000, "not whole JSON"), ("\xff", "not whole JSON")])
+    ('{"a": "\\ud800"}', r"holds '\\ud800', which is half of a character"),
+    ('{"\\udfff": 1}', "half of a character"),
+    ("[1]", "holds list, not an object"), ("{", "not whole JSON"),
+    ("[" * 100_000, "not whole JSON"), ("\xff", "not whole JSON")])
 def test_json_that_is_no_object_of_texts_is_one_line(tmp_path, text, message):
     (tmp_path / "a.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=message) as error:
         files.read_json(tmp_path / "a.json")
-    assert "a.json" in str(error.value) and str(error.value).encode() and "\n" not in str(error.value)
+    assert ("a.json" in str(error.value) and str(error.value).encode()
+            and "\n" not in str(error.value))
     (tmp_path / "a.json").write_text(json.dumps({"a": "\U0001f600"}))
     assert files.read_json(tmp_path / "a.json") == {"a": "\U0001f600"}
 

@@ -28,10 +28,15 @@ def test_a_file_belongs_to_one_model(name, tmp_path):
     technique.save(technique.wrap(build("llama"), **OPTIONS.get(name, {})), tmp_path / "a", **alone)
     model = other()
     before = {key: t.clone() for key, t in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"belongs to another model: it was made for 'Transformer' \(fingerprint \w{8}\), this model is "
-                                         r"'Transformer' \(fingerprint \w{8}\).*first '.*any_base=True"):
+    with pytest.raises(
+        ValueError,
+        match=r"belongs to another model: it was made for 'Transformer' \(fingerprint \w{8}\), "
+              r"this model is "
+        r"'Transformer' \(fingerprint \w{8}\).*first '.*any_base=True",
+    ):
         technique.load(model, tmp_path / "a")
-    assert all(t.equal(before[key]) for key, t in model.state_dict().items()) and not minillm.layers(model)
+    assert (all(t.equal(before[key]) for key, t in model.state_dict().items())
+            and not minillm.layers(model))
     technique.load(model, tmp_path / "a", any_base=True)
     technique.load(build("llama"), tmp_path / "a")
 
@@ -39,10 +44,12 @@ def test_a_file_belongs_to_one_model(name, tmp_path):
 def test_casts_and_formats_keep_the_model(tmp_path):
     model = minillm.lora.wrap(build("llama"), r=2)
     minillm.lora.save(model, tmp_path / "a")
-    for base in (build("llama").bfloat16(), build("llama").half(), build("llama").double(), minillm.quant.wrap(build("llama")),
+    for base in (build("llama").bfloat16(), build("llama").half(), build("llama").double(),
+                 minillm.quant.wrap(build("llama")),
                  minillm.prune.wrap(build("llama")), minillm.freeze.wrap(build("llama"), last=1)):
         minillm.lora.load(base, tmp_path / "a")
-    minillm.lora.save(minillm.lora.wrap(minillm.quant.wrap(build("llama").bfloat16()), r=2), tmp_path / "b")
+    minillm.lora.save(minillm.lora.wrap(minillm.quant.wrap(build("llama").bfloat16()), r=2),
+                      tmp_path / "b")
     minillm.lora.load(build("llama"), tmp_path / "b")
     with pytest.raises(ValueError, match="another model"):
         minillm.lora.load(other().bfloat16(), tmp_path / "a")
@@ -60,15 +67,21 @@ def test_a_merged_model_is_another_model(tmp_path):
 def test_the_fingerprint_samples_every_parameter():
     model = build("llama")
     then = fingerprint.of(model, without=())
-    assert len(then["samples"]) == len(list(model.parameters())) and fingerprint.differs(model, then) is None
+    assert (len(then["samples"]) == len(list(model.parameters()))
+            and fingerprint.differs(model, then) is None)
     assert json.loads(json.dumps(then)) == then
     for name, p in model.named_parameters():
         changed = build("llama")
         with torch.no_grad():
             dict(changed.named_parameters())[name].add_(1e-3)
-        assert f"1 of {len(then['samples'])} parameters differ, first {name!r}" in fingerprint.differs(changed, then)
+        assert (
+            f"1 of {len(then['samples'])} parameters differ, first {name!r}"
+            in fingerprint.differs(changed, then)
+        )
     model.source = "tiny"
-    assert "this model is 'tiny'" in fingerprint.differs(other(), then).replace("'Transformer' (fingerprint", "'tiny' (fingerprint")
+    assert "this model is 'tiny'" in fingerprint.differs(other(), then).replace(
+        "'Transformer' (fingerprint", "'tiny' (fingerprint"
+    )
 
 
 @pytest.mark.parametrize("base", ["", "[]", "{}", '{"model": "x", "samples": {"a": 1}}',
@@ -251,6 +264,9 @@ def test_a_file_belongs_to_one_configuration_of_transformers(tmp_path):
 
 
 def test_a_number_is_not_nan():
-    here, nan = ["float32", [2], [1.0, 2.0], "", [0.0] * 4], ["float32", [2], [1.0, float("nan")], "", [0.0] * 4]
+    here, nan = (
+        ["float32", [2], [1.0, 2.0], "", [0.0] * 4],
+        ["float32", [2], [1.0, float("nan")], "", [0.0] * 4],
+    )
     assert fingerprint.agree(here, here) and fingerprint.agree(nan, nan)
     assert not fingerprint.agree(here, nan) and not fingerprint.agree(nan, here)

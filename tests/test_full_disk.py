@@ -1,4 +1,5 @@
-"""A full disk: found before the training where it can be known, and no loss of the training where not."""
+"""A full disk: found before the training where it can be known, and no loss of the
+training where not."""
 # flake8: noqa: F811  (fixtures)
 
 import os
@@ -29,9 +30,12 @@ def free(monkeypatch, size):
 
 @pytest.mark.parametrize("technique, out", [("lora", "a.safetensors"), ("quant", "a.safetensors"),
                                             ("full", "a"), ("full", "a.gguf")])
-def test_an_out_that_does_not_fit_is_found_before_the_training(technique, out, run, tmp_path, monkeypatch):
+def test_an_out_that_does_not_fit_is_found_before_the_training(
+    technique, out, run, tmp_path, monkeypatch
+):
     learn(run, technique, "--out", out)
-    size = sum(p.stat().st_size for p in ([tmp_path / out] if "." in out else (tmp_path / out).iterdir()))
+    size = sum(p.stat().st_size
+               for p in ([tmp_path / out] if "." in out else (tmp_path / out).iterdir()))
     free(monkeypatch, size // 3)
     said = learn(run, technique, "--out", f"more/{out}", "--log", "log.jsonl", code=1)
     assert f"--out more/{out} takes " in said and "but the disk has only " in said
@@ -45,7 +49,8 @@ def test_out_and_checkpoints_share_a_disk(run, monkeypatch):
     one, out = (p.stat().st_size for p in (train.newest("c"), pathlib.Path("a.safetensors")))
     for kept, size in ((2, 3 * one), (1, 2 * one)):
         free(monkeypatch, size + out // 2)
-        said = learn(run, "lora", "--out", "b.safetensors", "--checkpoints", "d", "--keep", kept + 1, code=1)
+        said = learn(run, "lora", "--out", "b.safetensors", "--checkpoints", "d", "--keep",
+                     kept + 1, code=1)
         assert "--out b.safetensors takes" in said and " and --checkpoints d takes " in said
     free(monkeypatch, 3 * one + out)
     learn(run, "lora", "--out", "b.safetensors", "--checkpoints", "d")
@@ -67,7 +72,8 @@ def test_a_limit_of_the_process_is_found_too(run, tmp_path):
         said = learn(run, "lora", "--out", "a.safetensors", code=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert "--out a.safetensors takes a file of " in said and "files of at most 1.0 kB (ulimit -f)" in said
+    assert ("--out a.safetensors takes a file of " in said
+            and "files of at most 1.0 kB (ulimit -f)" in said)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
@@ -83,7 +89,8 @@ def test_about_how_large_a_checkpoint_is(dtype, best, tmp_path):
 
 
 def test_sizes_are_shown_in_their_unit():
-    assert [disk.shown(n) for n in (12, 1000, 2_340_000, 7.25e9)] == ["12 bytes", "1.0 kB", "2.3 MB", "7.2 GB"]
+    assert [disk.shown(n)
+            for n in (12, 1000, 2_340_000, 7.25e9)] == ["12 bytes", "1.0 kB", "2.3 MB", "7.2 GB"]
 
 
 # --- in the training ------------------------------------------------------------------------------
@@ -94,7 +101,8 @@ def full(monkeypatch, *directories):
     write = safetensors.torch.save_file
 
     def refuse(tensors, path, *rest):
-        if any(pathlib.Path(d).resolve() in pathlib.Path(path).resolve().parents for d in directories):
+        if any(pathlib.Path(d).resolve() in pathlib.Path(path).resolve().parents
+               for d in directories):
             pathlib.Path(path).write_bytes(b"half")
             raise OSError(28, "No space left on device", str(path))
         write(tensors, path, *rest)
@@ -123,7 +131,8 @@ def test_ctrl_c_saves_where_there_is_room(cache, tmp_path, monkeypatch):
     hook = ctrl_c_at(model, 3)
     with monkeypatch.context() as patched:
         full(patched, own, *[tmp_path / "cache"] * (not cache))
-        message = f"saved {there}/interrupted-.*/step-00000003.safetensors: checkpoints='{there}/.*', resume=True goes"
+        message = (f"saved {there}/interrupted-.*/step-00000003.safetensors: "
+                   f"checkpoints='{there}/.*', resume=True goes")
         with pytest.raises(Interrupted, match=message) as caught:
             quiet(model, checkpoints=own, save_every=0)
     hook.remove()
@@ -141,12 +150,17 @@ def test_a_last_write_that_fails_saves_where_there_is_room(run, tmp_path, monkey
         said = last_line(run, capsys, 1, *more)
     assert "out/a.safetensors'; all steps are done, and saved in " in said
     (there,) = (tmp_path / "cache").iterdir()
-    assert f"{there}/step-00000004.safetensors: --checkpoints {there} --resume goes on from there" in said
+    assert (
+        f"{there}/step-00000004.safetensors: --checkpoints {there} --resume goes on from there"
+        in said
+    )
     assert not os.path.exists("out/a.safetensors.interrupted")
     args = ("train", *FAST, "--steps", 4, *more)
     run(*args, "--checkpoints", there, "--resume")
     run(*args[:-1], "b.safetensors")
-    assert pathlib.Path("b.safetensors").read_bytes() == pathlib.Path("out/a.safetensors").read_bytes()
+    assert (
+        pathlib.Path("b.safetensors").read_bytes() == pathlib.Path("out/a.safetensors").read_bytes()
+    )
 
 
 def test_nowhere_is_any_room(tmp_path, monkeypatch):

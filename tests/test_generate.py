@@ -34,7 +34,8 @@ def test_generation_stops_streams_and_pads():
 def scripted(model, monkeypatch, *rows):
     """The model, made to choose these tokens: a row of tokens for each row of the batch."""
     steps = iter(zip(*rows))
-    monkeypatch.setattr("minillm.model.generate.sample", lambda logits, *_: torch.tensor(next(steps)))
+    monkeypatch.setattr("minillm.model.generate.sample", lambda logits,
+                        *_: torch.tensor(next(steps)))
     return model
 
 

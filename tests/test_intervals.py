@@ -113,7 +113,8 @@ def test_a_score_is_a_float_that_knows_more():
 
 
 def test_the_degrees_of_freedom_of_a_change_are_welch_s():
-    """Three seeds and six examples: V_examples + V_seeds and Satterthwaite's formula written out."""
+    """Three seeds and six examples: V_examples + V_seeds and Satterthwaite's formula
+    written out."""
     draw = np.random.default_rng(4)
     rows = [draw.standard_normal(6) for _ in range(4)]
     before, *after = (intervals.score("any", row, intervals.Metric()) for row in rows)

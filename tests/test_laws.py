@@ -1,6 +1,8 @@
-"""The laws of docs/design.md, for every technique in the table, every ordered pair of them, on every kind of leaf and model.
+"""The laws of docs/design.md, for every technique in the table, every ordered pair of
+them, on every kind of leaf and model.
 
-A technique is found by being registered; `test_every_technique_is_registered` finds one that is not.
+A technique is found by being registered; `test_every_technique_is_registered` finds one
+that is not.
 """
 
 import copy
@@ -25,10 +27,12 @@ from minillm.registry.learning import claimed_by, noted
 
 NAMES = [name for name, method in METHODS.items() if method.kind == name]  # one method of each kind
 OPTIONS = {  # NAME/VARIANT: options of the methods, for the laws of one alone
-    f"{name}/{variant}".rstrip("/"): small for name, method in METHODS.items() for variant, small in method.small.items()
+    f"{name}/{variant}".rstrip("/"): small for name, method in METHODS.items()
+    for variant, small in method.small.items()
 }
 FORMATS = [name for name in NAMES if issubclass(KINDS[name], Format)]
-PAIRS = [pair for pair in itertools.permutations(NAMES, 2) if not set(pair) <= set(FORMATS)]  # two formats: an error, tested below
+# two formats: an error, tested below
+PAIRS = [pair for pair in itertools.permutations(NAMES, 2) if not set(pair) <= set(FORMATS)]
 LOSSY = [name for name in FORMATS if KINDS[name].not_neutral]
 
 
@@ -36,19 +40,22 @@ class Whole(str):
     """The name of a model on which every pair is run, and not a third of them."""
 
 
-every_model = pytest.mark.parametrize("kind", [*MODELS, *(pytest.param(Whole(kind), marks=pytest.mark.slow, id=f"{kind}-all")
-                                                          for kind in MODELS)])
+WHOLE = [pytest.param(Whole(kind), marks=pytest.mark.slow, id=f"{kind}-all") for kind in MODELS]
+every_model = pytest.mark.parametrize("kind", [*MODELS, *WHOLE])
 
 
 def pairs(kind):
-    """Pairs of kinds for one model: each pair is run on one of the six models, and under `slow` on all."""
+    """Pairs of kinds for one model: each pair is run on one of the six models, and under
+    `slow` on all."""
     return PAIRS if isinstance(kind, Whole) else PAIRS[list(MODELS).index(kind) :: 6]
 
 
 def alone(kind):
-    """Each method with its options: all of them on two models, a third of them on each other one, and under `slow` all."""
+    """Each method with its options: all of them on two models, a third of them on each
+    other one, and under `slow` all."""
     every = [(key,) for key in OPTIONS]
-    return every if isinstance(kind, Whole) or kind in ("Linear", "llama") else every[list(MODELS).index(kind) % 3 :: 3]
+    return (every if isinstance(kind, Whole) or kind in ("Linear", "llama")
+            else every[list(MODELS).index(kind) % 3 :: 3])
 
 
 class technique:
@@ -103,7 +110,8 @@ def learn(model, key):
     name = technique(key).name
     own = [p for patch in patches(model, key) for p in patch.parameters()]
     if name in noted(model):
-        own = {id(p): p for slot, *_, p in parameters(model) if p.requires_grad and (name == "freeze" or slot in claimed_by(model, name))}
+        own = {id(p): p for slot, *_, p in parameters(model) if p.requires_grad
+               and (name == "freeze" or slot in claimed_by(model, name))}
         own = list(own.values())
     for p in own:
         p.add_(torch.randn_like(p) * 0.1)
@@ -134,7 +142,7 @@ def forgets(*names):
     return any(technique(name).name in LOSSY for name in names)
 
 
-# --- 1, 2: at birth -----------------------------------------------------------------------------------------------------------
+# --- 1, 2: at birth -----------------------------------------------------------------------------
 
 
 @every_model
@@ -148,7 +156,8 @@ def test_neutral_at_birth_and_frozen_below(kind):
         if not declared(names[-1]).not_neutral:
             close("1 neutral", logits(model, ids), before, what)
         owned = {id(p) for n in names for m in patches(model, n) for p in m.parameters()}
-        if owned or "bitfit" in names:  # of the model's own what is claimed learns too, where freeze does not forbid it
+        # of the model's own what is claimed learns too, where freeze does not forbid it
+        if owned or "bitfit" in names:
             frozen = minillm.registry.learning.stopped_by(model, "freeze")
             claimed = claimed_by(model, "bitfit")
             groups = {}
@@ -158,16 +167,19 @@ def test_neutral_at_birth_and_frozen_below(kind):
         if owned:
             learning = {id(p) for p in model.parameters() if p.requires_grad}
             law("2 frozen", learning == owned, f"{what}: not just what it added learns")
-            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
+                                          lr=0.1)
             logits(model).square().mean().backward()
             optimizer.step()
-            moved = [p for p in model.parameters() if id(p) in bits and id(p) not in owned and not torch.equal(p, bits[id(p)])]
+            moved = [p for p in model.parameters() if id(p) in bits and id(p) not in owned
+                     and not torch.equal(p, bits[id(p)])]
             law("2 frozen", not moved, f"{what}: the base moved")
 
 
 def patches(model, key):
     name = technique(key).name
-    return [layer.patches[name] for layer in minillm.layers(model).values() if name in layer.patches]
+    return [layer.patches[name] for layer in minillm.layers(model).values()
+            if name in layer.patches]
 
 
 def test_what_is_not_neutral_says_why():
@@ -175,7 +187,8 @@ def test_what_is_not_neutral_says_why():
         model, why = build("Linear"), declared(name).not_neutral
         before = logits(model)
         after = logits(wrap(model, name), IDS)
-        law("1 neutral", torch.allclose(before, after, atol=1e-6) == (not why), f"{name} declares {why!r}")
+        law("1 neutral", torch.allclose(before, after, atol=1e-6) == (not why),
+            f"{name} declares {why!r}")
 
 
 @every_model
@@ -185,10 +198,11 @@ def test_a_step_of_training_reaches_all_that_learns(kind):
         logits(model).square().mean().backward()
         for key, p in model.named_parameters():
             if p.requires_grad:
-                law("2 frozen", p.grad is not None and p.grad.abs().sum() > 0, f"{name} on {kind}: {key} gets no gradient")
+                law("2 frozen", p.grad is not None and p.grad.abs().sum() > 0,
+                    f"{name} on {kind}: {key} gets no gradient")
 
 
-# --- 3: fold equals forward ---------------------------------------------------------------------------------------------------
+# --- 3: fold equals forward ---------------------------------------------------------------------
 
 
 @every_model
@@ -202,20 +216,26 @@ def test_fold_equals_forward(kind):
             except (CannotMerge, AttributeError):
                 continue
             how = leaf(layer.base)
-            x = torch.randint(24, (5,)) if how.lookup else torch.randn(5, W.shape[1], requires_grad=True)
+            x = (
+                torch.randint(24, (5,))
+                if how.lookup
+                else torch.randn(5, W.shape[1], requires_grad=True)
+            )
             learnt = [p for p in layer.patches.parameters()] + ([] if how.lookup else [x])
             y, folded = layer(x), how.compute(x, W, b)
             close("3 fold", folded, y, what)
             if learnt:
                 weight = torch.randn_like(y)
-                ours, theirs = (torch.autograd.grad((out * weight).sum(), learnt) for out in (y, folded))
+                ours, theirs = (torch.autograd.grad((out * weight).sum(), learnt)
+                                for out in (y, folded))
                 for p, q in zip(ours, theirs):
                     close("3 fold", q, p, f"{what}: gradient", 1e-4)
             shown = layer.weight
-            law("3 fold", torch.equal(shown, W.T if how.transposed else W), f"{what}: Layer.weight is the folded one")
+            law("3 fold", torch.equal(shown, W.T if how.transposed else W),
+                f"{what}: Layer.weight is the folded one")
 
 
-# --- 4: formats and patches commute -------------------------------------------------------------------------------------------
+# --- 4: formats and patches commute -------------------------------------------------------------
 
 
 @every_model
@@ -224,34 +244,44 @@ def test_format_and_patch_commute(kind):
         if kind_of(a) is not Format or kind_of(b) is not Patch:
             continue
         one, two = attach(build(kind), a, b), attach(build(kind), b, a)
-        for p, q in zip(patches(one, b), patches(two, b)):  # a mask chooses by the weights it sees: give both the same
+        # a mask chooses by the weights it sees: give both the same
+        for p, q in zip(patches(one, b), patches(two, b)):
             q.load_state_dict(p.state_dict())
         close("4 commute", logits(one), logits(two), f"{a} and {b} on {kind}", 1e-6)
 
 
 def test_two_formats_are_an_error_that_names_both():
     for a, b in itertools.permutations(FORMATS, 2):
-        with pytest.raises(ValueError, match=rf"already stored as {a}.*minillm\.{KINDS[a].family}\.unwrap"):
+        with pytest.raises(ValueError,
+                           match=rf"already stored as {a}.*minillm\.{KINDS[a].family}\.unwrap"):
             wrap(wrap(build("Linear"), a), b)
 
 
-# --- 5: merge, unmerge, unwrap ------------------------------------------------------------------------------------------------
+# --- 5: merge, unmerge, unwrap ------------------------------------------------------------------
 
 
 @every_model
 def test_unwrap_gives_the_original_back(kind):
-    for names, order in [(names, order) for names in alone(kind) + pairs(kind) for order in itertools.permutations(names)]:
+    for names, order in [(names, order) for names in alone(kind) + pairs(kind)
+                         for order in itertools.permutations(names)]:
         model = build(kind)
-        modules, before, learns = list(map(id, model.modules())), state(model), [p.requires_grad for p in model.parameters()]
+        modules, before, learns = (
+            list(map(id, model.modules())),
+            state(model),
+            [p.requires_grad for p in model.parameters()],
+        )
         for name in names:
             wrap(model, name)
         for name in order:  # the order must not matter
             technique(name).unwrap(model)
         what = f"{names} on {kind}, unwrapped {order}"
-        law("5 unwrap", list(map(id, model.modules())) == modules, f"{what}: the modules are the same objects")
-        law("5 unwrap", [p.requires_grad for p in model.parameters()] == learns, f"{what}: what learns is the same")
+        law("5 unwrap", list(map(id, model.modules())) == modules,
+            f"{what}: the modules are the same objects")
+        law("5 unwrap", [p.requires_grad for p in model.parameters()] == learns,
+            f"{what}: what learns is the same")
         if forgets(*names):
-            law("5 unwrap", before.keys() == model.state_dict().keys(), f"{what}: the names are the same")
+            law("5 unwrap", before.keys() == model.state_dict().keys(),
+                f"{what}: the names are the same")
         else:
             law("5 unwrap", same(state(model), before), f"{what}: bit for bit")
 
@@ -266,16 +296,19 @@ def test_merge_equals_forward_and_unmerge_gives_it_back(kind):
         model = attach(build(kind), *names)
         wrapped, before = logits(model), state(model)
         plain = verbs.name
-        stands_below = any(list(layer.patches)[0] != plain for layer in minillm.layers(model).values() if plain in layer.patches)
+        stands_below = any(list(layer.patches)[0] != plain
+                           for layer in minillm.layers(model).values() if plain in layer.patches)
         try:
             verbs.merge(model)
         except CannotMerge:
-            law("5 merge", declared(name).fold is Patch.fold, f"{what}: only what has no fold cannot be merged")
+            law("5 merge", declared(name).fold is Patch.fold,
+                f"{what}: only what has no fold cannot be merged")
             law("5 merge", same(state(model), before), f"{what}: a refused merge changes nothing")
             continue
         except ValueError as error:
             lost = coarse(*names) and forgets(*names) and "would lose it" in str(error)
-            law("5 merge", lost or stands_below and technique(beneath).name in str(error), f"{what}: {error}")
+            law("5 merge", lost or stands_below and technique(beneath).name in str(error),
+                f"{what}: {error}")
             law("5 merge", same(state(model), before), f"{what}: a refused merge changes nothing")
             continue
         exact = 0.4 if coarse(*names) and forgets(*names) else 0.05 if forgets(*names) else 1e-5
@@ -287,10 +320,11 @@ def test_merge_equals_forward_and_unmerge_gives_it_back(kind):
         verbs.merge(model)
         verbs.unwrap(model)
         before_it = attach(build(kind), *([beneath] if beneath else []))
-        law("5 merge", same(state(model), state(before_it)), f"{what}: unwrapping what was merged gives the original back")
+        law("5 merge", same(state(model), state(before_it)),
+            f"{what}: unwrapping what was merged gives the original back")
 
 
-# --- 6: files -----------------------------------------------------------------------------------------------------------------
+# --- 6: files -----------------------------------------------------------------------------------
 
 FRESH = """
 import pickle, sys
@@ -312,7 +346,8 @@ for kind, files, expected, order in pickle.load(open(sys.argv[1], "rb")):
 
 
 @pytest.mark.parametrize("kinds", [["Linear", "gpt2", "llama", "hf_llama"],
-                                   pytest.param([Whole(kind) for kind in MODELS], marks=pytest.mark.slow)],
+                                   pytest.param([Whole(kind) for kind in MODELS],
+                                                marks=pytest.mark.slow)],
                          ids=["some", "all"])
 def test_save_and_load_in_a_fresh_process(kinds, tmp_path):
     jobs = []
@@ -325,16 +360,19 @@ def test_save_and_load_in_a_fresh_process(kinds, tmp_path):
             model = attach(build(kind), *names)
             files = []
             for name in names:
-                files.append((technique(name).name, str(tmp_path / f"{len(jobs)}-{len(files)}.safetensors")))
+                files.append((technique(name).name,
+                              str(tmp_path / f"{len(jobs)}-{len(files)}.safetensors")))
                 technique(name).save(model, files[-1][1])
             jobs.append((str(kind), files, logits(model).detach(), ""))
-            if len(files) > 1:  # the other order: equal with a format, an error where one was made over the other
+            # the other order: equal with a format, an error where one was made over the other
+            if len(files) > 1:
                 kinds = [kind_of(name) for name in names]
                 order = "" if Format in kinds or kinds == [None, None] else "error"
                 jobs.append((str(kind), files[::-1], jobs[-1][2], order))
     (tmp_path / "jobs").write_bytes(pickle.dumps(jobs))
     here = pathlib.Path(__file__).parent
-    done = subprocess.run([sys.executable, "-c", FRESH, str(tmp_path / "jobs")], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-c", FRESH, str(tmp_path / "jobs")],
+                          capture_output=True, text=True,
                           env={**__import__("os").environ, "PYTHONPATH": f"{here}:{here.parent}"})
     assert not done.returncode, done.stderr[-3000:]
     for _ in jobs:
@@ -356,7 +394,7 @@ def test_loading_computes_nothing(key, tmp_path, monkeypatch):
     close("6 loading", logits(base), logits(model), key)
 
 
-# --- 7: what PyTorch does with modules ------------------------------------------------------------------------------------------
+# --- 7: what PyTorch does with modules ------------------------------------------------------------
 
 
 @every_model
@@ -369,15 +407,19 @@ def test_deepcopy_state_dict_and_half_precision(kind):
         law("7 modules", torch.equal(logits(twin), expected), f"deepcopy of {what}")
         for name in reversed(names):
             technique(name).unwrap(twin)
-        law("7 modules", torch.equal(logits(model), expected), f"{what}: unwrapping the copy leaves the original")
+        law("7 modules", torch.equal(logits(model), expected),
+            f"{what}: unwrapping the copy leaves the original")
         other = build(kind)
         for name in names:
             wrap(other, name)
         other.load_state_dict(model.state_dict())
         law("7 modules", torch.equal(logits(other), expected), f"state_dict of {what}")
         for dtype in (torch.bfloat16, torch.float16):
-            off = (logits(copy.deepcopy(model).to(dtype)).float() - expected).norm() / expected.norm()
-            law("7 modules", off < (0.35 if coarse(*names) else 0.1), f"{dtype} of {what}: off by {off:.3f} of the norm")
+            off = (
+                logits(copy.deepcopy(model).to(dtype)).float() - expected
+            ).norm() / expected.norm()
+            law("7 modules", off < (0.35 if coarse(*names) else 0.1),
+                f"{dtype} of {what}: off by {off:.3f} of the norm")
 
 
 @every_model
@@ -388,19 +430,24 @@ def test_training_mode(kind):
         expected, what = logits(model), f"{names} on {kind}"
         model.train()
         different = not torch.equal(logits(model), expected)
-        law("7 modes", different == ("lora/dropout" in names), f"{what}: eval and train differ: {different}")
+        law("7 modes", different == ("lora/dropout" in names),
+            f"{what}: eval and train differ: {different}")
         law("7 modes", torch.equal(logits(model.eval()), expected), f"{what}: back in eval")
         model = attach(build(kind).train(), *names)
-        law("7 modes", all(module.training for module in model.modules()), f"{what}: wrapped in training mode")
+        law("7 modes", all(module.training for module in model.modules()),
+            f"{what}: wrapped in training mode")
         model.eval()
-        law("7 modes", not any(module.training for module in model.modules()), f"{what}: put into eval mode")
+        law("7 modes", not any(module.training for module in model.modules()),
+            f"{what}: put into eval mode")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @every_model
 def test_merges_formats_and_casts_in_sequence(kind, dtype):
-    """merge, cast, unmerge, unwrap, with and without a format beneath: one dtype throughout, and the values of the cast."""
-    for patch in [name for name in NAMES if kind_of(name) is Patch and declared(name).fold is not Patch.fold]:
+    """merge, cast, unmerge, unwrap, with and without a format beneath: one dtype
+    throughout, and the values of the cast."""
+    for patch in [name for name in NAMES if kind_of(name) is Patch
+                  and declared(name).fold is not Patch.fold]:
         for form in [None, *FORMATS]:
             what = f"{patch} on {form} on {kind}, {dtype}"
             model = attach(build(kind), *([form] if form else []), patch)
@@ -410,15 +457,20 @@ def test_merges_formats_and_casts_in_sequence(kind, dtype):
             try:
                 technique(patch).merge(model)
             except ValueError as error:
-                law("5 casts", coarse(patch, form or "") and "would lose it" in str(error), f"{what}: {error}")
+                law("5 casts", coarse(patch, form or "") and "would lose it" in str(error),
+                    f"{what}: {error}")
                 continue
             model.to(dtype)
 
             def near(step):
                 off = (logits(model).float() - expected).norm() / expected.norm()
-                law("5 casts", off < (0.35 if coarse(patch, form or "") else 0.1), f"{what}, after {step}: off by {off:.3f} of the norm")
-                own = {p.dtype for *_, p in parameters(model)} | {site.module.dense().dtype for site in walk(model)
-                                                                  if isinstance(site.module, Format)}
+                law("5 casts", off < (0.35 if coarse(patch, form or "") else 0.1),
+                    f"{what}, after {step}: off by {off:.3f} of the norm")
+                own = {p.dtype for *_, p in parameters(model)} | {
+                    site.module.dense().dtype
+                    for site in walk(model)
+                    if isinstance(site.module, Format)
+                }
                 law("5 casts", own == {dtype}, f"{what}, after {step}: the model is {own}")
 
             near("merge and cast")
@@ -430,7 +482,8 @@ def test_merges_formats_and_casts_in_sequence(kind, dtype):
             technique(patch).unwrap(model)
             plain = build(kind).to(dtype)
             if form not in LOSSY:
-                law("5 casts", same(state(model), state(plain)), f"{what}: unwrapped is the cast original")
+                law("5 casts", same(state(model), state(plain)),
+                    f"{what}: unwrapped is the cast original")
 
 
 def compiles(kind, stacks):
@@ -462,16 +515,20 @@ def test_on_cuda(kind):
         expected = logits(model)
         close("7 cuda", logits(model.cuda()).cpu(), expected, f"{names} on {kind}", 1e-4)
         there = attach(build(kind).cuda(), *names)
-        law("7 cuda", all(t.is_cuda for t in there.state_dict().values()), f"{names} on {kind}: wrapped on the device")
+        law("7 cuda", all(t.is_cuda for t in there.state_dict().values()),
+            f"{names} on {kind}: wrapped on the device")
         law("7 cuda", bool(logits(there).isfinite().all()), f"{names} on {kind}")
 
 
-# --- stacks -------------------------------------------------------------------------------------------------------------------
+# --- stacks -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [*range(6), *(pytest.param(n, marks=pytest.mark.slow) for n in range(6, 60))])
+@pytest.mark.parametrize("number",
+                         [*range(6),
+                          *(pytest.param(n, marks=pytest.mark.slow) for n in range(6, 60))])
 def test_a_stack_of_several_methods(number, tmp_path):
-    """Three to five methods, drawn with their options: copied, saved, loaded, unwrapped in another order."""
+    """Three to five methods, drawn with their options: copied, saved, loaded, unwrapped in
+    another order."""
     draw = random.Random(number)
     kind = draw.choice([kind for kind in MODELS if kind != "Conv1D"])
     keys = draw.sample(sorted(OPTIONS), 14)
@@ -480,7 +537,8 @@ def test_a_stack_of_several_methods(number, tmp_path):
         if len(names) < draw.randint(3, 5) and technique(key).name not in map(name_of, names):
             try:
                 learn(wrap(model, key), key)
-            except (ValueError, CannotMerge):  # two formats, a part of a weight beneath a mask: refused before any change
+            # two formats, a part of a weight beneath a mask: refused before any change
+            except (ValueError, CannotMerge):
                 continue
             names.append(key)
     what, expected = f"{names} on {kind}", logits(model)
@@ -504,17 +562,26 @@ def test_a_stack_of_several_methods(number, tmp_path):
                 continue
             left.remove(key)
         assert len(left) < before, what
-    law("8 stacks", [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in plain.parameters()], f"{what}: learns")
+    law(
+        "8 stacks",
+        [p.requires_grad for p in model.parameters()]
+        == [p.requires_grad for p in plain.parameters()],
+        f"{what}: learns",
+    )
     same_names = state(model).keys() == state(plain).keys()
-    forgotten = forgets(*names) or "freeze" in map(name_of, names) or "bitfit" in map(name_of, names)  # these moved the model itself
-    law("8 stacks", same_names and (forgotten or same(state(model), state(plain))), f"{what}: unwrapped")
+    # these moved the model itself
+    forgotten = (
+        forgets(*names) or "freeze" in map(name_of, names) or "bitfit" in map(name_of, names)
+    )
+    law("8 stacks", same_names and (forgotten or same(state(model), state(plain))),
+        f"{what}: unwrapped")
 
 
 def name_of(key):
     return technique(key).name
 
 
-# --- the table ------------------------------------------------------------------------------------------------------------------
+# --- the table ----------------------------------------------------------------------------------
 
 
 def test_every_technique_is_registered():
@@ -523,10 +590,14 @@ def test_every_technique_is_registered():
             continue
         for _, cls in inspect.getmembers(importlib.import_module(module.name), inspect.isclass):
             if issubclass(cls, (Patch, Format)) and cls not in (Patch, Format):
-                assert cls in KINDS.values(), f"{cls.__name__} of {module.name} is not registered: its file ends with verbs(...)"
+                assert cls in KINDS.values(), (
+                    f"{cls.__name__} of {module.name} is not registered: its file ends with "
+                    f"verbs(...)"
+                )
     for name, module in minillm.techniques().items():
         for verb in ("wrap", "unwrap", "merge", "unmerge", "save", "load"):
-            assert callable(getattr(module, verb)) and getattr(module, verb).__doc__, f"{name}.{verb}"
+            assert callable(getattr(module, verb)) and getattr(module, verb).__doc__, (
+                f"{name}.{verb}")
 
 
 def test_the_walk_never_enters_a_patch():

@@ -17,7 +17,8 @@ def learning(model):
 
 
 def of_patches(model):
-    return {p.requires_grad for layer in minillm.layers(model).values() for p in layer.patches.parameters()}
+    return {p.requires_grad for layer in minillm.layers(model).values()
+            for p in layer.patches.parameters()}
 
 
 def biases(model):
@@ -47,7 +48,8 @@ def test_bitfit_under_and_over_others(kind):
             model = build(kind)
             for name in names:
                 WRAPS[name](model)
-            expected = every - (set() if "quant" not in names else every - learning(minillm.quant.wrap(build(kind))))
+            expected = every - (set() if "quant" not in names
+                                else every - learning(minillm.quant.wrap(build(kind))))
             if "bitfit" in names:
                 expected = expected & all_biases
             elif "lora" in names:
@@ -66,9 +68,11 @@ def test_bitfit_trains_biases_and_its_file_holds_them(tmp_path):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
     logits(model).square().mean().backward()
     optimizer.step()
-    moved = {name for name, p in model.named_parameters() if not torch.equal(p, plain.get_parameter(name))}
+    moved = {name for name, p in model.named_parameters()
+             if not torch.equal(p, plain.get_parameter(name))}
     assert moved == biases(plain)
-    with pytest.raises(minillm.CannotMerge, match="bitfit cannot be merged: what it trained is the model itself"):
+    with pytest.raises(minillm.CannotMerge,
+                       match="bitfit cannot be merged: what it trained is the model itself"):
         minillm.freeze.merge(model, "bitfit")
     minillm.freeze.save(model, tmp_path / "b")
     again = minillm.freeze.load(plain, tmp_path / "b")
@@ -78,7 +82,11 @@ def test_bitfit_trains_biases_and_its_file_holds_them(tmp_path):
     with pytest.raises(ValueError, match="the model has bitfit already"):
         minillm.freeze.load(again, tmp_path / "b")
     minillm.freeze.wrap(model, last=1)
-    with pytest.raises(ValueError, match=r"the model has 'freeze', 'bitfit', and a file holds one: save\(model, path, name='freeze'\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"the model has 'freeze', 'bitfit', and a file holds one: save\(model, path, "
+              r"name='freeze'\)",
+    ):
         minillm.freeze.save(model, tmp_path / "c")
 
 
@@ -92,7 +100,8 @@ def test_bitfit_of_a_model_without_biases():
 def test_what_the_user_sets_after_a_wrap_is_kept():
     model = minillm.lora.wrap(build("llama"), r=2)
     model.norm.weight.requires_grad_(True)
-    for verb in (minillm.prune.wrap, minillm.quant.wrap, minillm.quant.unwrap, minillm.prune.unwrap):
+    for verb in (minillm.prune.wrap, minillm.quant.wrap, minillm.quant.unwrap,
+                 minillm.prune.unwrap):
         verb(model)
         assert learning(model) == {"norm.weight"}, verb
     minillm.lora.merge(model)
@@ -148,7 +157,8 @@ def test_freeze_then_a_format_and_back():
 
 def test_a_copy_and_a_fixed_adapter():
     model = copy.deepcopy(minillm.lora.wrap(build("llama"), r=2))
-    assert learning(model) == set() and learning(minillm.lora.unwrap(copy.deepcopy(model))) == learning(build("llama"))
+    assert (learning(model) == set()
+            and learning(minillm.lora.unwrap(copy.deepcopy(model))) == learning(build("llama")))
     for patch in minillm.registry.learning.patches(model):
         patch.fixed = True
     minillm.prune.wrap(model)
@@ -156,7 +166,8 @@ def test_a_copy_and_a_fixed_adapter():
 
 
 def test_what_learned_beside_a_mask_after_a_copy(tmp_path):
-    """Versions count the changes of one tensor: the copy's is another, which may have any values."""
+    """Versions count the changes of one tensor: the copy's is another, which may have any
+    values."""
     for steps in (1, 2, 3):
         model = minillm.prune.wrap(two())
         model = copy.deepcopy(model)
@@ -165,7 +176,12 @@ def test_what_learned_beside_a_mask_after_a_copy(tmp_path):
             model(torch.randn(3, 6)).square().mean().backward()
             optimizer.step()
         minillm.lora.wrap(model, r=2)
-        assert set(minillm.registry.store.learned_of("prune", model)) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+        assert set(minillm.registry.store.learned_of("prune", model)) == {
+            "0.weight",
+            "0.bias",
+            "2.weight",
+            "2.bias",
+        }
 
 
 def test_no_module_is_added_and_nothing_is_in_the_state():

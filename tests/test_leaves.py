@@ -88,12 +88,17 @@ def test_integers_of_another_type_are_refused(tmp_path):
 
 
 def test_a_leaf_without_a_weight_yet_is_named():
-    with pytest.raises(ValueError, match="'0' is a LazyLinear.*it has no weight yet; run a batch through the model first"):
+    with pytest.raises(
+        ValueError,
+        match="'0' is a LazyLinear.*it has no weight yet; run a batch through the model first",
+    ):
         minillm.lora.wrap(nn.Sequential(nn.LazyLinear(4)), ["0"])
 
 
-@pytest.mark.parametrize("model, hint", [((nn.Linear(2, 2), None), "tuple, no nn.Module: .*model, tokenizer = minillm.load"),
-                                         ("tiny", "str, no nn.Module$")])
+@pytest.mark.parametrize("model, hint",
+                         [((nn.Linear(2, 2), None),
+                           "tuple, no nn.Module: .*model, tokenizer = minillm.load"),
+                          ("tiny", "str, no nn.Module$")])
 def test_what_is_no_model_is_named(model, hint):
     with pytest.raises(TypeError, match=hint):
         minillm.lora.wrap(model)

@@ -1,4 +1,5 @@
-"""LoRA against the paper's equation, on its trainable counts, and what happens to targets that are misspelt."""
+"""LoRA against the paper's equation, on its trainable counts, and what happens to
+targets that are misspelt."""
 
 import copy
 import math
@@ -24,13 +25,16 @@ def test_the_equation():
     patch.A.data, patch.B.data = A, B
     expected = torch.stack([W @ row + b + 6 / 2 * (B @ (A @ row)) for row in x])
     torch.testing.assert_close(model(x), expected)
-    stable = minillm.lora.wrap(nn.Sequential(nn.Linear(6, 5)), r=4, alpha=6, rank_stabilized=True)[0].patches["lora"]
+    stable = minillm.lora.wrap(nn.Sequential(nn.Linear(6, 5)), r=4, alpha=6,
+                               rank_stabilized=True)[0].patches["lora"]
     assert stable.scale == 6 / math.sqrt(4)
 
 
 def test_the_start():
-    """A is uniform within 1/sqrt(in), for every leaf type: a transposed A would read r as its fan-in."""
-    for make, shape in ((lambda: nn.Linear(400, 30), (8, 400)), (lambda: nn.Embedding(400, 30), (8, 400))):
+    """A is uniform within 1/sqrt(in), for every leaf type: a transposed A would read r as
+    its fan-in."""
+    for make, shape in ((lambda: nn.Linear(400, 30), (8, 400)),
+                        (lambda: nn.Embedding(400, 30), (8, 400))):
         site = minillm.registry.Site("x", make(), None, [])
         patch = LoRA(site)
         patch.fill(site)
@@ -46,12 +50,14 @@ def test_the_start():
 
 
 def test_smollm2_counts():
-    """The figures of facts: 2,442,240 trainable on the seven projections of SmolLM2 at r=8, 460,800 on q and v."""
+    """The figures of facts: 2,442,240 trainable on the seven projections of SmolLM2 at r=8,
+    460,800 on q and v."""
     config = minillm.Config(49152, 576, 30, 9, kv_heads=3, ffn=1536, positions=8192)
     with torch.device("meta"):
         model = minillm.Transformer(config)
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
-    for targets, count in ((None, 2_442_240), (["q_proj", "v_proj"], 460_800), (r"[qv]_proj", 460_800)):
+    for targets, count in ((None, 2_442_240), (["q_proj", "v_proj"], 460_800),
+                           (r"[qv]_proj", 460_800)):
         minillm.lora.wrap(model, targets, r=8)
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
         minillm.lora.unwrap(model)
@@ -59,10 +65,15 @@ def test_smollm2_counts():
 
 @pytest.mark.parametrize("kind", ["Linear", "llama", "gpt2", "hf_llama", "hf_gpt2", "Sequential"])
 def test_defaults_work(kind):
-    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)) if kind == "Sequential" else build(kind)
+    model = (
+        nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+        if kind == "Sequential"
+        else build(kind)
+    )
     minillm.lora.wrap(model, r=2)
     wrapped = minillm.layers(model)
-    assert wrapped and not any("head" in name for name in wrapped if kind != "Linear"), "the output head is left alone"
+    assert wrapped and not any("head" in name for name in wrapped if kind != "Linear"), (
+        "the output head is left alone")
 
 
 @pytest.mark.parametrize("targets, culprit, remedy", [
@@ -83,7 +94,8 @@ def test_a_wrong_target_is_an_error_and_changes_nothing(targets, culprit, remedy
 
 
 def test_wrong_numbers_are_errors():
-    for options, culprit in ((dict(r=0), "r=0"), (dict(r=17), "r=17"), (dict(dropout=1.0), "dropout=1.0")):
+    for options, culprit in ((dict(r=0), "r=0"), (dict(r=17), "r=17"),
+                             (dict(dropout=1.0), "dropout=1.0")):
         with pytest.raises(ValueError, match=culprit):
             minillm.lora.wrap(build("llama"), **options)
     model = minillm.lora.wrap(build("llama"), r=2)
@@ -116,7 +128,7 @@ def test_a_merge_that_rounding_would_erase_is_refused():
     assert test_laws.same(test_laws.state(model), before)
 
 
-# --- dropout -----------------------------------------------------------------------------------------------------------
+# --- dropout ------------------------------------------------------------------------------------
 
 
 def dropped(model, x):
@@ -131,7 +143,8 @@ def test_dropout_is_of_the_branchs_input_while_training_only():
     change = patch.scale * patch.B @ patch.A * x  # (out, in): what each input adds
     draws = dropped(model, x)
     assert len(draws.unique(dim=0)) > 10
-    kept = torch.cartesian_prod(*[torch.tensor([0.0, 1 / 0.75])] * 6)  # every choice of what is dropped
+    # every choice of what is dropped
+    kept = torch.cartesian_prod(*[torch.tensor([0.0, 1 / 0.75])] * 6)
     possible = (kept @ change.T).detach()
     far = torch.cdist(draws, possible, compute_mode="donot_use_mm_for_euclid_dist").amin(1)
     assert far.max() < 1e-4
@@ -142,7 +155,8 @@ def test_dropout_is_of_the_branchs_input_while_training_only():
 
 
 def test_dropout_of_an_embedding_drops_the_branch_of_whole_tokens():
-    model = learnt(minillm.lora.wrap(nn.Sequential(nn.Embedding(9, 6)), ["0"], r=2, dropout=0.25).train(), std=1)
+    model = learnt(minillm.lora.wrap(nn.Sequential(nn.Embedding(9, 6)), ["0"], r=2,
+                                     dropout=0.25).train(), std=1)
     patch, x = model[0].patches["lora"], torch.tensor([[3, 3, 5]])
     change = patch.scale * (patch.B @ patch.A).T[x]  # (1, 3, width)
     draws = dropped(model, x)
@@ -176,7 +190,7 @@ def test_a_new_patch_trains_if_its_model_does(training):
     assert second[0].patches["prune"].training == training
 
 
-# --- the padding of an embedding ---------------------------------------------------------------------------------------
+# --- the padding of an embedding ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stored", [False, True])
@@ -194,10 +208,11 @@ def test_the_row_of_the_padding_neither_changes_nor_learns(stored):
     assert not patch.A.grad[:, 7].any() and patch.A.grad[:, [1, 3]].all()
     W, _ = model[0].dense()
     torch.testing.assert_close(W.T[ids], after)
-    torch.testing.assert_close(minillm.lora.merge(minillm.quant.unwrap(model) if stored else model)(ids), after)
+    torch.testing.assert_close(minillm.lora.merge(minillm.quant.unwrap(model) if stored
+                                                  else model)(ids), after)
 
 
-# --- its settings and its merge ----------------------------------------------------------------------------------------
+# --- its settings and its merge -------------------------------------------------------------------
 
 
 def test_a_file_brings_every_setting_back(tmp_path):
@@ -223,7 +238,8 @@ def test_a_merge_is_computed_in_float32_and_rounded_once():
     s = W.abs().amax(1, keepdim=True) / 127
     minillm.lora.merge(model)
     torch.testing.assert_close(model[0].scale, s, rtol=1e-6, atol=0)
-    assert model[0].q.equal((W / s).round().to(torch.int8)) and model[0].dense().dtype == torch.bfloat16
+    assert (model[0].q.equal((W / s).round().to(torch.int8))
+            and model[0].dense().dtype == torch.bfloat16)
 
 
 def test_a_merge_that_a_dense_bfloat16_would_round_away_is_refused():
@@ -264,7 +280,10 @@ def test_the_laws_bite(monkeypatch, mutation):
             test_laws.test_fold_equals_forward("Linear")
         with pytest.raises(AssertionError):
             test_the_start()
-        monkeypatch.setattr(LoRA, "forward", lambda self, below, x: below(x) + self.scale * x @ self.A @ self.B.T)
-        monkeypatch.setattr(LoRA, "fold", lambda self, W, b: (W + self.scale * (self.A @ self.B.T).T, b))
-        with pytest.raises(AssertionError):  # consistent with itself, and still caught: the start is too large
+        monkeypatch.setattr(LoRA, "forward", lambda self, below,
+                            x: below(x) + self.scale * x @ self.A @ self.B.T)
+        monkeypatch.setattr(LoRA, "fold", lambda self, W,
+                            b: (W + self.scale * (self.A @ self.B.T).T, b))
+        # consistent with itself, and still caught: the start is too large
+        with pytest.raises(AssertionError):
             test_the_start()

@@ -1,4 +1,5 @@
-"""Adapters have names: several on one leaf add up, and each is switched, merged, saved and loaded alone."""
+"""Adapters have names: several on one leaf add up, and each is switched, merged, saved
+and loaded alone."""
 
 import copy
 
@@ -26,14 +27,16 @@ def named(*names, kind="llama", **options):
 def test_several_add_up_and_use_switches(kind):
     model = named("sql", "chat", kind=kind)
     plain, x = build(kind), torch.randn(3, 16)
-    where, layer = next((w, one) for w, one in minillm.layers(model).items() if one.patches["sql"].A.shape[1] == 16)
+    where, layer = next((w, one) for w, one in minillm.layers(model).items()
+                        if one.patches["sql"].A.shape[1] == 16)
     y = dict(plain.named_modules())[where](x)
     each = {name: patch.scale * x @ patch.A.T @ patch.B.T for name, patch in layer.patches.items()}
     for names in (["sql", "chat"], ["chat"], ["sql"], [], ["chat", "sql"]):
         assert minillm.use(model, *names) is model
         assert torch.allclose(layer(x), y + sum(each[name] for name in names), atol=1e-5), names
         W, _ = layer.dense()
-        assert torch.allclose(minillm.registry.leaf(layer).compute(x, W, layer.bias), layer(x), atol=1e-5), names
+        assert torch.allclose(minillm.registry.leaf(layer).compute(x, W, layer.bias), layer(x),
+                              atol=1e-5), names
     minillm.use(model)
     assert torch.equal(logits(model), logits(plain))
 
@@ -80,11 +83,18 @@ def test_a_name_that_cannot_be(name):
 
 def test_a_name_is_of_one_kind():
     model = minillm.lora.wrap(two(), ["0"], name="sql", r=2)
-    with pytest.raises(ValueError, match="name='sql' is the name of a lora in this model: choose another one for prune"):
+    with pytest.raises(
+        ValueError,
+        match="name='sql' is the name of a lora in this model: choose another one for prune",
+    ):
         minillm.prune.wrap(model, name="sql")
-    with pytest.raises(ValueError, match="'0' is already wrapped with sql: unwrap or merge it first$"):
+    with pytest.raises(ValueError,
+                       match="'0' is already wrapped with sql: unwrap or merge it first$"):
         minillm.lora.wrap(model, name="sql", r=2)
-    with pytest.raises(ValueError, match=r"already wrapped with lora: .*give the new one a name: wrap\(model, name='lora-2'\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"already wrapped with lora: .*give the new one a name: wrap\(model, name='lora-2'\)",
+    ):
         minillm.lora.wrap(minillm.lora.wrap(two(), r=2), r=2)
     minillm.lora.wrap(model, ["2"], name="sql", r=2)  # more sites of the same adapter
     assert list(minillm.layers(model)["2"].patches) == ["sql"]
@@ -105,9 +115,12 @@ def test_merged_one_by_one_in_any_order(first, keep):
         with pytest.raises(ValueError, match="no lora is merged"):
             minillm.lora.unmerge(model)
         return
-    with pytest.raises(ValueError, match=f"{second} was merged into .* after {first}: unmerge {second} first"):
+    with pytest.raises(ValueError,
+                       match=f"{second} was merged into .* after {first}: unmerge {second} first"):
         minillm.lora.unmerge(model, first)
-    with pytest.raises(ValueError, match=f"{second} was merged into .* after {first}: unmerge {second} first"):
+    with pytest.raises(
+        ValueError, match=f"{second} was merged into .* after {first}: unmerge {second} first"
+    ):
         minillm.lora.unwrap(model, first)
     minillm.lora.unmerge(model)
     assert torch.equal(logits(model), expected)
@@ -124,14 +137,18 @@ def test_all_of_a_technique_at_once():
     assert torch.equal(logits(model), logits(plain))
     model = minillm.lora.unwrap(named("sql", "chat"), "sql")
     assert {n for layer in minillm.layers(model).values() for n in layer.patches} == {"chat"}
-    with pytest.raises(ValueError, match="there is no lora called 'sql' in this model to unwrap; attached: chat"):
+    with pytest.raises(
+        ValueError, match="there is no lora called 'sql' in this model to unwrap; attached: chat"
+    ):
         minillm.lora.unwrap(model, "sql")
 
 
 def test_only_what_takes_part_is_merged():
     model = minillm.use(named("sql", "chat"), "chat")
     expected = logits(model)
-    with pytest.raises(ValueError, match=r"sql takes no part in the model now: minillm.use\(model, 'sql'\) first"):
+    with pytest.raises(
+        ValueError, match=r"sql takes no part in the model now: minillm.use\(model, 'sql'\) first"
+    ):
         minillm.lora.merge(model, "sql")
     minillm.lora.merge(model)
     assert torch.allclose(logits(model), expected, atol=1e-5)
@@ -146,9 +163,11 @@ def test_a_merge_beneath_a_mask_and_not_across_it():
     model = named("sql")
     minillm.prune.wrap(model)
     minillm.lora.wrap(model, name="chat", r=2)
-    with pytest.raises(ValueError, match="chat cannot be merged into .* while prune lies beneath it"):
+    with pytest.raises(ValueError,
+                       match="chat cannot be merged into .* while prune lies beneath it"):
         minillm.lora.merge(model, "chat")
-    with pytest.raises(ValueError, match="while prune lies beneath it"):  # sql would do, and nothing is half done
+    # sql would do, and nothing is half done
+    with pytest.raises(ValueError, match="while prune lies beneath it"):
         minillm.lora.merge(model)
     expected = logits(learnt(model))
     minillm.lora.merge(model, "sql")
@@ -162,7 +181,11 @@ def test_files_go_by_name(tmp_path):
         for layer in minillm.layers(model).values():
             with torch.no_grad():
                 layer.patches[name].B.normal_()
-    with pytest.raises(ValueError, match=r"lora under 2 names, 'chat', 'sql', and a file holds one: save\(model, path, name='chat'\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"lora under 2 names, 'chat', 'sql', and a file holds one: save\(model, path, "
+              r"name='chat'\)",
+    ):
         minillm.lora.save(model, tmp_path / "a")
     minillm.use(model, "chat", "sql")
     for name in ("sql", "chat"):
@@ -186,7 +209,10 @@ def test_files_go_by_name(tmp_path):
 
 def test_an_adapter_that_was_trained_over_another_needs_it(tmp_path):
     model = named("sql", "chat")  # chat learned while sql took part
-    minillm.lora.save(model, tmp_path / "sql", "sql"), minillm.lora.save(model, tmp_path / "chat", "chat")
+    (
+        minillm.lora.save(model, tmp_path / "sql", "sql"),
+        minillm.lora.save(model, tmp_path / "chat", "chat"),
+    )
     with pytest.raises(ValueError, match="made over sql .* and this model has none"):
         minillm.lora.load(build("llama"), tmp_path / "chat")
     again = minillm.lora.load(build("llama"), tmp_path / "sql", name="other")

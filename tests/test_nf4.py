@@ -22,7 +22,11 @@ nf4 = minillm.quant.nf4
 def leaf(into=128, out=6, group=64, dtype=torch.float32):
     """(the dense weight, the Codebook, x)"""
     linear = nn.Linear(into, out).to(dtype)
-    return linear.weight.detach().clone(), nf4.wrap(nn.Sequential(linear), group=group)[0], torch.randn(3, 5, into)
+    return (
+        linear.weight.detach().clone(),
+        nf4.wrap(nn.Sequential(linear), group=group)[0],
+        torch.randn(3, 5, into),
+    )
 
 
 # --- the grid -----------------------------------------------------------------------------------
@@ -39,7 +43,10 @@ def test_the_levels_are_quantiles_of_the_normal_distribution():
 
 @pytest.mark.parametrize("group", [None, 8])
 def test_a_code_is_the_nearest_level_of_its_block(group):
-    W, grid = torch.randn(5, 24) * torch.tensor([[1.0], [1e-6], [1e4], [0.1], [2.0]]) + 0.1, Levels(LEVELS, group)
+    W, grid = (
+        torch.randn(5, 24) * torch.tensor([[1.0], [1e-6], [1e4], [0.1], [2.0]]) + 0.1,
+        Levels(LEVELS, group),
+    )
     W[3, 8:16], W[2, 3] = 0, 0
     scale, zero = grid.fit(W)
     q, size = grid.round(W, scale), group or 24
@@ -50,18 +57,21 @@ def test_a_code_is_the_nearest_level_of_its_block(group):
             s = max(map(abs, block)) or 1.0
             wanted = min(range(16), key=lambda k: abs(w / s - LEVELS[k]))
             assert q[i, j] == wanted
-            torch.testing.assert_close(grid.dense(q, scale)[i, j].item(), s * LEVELS[wanted], rtol=1e-5, atol=0)
+            torch.testing.assert_close(grid.dense(q, scale)[i, j].item(), s * LEVELS[wanted],
+                                       rtol=1e-5, atol=0)
     assert (grid.dense(q, scale)[W == 0] == 0).all()
     assert (q.amin(), q.amax()) == grid.ends
 
 
 def test_of_two_levels_as_near_the_lower():
     grid = Levels((-1.0, 0.0, 0.5, 1.0))
-    assert grid.round(torch.tensor([[1.0, -0.5, 0.25, 0.75, 0.2501]]), torch.ones(1, 1)).tolist() == [[3, 0, 1, 2, 2]]
+    assert grid.round(torch.tensor([[1.0, -0.5, 0.25, 0.75, 0.2501]]),
+                      torch.ones(1, 1)).tolist() == [[3, 0, 1, 2, 2]]
 
 
-@pytest.mark.parametrize("levels", [(0.0, 1.0, 0.5), (-1.0, 1.0), (0.0, 0.5), (-1.0, 0.0, 0.0), (0.0, 2.0),
-                                    (0.0, float("nan"), 1.0), tuple(i / 256 for i in range(257))])
+@pytest.mark.parametrize("levels",
+                         [(0.0, 1.0, 0.5), (-1.0, 1.0), (0.0, 0.5), (-1.0, 0.0, 0.0), (0.0, 2.0),
+                          (0.0, float("nan"), 1.0), tuple(i / 256 for i in range(257))])
 def test_levels_that_make_no_grid(levels):
     with pytest.raises(ValueError, match="are not at most 256 rising numbers, with 0 among them"):
         Levels(levels)
@@ -75,9 +85,11 @@ def test_the_codes_are_those_of_bitsandbytes():
     grid = Levels(LEVELS, 64)
     scale, _ = grid.fit(W)
     assert scale.flatten().equal(state.absmax)
-    theirs = torch.stack([codes.view(16, 128) >> 4, codes.view(16, 128) & 15], -1).flatten(1)  # the first is in the high bits
+    # the first is in the high bits
+    theirs = torch.stack([codes.view(16, 128) >> 4, codes.view(16, 128) & 15], -1).flatten(1)
     ours = grid.round(W, scale)
-    assert (ours != theirs).float().mean() < 1e-3 and (ours - theirs).abs().max() <= 1, "only at a tie, by an ulp"
+    assert (ours != theirs).float().mean() < 1e-3 and (ours - theirs).abs().max() <= 1, (
+        "only at a tie, by an ulp")
     same = ours == theirs
     back = functional.dequantize_4bit(codes, state)
     torch.testing.assert_close(grid.dense(ours, scale)[same], back[same], rtol=1e-6, atol=0)
@@ -87,8 +99,10 @@ def test_the_codes_are_those_of_torchao():
     ao = pytest.importorskip("torchao.quantization.quantize_.workflows.nf4.nf4_tensor")
     W, grid = torch.randn(16, 1024) * torch.logspace(-3, 1, 16)[:, None], Levels(LEVELS, 64)
     stored = ao.to_nf4(W, 64, 256)
-    torch.testing.assert_close(stored.nf4, torch.tensor(LEVELS), rtol=0, atol=1e-4)  # some of theirs have four digits
-    theirs = torch.stack([stored.quantized_data >> 4, stored.quantized_data & 15], -1).view(16, 1024)
+    # some of theirs have four digits
+    torch.testing.assert_close(stored.nf4, torch.tensor(LEVELS), rtol=0, atol=1e-4)
+    theirs = torch.stack([stored.quantized_data >> 4, stored.quantized_data & 15],
+                         -1).view(16, 1024)
     off = (grid.round(W, grid.fit(W)[0]) != theirs).float().mean()
     assert off < 1e-3, "torchao rounds its scales too, but after the codes are found"
 
@@ -103,13 +117,16 @@ def test_a_leaf_computes_with_what_is_stored(group, dtype):
     grid = Levels(LEVELS, group)
     scale, _ = grid.fit(W)
     expected = grid.dense(grid.round(W, scale), scale)
-    assert form.dense().equal(expected) and unpack(form.q, 4).equal(grid.round(W, scale).to(torch.uint8))
+    assert (form.dense().equal(expected)
+            and unpack(form.q, 4).equal(grid.round(W, scale).to(torch.uint8)))
     assert ((form.dense() - W).abs() <= form.rounding() * 1.0001).all()
     form = form.to(dtype)
-    assert form.dense().dtype == dtype and form.scale.equal(scale) and form.levels.equal(torch.tensor(LEVELS))
+    assert (form.dense().dtype == dtype and form.scale.equal(scale)
+            and form.levels.equal(torch.tensor(LEVELS)))
     y, near = form(x.to(dtype)), 1e-5 if dtype == torch.float32 else 0.03
     assert y.dtype == dtype
-    torch.testing.assert_close(y.float(), F.linear(x, expected, form.bias.float()), rtol=near, atol=near)
+    torch.testing.assert_close(y.float(), F.linear(x, expected, form.bias.float()), rtol=near,
+                               atol=near)
     with torch.autocast("cpu", torch.bfloat16):
         assert form(x).dtype == torch.bfloat16
 
@@ -141,7 +158,8 @@ def test_a_product_keeps_no_dense_matrix():
     _, form, x = leaf()
     x.requires_grad_()
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t,
+                                                  lambda t: t):
         y = form(x)
     assert (6, 128) not in kept and (128, 6) not in kept, kept
     y.square().sum().backward()
@@ -165,7 +183,8 @@ def test_nf4_is_nearer_than_int4_to_normal_weights():
 
 
 @pytest.mark.parametrize("options, message", [
-    ({}, "bits=4, group=64 at '0': a row has 6 weights"), (dict(group=1), "group=1 is not"), (dict(group=3), "group=3 at '2'"),
+    ({}, "bits=4, group=64 at '0': a row has 6 weights"), (dict(group=1), "group=1 is not"),
+    (dict(group=3), "group=3 at '2'"),
     (dict(group=2.0), "group=2.0 is not a whole number of at least 2"),
 ])
 def test_what_cannot_be_stored_is_named(options, message):
@@ -191,14 +210,16 @@ def test_copies_state_and_files(tmp_path):
     again = store.load("quant", copy.deepcopy(plain), tmp_path / "a")
     assert again(x).equal(y) and again[0].config() == dict(group=8)
     tensors, metadata = store.read(tmp_path / "a")
-    for key, value, message in (("0.scale", 0.0, "'0': a scale is not"), ("0.levels", 1.0, "'0': levels=.* are not")):
+    for key, value, message in (("0.scale", 0.0, "'0': a scale is not"),
+                                ("0.levels", 1.0, "'0': levels=.* are not")):
         broken = {k: torch.full_like(t, value) if k == key else t for k, t in tensors.items()}
         safetensors.torch.save_file(broken, tmp_path / "b", metadata)
         with pytest.raises(ValueError, match=message):
             store.load("quant", copy.deepcopy(plain), tmp_path / "b")
     dense = [model[i].dense().clone() for i in (0, 2)]
     verbs.unwrap("quant", model)
-    assert type(model[0]) is nn.Linear and model[0].weight.equal(dense[0]) and model[2].weight.equal(dense[1])
+    assert (type(model[0]) is nn.Linear and model[0].weight.equal(dense[0])
+            and model[2].weight.equal(dense[1]))
 
 
 @pytest.mark.parametrize("kind", ["Linear", "Conv1D", "gpt2", "llama", "hf_gpt2", "hf_llama"])
@@ -208,7 +229,9 @@ def test_qlora(kind):
     other = nf4.wrap(minillm.lora.wrap(build(kind), r=4), group=8)
     before = {name: b.clone() for name, b in model.named_buffers()}
     learn = [p for p in model.parameters() if p.requires_grad]
-    assert sum(p.numel() for p in learn) == sum(p.numel() for layer in minillm.layers(model).values() for p in layer.patches.parameters())
+    assert sum(p.numel() for p in learn) == sum(p.numel()
+                                                for layer in minillm.layers(model).values()
+                                                for p in layer.patches.parameters())
     optimizer, losses = torch.optim.AdamW(learn, lr=0.02), []
     for _ in range(6):
         losses.append(logits(model).square().mean())
@@ -229,5 +252,8 @@ def test_it_compiles(rows):
     compiled = torch.compile(form, fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), form(x), rtol=1e-4, atol=1e-5)
-    y, z = torch.autograd.grad(form(x).square().sum(), x)[0], torch.autograd.grad(compiled(x).square().sum(), x)[0]
+    y, z = (
+        torch.autograd.grad(form(x).square().sum(), x)[0],
+        torch.autograd.grad(compiled(x).square().sum(), x)[0],
+    )
     torch.testing.assert_close(y, z, rtol=1e-4, atol=1e-5)

@@ -148,7 +148,8 @@ def test_no_path_is_two_things(options, message, run, tmp_path, monkeypatch):
     shutil.copytree(run.model, "copy")
     os.symlink("real.jsonl", "link.jsonl")
     before = {p: p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")}
-    monkeypatch.setattr(minillm.checkpoints, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(minillm.checkpoints, "load", lambda *_,
+                        **__: pytest.fail("a model was loaded"))
     assert message in run("train", *options.split(), code=2)
     assert {p: p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")} == before
 

@@ -1,4 +1,5 @@
-"""`loss=` and `on_step=`: distillation, gradual pruning, gradual unfreezing, each against its formula and resumed."""
+"""`loss=` and `on_step=`: distillation, gradual pruning, gradual unfreezing, each
+against its formula and resumed."""
 
 import copy
 
@@ -25,7 +26,8 @@ def test_on_step_reads_gradients_and_leaves_parameters_out(dtype):
     low = {name: p.clone() for name, p in model.named_parameters() if name.startswith("layers.0")}
 
     def look(model, step, steps):
-        seen.append((step, steps, model.norm.weight.grad.abs().sum().item() > 0, model.norm.weight.grad.dtype))
+        seen.append((step, steps, model.norm.weight.grad.abs().sum().item() > 0,
+                     model.norm.weight.grad.dtype))
         for p in model.layers[0].parameters():
             p.grad = None
 
@@ -33,7 +35,9 @@ def test_on_step_reads_gradients_and_leaves_parameters_out(dtype):
     assert seen == [(i, 3, True, dtype) for i in range(3)]
     after = dict(model.named_parameters())
     assert all(after[name].equal(p) for name, p in low.items()), "neither moved nor decayed"
-    assert not after["layers.1.mlp.up_proj.weight"].equal(build("llama").to(dtype).layers[1].mlp.up_proj.weight)
+    assert not after["layers.1.mlp.up_proj.weight"].equal(
+        build("llama").to(dtype).layers[1].mlp.up_proj.weight
+    )
 
 
 def test_what_is_left_out_is_not_clipped_with_the_rest():
@@ -59,10 +63,12 @@ def a_step(model, step, steps):
 
 
 def test_a_checkpoint_belongs_to_its_functions(tmp_path):
-    quiet(minillm.prune.wrap(build("llama"), sparsity=0.0), steps=4, checkpoints=tmp_path, on_step=Gradual(0.5))
+    quiet(minillm.prune.wrap(build("llama"), sparsity=0.0), steps=4, checkpoints=tmp_path,
+          on_step=Gradual(0.5))
     for other in (Gradual(0.6), a_step, None):
         with pytest.raises(ValueError, match=r"other settings: on_step=.*Gradual\(sparsity=0.5"):
-            quiet(minillm.prune.wrap(build("llama"), sparsity=0.0), steps=4, checkpoints=tmp_path, resume=True,
+            quiet(minillm.prune.wrap(build("llama"), sparsity=0.0), steps=4, checkpoints=tmp_path,
+                  resume=True,
                   on_step=other)
     assert openings.named(a_step) == "test_openings.a_step" and openings.named(None) is None
 
@@ -72,7 +78,8 @@ def test_a_checkpoint_belongs_to_its_teacher(tmp_path):
     with torch.no_grad():
         other.norm.weight.mul_(1.1)
     quiet(build("llama"), steps=2, checkpoints=tmp_path, loss=Distillation(teacher))
-    quiet(build("llama"), steps=2, checkpoints=tmp_path, resume=True, loss=Distillation(copy.deepcopy(teacher)))
+    quiet(build("llama"), steps=2, checkpoints=tmp_path, resume=True,
+          loss=Distillation(copy.deepcopy(teacher)))
     with pytest.raises(ValueError, match=r"other settings: loss=.*Distillation\(teacher="):
         quiet(build("llama"), steps=2, checkpoints=tmp_path, resume=True, loss=Distillation(other))
 
@@ -102,20 +109,23 @@ def test_gradual_pruning_ends_at_the_mask_of_the_largest(group):
 
     quiet(model, steps=9, on_step=watched)
     assert len(set(shares)) > 2 and (group == "model" or shares == sorted(shares))
-    again = minillm.prune.wrap(copy.deepcopy(minillm.prune.unwrap(copy.deepcopy(model))), sparsity=0.5, group=group)
+    again = minillm.prune.wrap(copy.deepcopy(minillm.prune.unwrap(copy.deepcopy(model))),
+                               sparsity=0.5, group=group)
     for name, layer in minillm.layers(model).items():
         patch, other = layer.patches["prune"], minillm.layers(again)[name].patches["prune"]
         assert patch.config() == dict(sparsity=0.5, group=group)
         off = (patch.mask != other.mask).float().mean()
         assert off < 0.2, "the last training moved few weights across the border"
-    assert sum((~layer.patches["prune"].mask).sum() for layer in minillm.layers(model).values()) == sum(
+    assert sum((~layer.patches["prune"].mask).sum()
+               for layer in minillm.layers(model).values()) == sum(
         (~layer.patches["prune"].mask).sum() for layer in minillm.layers(again).values())
 
 
 def test_gradual_pruning_without_a_mask_is_an_error():
     with pytest.raises(ValueError, match="this model has none: minillm.prune.wrap"):
         quiet(build("llama"), steps=1, on_step=Gradual(0.5))
-    for wrong in (dict(sparsity=1.0), dict(first=-1), dict(every=0), dict(begin=0.5, end=0.5), dict(end=1.5)):
+    for wrong in (dict(sparsity=1.0), dict(first=-1), dict(every=0), dict(begin=0.5, end=0.5),
+                  dict(end=1.5)):
         with pytest.raises(ValueError):
             Gradual(**wrong)
 
@@ -136,13 +146,15 @@ def test_blocks_join_from_the_top():
     unfreeze = Unfreezing(until=0.75)
 
     def watched(model, step, steps):
-        moved.append(sorted({name.split(".")[1] if name.startswith("layers.") else name.split(".")[0]
+        moved.append(sorted({name.split(".")[1] if name.startswith("layers.")
+                             else name.split(".")[0]
                              for name, p in model.named_parameters() if not p.equal(before[name])}))
         unfreeze(model, step, steps)
 
     quiet(model, steps=8, on_step=watched)  # three blocks join at the steps 0, 2 and 4
     after = ["lm_head", "norm"]
-    assert moved[0] == [] and moved[1] == moved[2] == ["2", *after] and moved[3] == moved[4] == ["1", "2", *after]
+    assert (moved[0] == [] and moved[1] == moved[2] == ["2", *after]
+            and moved[3] == moved[4] == ["1", "2", *after])
     assert moved[5] == ["0", "1", "2", "embed_tokens", *after]
 
 
@@ -151,7 +163,8 @@ def test_what_a_technique_added_waits_with_its_block():
 
     def watched(model, step, steps):
         unfreeze(model, step, steps)
-        had.append({name.split(".")[1] for name, p in model.named_parameters() if p.grad is not None})
+        had.append({name.split(".")[1] for name, p in model.named_parameters()
+                    if p.grad is not None})
 
     quiet(model, steps=8, on_step=watched)
     assert had == [{"2"}] * 2 + [{"1", "2"}] * 2 + [{"0", "1", "2"}] * 4
@@ -193,7 +206,8 @@ def test_distillation_is_its_formula(kind):
     ids, labels, mask = data.collate(rows, 0)
     for T, share in ((1.0, 0.5), (3.0, 0.9), (2.0, 0.0)):
         found = Distillation(teacher, T, share)(student, ids, labels, mask)
-        torch.testing.assert_close(found.double(), by_hand(student, teacher, rows, T, share), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.double(), by_hand(student, teacher, rows, T, share),
+                                   rtol=1e-5, atol=1e-5)
     assert teacher.training, "the teacher is in its own mode again"
 
 

@@ -1,4 +1,5 @@
-"""What is wrong with an opening or a number is found before the work, in one line; exact schedules."""
+"""What is wrong with an opening or a number is found before the work, in one line;
+exact schedules."""
 
 import json
 
@@ -24,7 +25,8 @@ def short_teacher():
 @pytest.mark.parametrize("options, message", [
     (dict(loss="mse"), r"^loss='mse' is not a function loss\(model, ids, labels, mask\)$"),
     (dict(on_step=3), r"^on_step=3 is not a function on_step\(model, step, steps\)$"),
-    (dict(on_step=Gradual), r"^on_step=Gradual is a class: give an object of it, on_step=Gradual\(...\)$"),
+    (dict(on_step=Gradual),
+     r"^on_step=Gradual is a class: give an object of it, on_step=Gradual\(...\)$"),
     (dict(loss=[1] * 99), "^loss=a list is not"),
     (dict(write="x.safetensors"), r"^write='x.safetensors' is not a function write\(model\)$"),
 ])
@@ -37,13 +39,17 @@ def test_what_is_no_function_is_one_line_before_the_work(options, message, monke
 
 def test_a_teacher_with_fewer_positions_is_found_before_the_work(monkeypatch):
     monkeypatch.setattr(minillm.train.loop, "update", lambda run: pytest.fail("a step was made"))
-    with pytest.raises(ValueError, match="the teacher cannot read this: example 2 has 7 tokens, and the model has 6"):
+    with pytest.raises(
+        ValueError,
+        match="the teacher cannot read this: example 2 has 7 tokens, and the model has 6",
+    ):
         quiet(build("llama"), [row(5), row(6), row(7)], loss=Distillation(short_teacher()))
 
 
 @pytest.mark.parametrize("made, message", [
     (lambda model, *batch: 3.0, "loss= gives a float: it has to be one number"),
-    (lambda model, *batch: model.norm.weight * 2, r"gives a Parameter|gives a Tensor of the shape \(16,\)"),
+    (lambda model, *batch: model.norm.weight * 2,
+     r"gives a Parameter|gives a Tensor of the shape \(16,\)"),
     (lambda model, *batch: loss_sum(model, *batch).detach(), "a number without a gradient"),
 ])
 def test_a_loss_that_is_no_number_is_one_line(made, message):
@@ -52,7 +58,8 @@ def test_a_loss_that_is_no_number_is_one_line(made, message):
 
 
 def test_numbers_of_the_dataclasses_are_checked():
-    for wrong in (dict(begin="a"), dict(end=None), dict(begin=-0.1), dict(every=2.5), dict(begin=0.5, end=0.5)):
+    for wrong in (dict(begin="a"), dict(end=None), dict(begin=-0.1), dict(every=2.5),
+                  dict(begin=0.5, end=0.5)):
         with pytest.raises(ValueError, match="=") as error:
             Gradual(**wrong)
         assert next(iter(wrong)) in str(error.value)
@@ -118,7 +125,11 @@ def test_a_weight_beyond_float16_is_an_error(tmp_path):
     tensors = load_file(path)
     tensors["model.norm.weight"][3] = 1e5
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(ValueError, match=r"norm.weight holds 1e\+05, which is beyond float16 \(at most 6.55e\+04\): load it as float32"):
+    with pytest.raises(
+        ValueError,
+        match=r"norm.weight holds 1e\+05, which is beyond float16 \(at most 6.55e\+04\): load it "
+              r"as float32",
+    ):
         minillm.load(tmp_path / "m", dtype="float16")
     assert minillm.load(tmp_path / "m", dtype="bfloat16")[0].norm.weight[3] == 99840
     assert minillm.load(tmp_path / "m")[0].norm.weight[3] == 1e5

@@ -10,7 +10,8 @@ import minillm
 from minillm import ops
 from minillm.measure.report import saved_bytes
 
-STACKS = [("quant",), ("sparse",), ("prune",), ("quant", "lora"), ("sparse", "lora"), ("quant", "prune"), ("sparse", "prune"),
+STACKS = [("quant",), ("sparse",), ("prune",), ("quant", "lora"), ("sparse", "lora"),
+          ("quant", "prune"), ("sparse", "prune"),
           ("lora", "prune"), ("prune", "lora"), ("quant", "adapters"), ("quant", "lora", "prune")]
 OPTIONS = {"lora": dict(r=2), "sparse": dict(anyway=True), "adapters": dict(size=2)}
 ids = "-".join
@@ -36,12 +37,16 @@ def same_gradients(ours, theirs, tolerance):
         assert (ours[name] - grad).norm() <= tolerance * grad.norm(), name
 
 
-# --- the functions themselves ------------------------------------------------------------------------------------------
+# --- the functions themselves ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(6,), (1, 6), (3, 6), (2, 3, 6)])
 def test_what_is_made_again_computes_what_autograd_does(shape):
-    x, W, mask = torch.randn(shape, requires_grad=True), torch.randn(5, 6, requires_grad=True), torch.rand(5, 6) < 0.5
+    x, W, mask = (
+        torch.randn(shape, requires_grad=True),
+        torch.randn(5, 6, requires_grad=True),
+        torch.rand(5, 6) < 0.5,
+    )
     ours, theirs = ops.masked_linear(x, W, mask), F.linear(x, W * mask)
     torch.testing.assert_close(ours, theirs)
     g = torch.randn_like(ours)
@@ -53,7 +58,9 @@ def test_what_is_made_again_computes_what_autograd_does(shape):
 
 
 def test_the_second_derivative_is_right():
-    x, W = torch.randn(3, 6, dtype=torch.double, requires_grad=True), torch.randn(5, 6, dtype=torch.double, requires_grad=True)
+    x, W = torch.randn(3, 6, dtype=torch.double,
+                       requires_grad=True), torch.randn(5, 6, dtype=torch.double,
+                                                        requires_grad=True)
     mask = torch.rand(5, 6) < 0.5
     torch.autograd.gradgradcheck(lambda x, W: ops.masked_linear(x, W, mask).tanh(), (x, W))
     torch.autograd.gradgradcheck(lambda x: ops.remade_linear(x, W.detach).tanh(), x)
@@ -72,12 +79,13 @@ def test_only_what_is_needed_is_computed():
     assert W.grad is not None and len(made) == 3
 
 
-# --- what is kept ------------------------------------------------------------------------------------------------------
+# --- what is kept -------------------------------------------------------------------------------
 
 
 def wide():
     torch.manual_seed(0)
-    return minillm.Transformer(minillm.Config(24, 64, 2, 4, kv_heads=2, ffn=128, positions=64, tied=False))
+    return minillm.Transformer(minillm.Config(24, 64, 2, 4, kv_heads=2, ffn=128, positions=64,
+                                              tied=False))
 
 
 def test_training_keeps_no_dense_weight_of_what_is_stored_or_masked():
@@ -99,10 +107,11 @@ def test_half_precision_keeps_no_more():
         return saved_bytes(stack(wide(), names).to(dtype), IDS)
 
     for dtype in (torch.float16, torch.bfloat16):
-        assert kept(dtype, "quant", "lora") <= kept(dtype, "lora") + 2 * 2 * 128 * 4  # a row of scales in floats
+        # a row of scales in floats
+        assert kept(dtype, "quant", "lora") <= kept(dtype, "lora") + 2 * 2 * 128 * 4
 
 
-# --- in every way of running -------------------------------------------------------------------------------------------
+# --- in every way of running --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("names", STACKS, ids=ids)
@@ -144,7 +153,9 @@ def compiled_at_once(model):
 
 
 @pytest.mark.parametrize("names", [
-    pytest.param(names, marks=[] if names in (("quant", "lora"), ("sparse", "prune")) else pytest.mark.slow, id=ids(names))
+    pytest.param(names,
+                 marks=[] if names in (("quant", "lora"), ("sparse", "prune"))
+                 else pytest.mark.slow, id=ids(names))
     for names in STACKS])
 def test_compiled_training_is_eager_training(names):
     model = stack(build("Linear"), names)
@@ -167,7 +178,8 @@ def test_compiled_training_keeps_no_dense_weight(name):
     compiled(x)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         compiled(x)
-    assert not [t.shape for t in kept if t.untyped_storage().data_ptr() not in own and t.numel() >= 16 * 64]
+    assert not [t.shape for t in kept if t.untyped_storage().data_ptr() not in own
+                and t.numel() >= 16 * 64]
 
 
 def test_float16_with_its_gradients():
@@ -186,7 +198,8 @@ def test_recomputing_activations_agrees():
             model.recompute = recompute
             model.train().zero_grad()
             model.loss(IDS, IDS).backward()
-            gradient.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+            gradient.append({name: p.grad.clone() for name, p in model.named_parameters()
+                             if p.grad is not None})
         same_gradients(*gradient, 1e-5)
 
 

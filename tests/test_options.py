@@ -1,4 +1,5 @@
-"""Wrong options: one line that repeats what was written and says what is possible, before the model is touched."""
+"""Wrong options: one line that repeats what was written and says what is possible,
+before the model is touched."""
 
 import math
 
@@ -17,7 +18,7 @@ from minillm import options
     ("lora", dict(r=True), "r=True is not a whole number"),
     ("lora", dict(r=None), "r=None is not a whole number"),
     ("lora", dict(r=0), "r=0 is not a whole number of at least 1"),
-    ("lora", dict(r=99), "r=99 at .*between 1 and"),
+    ("lora", dict(r=99), "r=99 at .*from 1 to"),
     ("lora", dict(alpha=math.nan), "alpha=nan is not a number above 0"),
     ("lora", dict(alpha=math.inf), "alpha=inf is not a number above 0"),
     ("lora", dict(alpha="x"), "alpha='x' is not a number above 0"),
@@ -68,13 +69,15 @@ def test_the_right_ones_are_taken():
         options.whole("n", 6, 1, 5)
 
 
-# --- the command line's texts ------------------------------------------------------------------------------------------
+# --- the command line's texts ---------------------------------------------------------------------
 
 
 def test_what_wrap_takes_is_known():
-    assert options.known(minillm.lora.wrap) == dict(targets=None, name=None, r=8, alpha=16.0, rank_stabilized=False, dropout=0.0)
+    assert options.known(minillm.lora.wrap) == dict(targets=None, name=None, r=8, alpha=16.0,
+                                                    rank_stabilized=False, dropout=0.0)
     assert options.known(minillm.prune.wrap) == dict(
-        targets=None, name=None, sparsity=0.5, score=minillm.prune.magnitude, pattern=minillm.prune.row, group=None)
+        targets=None, name=None, sparsity=0.5, score=minillm.prune.magnitude,
+        pattern=minillm.prune.row, group=None)
     for method in minillm.registry.METHODS.values():
         assert not {"model", "examples"} & options.known(method.wrap).keys()
     with pytest.raises(ValueError, match="wanda has no option 'examples'"):
@@ -102,16 +105,23 @@ def test_a_text_becomes_what_the_default_is(technique, texts, values):
     assert read == values and all(type(read[key]) is type(values[key]) for key in values)
 
 
-@pytest.mark.parametrize("texts, message", [
-    (dict(foo="1"), "lora has no option 'foo'; its options and their defaults: targets=None, name=None, r=8, alpha=16.0"),
-    (dict(model="x"), "lora has no option 'model'"),
-    (dict(r="abc"), "r='abc' is not a whole number"),
-    (dict(r="2.5"), "r='2.5' is not a whole number"),
-    (dict(r=""), "r='' is not a whole number"),
-    (dict(alpha="x"), "alpha='x' is not a number"),
-    (dict(rank_stabilized="maybe"), "rank_stabilized='maybe' is neither true nor false"),
-    (dict(rank_stabilized="1"), "rank_stabilized='1' is neither"),
-])
+@pytest.mark.parametrize(
+    "texts, message",
+    [
+        (
+            dict(foo="1"),
+            "lora has no option 'foo'; its options and their defaults: targets=None, name=None, "
+            "r=8, alpha=16.0",
+        ),
+        (dict(model="x"), "lora has no option 'model'"),
+        (dict(r="abc"), "r='abc' is not a whole number"),
+        (dict(r="2.5"), "r='2.5' is not a whole number"),
+        (dict(r=""), "r='' is not a whole number"),
+        (dict(alpha="x"), "alpha='x' is not a number"),
+        (dict(rank_stabilized="maybe"), "rank_stabilized='maybe' is neither true nor false"),
+        (dict(rank_stabilized="1"), "rank_stabilized='1' is neither"),
+    ],
+)
 def test_a_wrong_text_is_one_line(texts, message):
     with pytest.raises(ValueError, match=message) as error:
         options.parse(minillm.lora.wrap, texts)
@@ -124,8 +134,12 @@ def test_a_text_that_nests_without_end_stays_a_text():
 
 
 def test_a_file_with_a_wrong_setting_is_refused():
-    for cls, settings in ((minillm.lora.LoRA, dict(r=2, dropout=5)), (minillm.prune.Mask, dict(sparsity="half")),
-                          (minillm.adapters.Bottleneck, dict(size=2.5)), (minillm.sparse.CSR, dict(anyway=3))):
+    for cls, settings in ((minillm.lora.LoRA, dict(r=2, dropout=5)),
+                          (minillm.prune.Mask, dict(sparsity="half")),
+                          (minillm.adapters.Bottleneck, dict(size=2.5)),
+                          (minillm.sparse.CSR, dict(anyway=3))):
         with pytest.raises(ValueError, match="is n"):
             cls(minillm.registry.Site("x", nn.Linear(4, 4), None, []), **settings)
-    assert torch.is_tensor(minillm.prune.Mask(minillm.registry.Site("x", nn.Linear(4, 4), None, [])).mask)
+    assert torch.is_tensor(
+        minillm.prune.Mask(minillm.registry.Site("x", nn.Linear(4, 4), None, [])).mask
+    )

@@ -17,7 +17,8 @@ def with_peft(kind, config):
     hugging_face()
     peft = pytest.importorskip("peft")
     with warnings.catch_warnings(action="ignore"):
-        model = peft.get_peft_model(build(kind), getattr(peft, config.pop("class"))(**config)).eval()
+        model = peft.get_peft_model(build(kind),
+                                    getattr(peft, config.pop("class"))(**config)).eval()
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
@@ -30,15 +31,22 @@ def lora_tensors(theirs):
     found = {}
     for name, module in theirs.named_modules():
         if hasattr(module, "lora_A") and len(module.lora_A):
-            found[name.removeprefix("base_model.model.")] = (module.lora_A["default"].weight, module.lora_B["default"].weight)
+            found[name.removeprefix("base_model.model.")] = (
+                module.lora_A["default"].weight,
+                module.lora_B["default"].weight,
+            )
     return found
 
 
-@pytest.mark.parametrize("kind, targets", [("hf_llama", ["q_proj", "v_proj", "down_proj"]), ("hf_gpt2", ["c_attn", "c_fc"])])
+@pytest.mark.parametrize("kind, targets",
+                         [("hf_llama", ["q_proj", "v_proj", "down_proj"]),
+                          ("hf_gpt2", ["c_attn", "c_fc"])])
 @pytest.mark.parametrize("rank_stabilized", [False, True])
 def test_lora_is_pefts(kind, targets, rank_stabilized):
-    theirs = with_peft(kind, {"class": "LoraConfig", "r": 4, "lora_alpha": 10, "target_modules": targets, "use_rslora": rank_stabilized,
-                              "fan_in_fan_out": kind == "hf_gpt2"})
+    theirs = with_peft(kind,
+                       {"class": "LoraConfig", "r": 4, "lora_alpha": 10, "target_modules": targets,
+                        "use_rslora": rank_stabilized,
+                        "fan_in_fan_out": kind == "hf_gpt2"})
     ours = minillm.lora.wrap(build(kind), targets, r=4, alpha=10, rank_stabilized=rank_stabilized)
     for name, (A, B) in lora_tensors(theirs).items():
         patch = minillm.layers(ours)[name].patches["lora"]
@@ -46,12 +54,15 @@ def test_lora_is_pefts(kind, targets, rank_stabilized):
         patch.B.data.copy_(B)
     expected = theirs(IDS).logits
     torch.testing.assert_close(logits(ours), expected, rtol=0, atol=1e-5)
-    torch.testing.assert_close(logits(minillm.lora.merge(ours)), theirs.merge_and_unload()(IDS).logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(minillm.lora.merge(ours)),
+                               theirs.merge_and_unload()(IDS).logits, rtol=0, atol=1e-5)
 
 
 def test_lora_trains_as_pefts():
     """20 AdamW steps from the same tensors on the same batches give the same losses."""
-    theirs = with_peft("hf_llama", {"class": "LoraConfig", "r": 4, "lora_alpha": 8, "target_modules": "all-linear"})
+    theirs = with_peft("hf_llama",
+                       {"class": "LoraConfig", "r": 4, "lora_alpha": 8,
+                        "target_modules": "all-linear"})
     ours = minillm.lora.wrap(build("hf_llama"), r=4, alpha=8)
     for name, (A, B) in lora_tensors(theirs).items():
         patch = minillm.layers(ours)[name].patches["lora"]
@@ -75,11 +86,15 @@ def test_lora_trains_as_pefts():
 
 @pytest.mark.parametrize("kind", ["hf_llama", "hf_gpt2"])
 def test_soft_prompts_are_pefts(kind):
-    theirs = with_peft(kind, {"class": "PromptTuningConfig", "task_type": "CAUSAL_LM", "num_virtual_tokens": 5})
+    theirs = with_peft(kind,
+                       {"class": "PromptTuningConfig", "task_type": "CAUSAL_LM",
+                        "num_virtual_tokens": 5})
     ours = minillm.prompts.wrap(build(kind), length=5)
     patch = next(iter(minillm.layers(ours).values())).patches["prompts"]
     patch.P.data.copy_(theirs.prompt_encoder["default"].embedding.weight)
-    torch.testing.assert_close(logits(ours), theirs(IDS, attention_mask=torch.ones_like(IDS)).logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(ours),
+                               theirs(IDS, attention_mask=torch.ones_like(IDS)).logits, rtol=0,
+                               atol=1e-5)
 
 
 def test_masks_are_those_of_torchs_own_pruning():

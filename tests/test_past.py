@@ -52,7 +52,10 @@ def test_what_is_kept_goes_into_copies_and_pickles():
 
 
 def test_what_is_kept_is_counted():
-    dense, lora = report.total_bytes(two()), report.total_bytes(minillm.lora.wrap(two(), r=2)) - report.total_bytes(two())
+    dense, lora = (
+        report.total_bytes(two()),
+        report.total_bytes(minillm.lora.wrap(two(), r=2)) - report.total_bytes(two()),
+    )
     found = report.bytes_by_format(merged())
     assert found == {"float32": dense, "kept by merge": dense + lora}
     assert report.bytes_by_format(merged(keep=False)) == {"float32": dense}
@@ -83,7 +86,8 @@ def test_a_merge_without_keep_frees_what_earlier_ones_kept():
 
 def test_a_merge_that_changes_nothing_keeps_weights_of_its_own():
     model = build("llama")
-    before = {name: p.clone() for name, p in model.named_parameters() if name.endswith("_proj.weight")}
+    before = {name: p.clone() for name, p in model.named_parameters()
+              if name.endswith("_proj.weight")}
     minillm.lora.merge(minillm.lora.wrap(model, r=2))
     with torch.no_grad():
         for p in model.parameters():

@@ -10,7 +10,7 @@ from torch import nn
 
 import minillm
 from minillm import prune
-from minillm.prune import patterns, wanda
+from minillm.prune import patterns, smallest, wanda
 
 ROWS = torch.randint(24, (6, 12), generator=torch.Generator().manual_seed(3))
 
@@ -18,7 +18,8 @@ ROWS = torch.randint(24, (6, 12), generator=torch.Generator().manual_seed(3))
 def draw(kind, *shape, seed=0):
     made = torch.Generator().manual_seed(seed)
     s = torch.randn(shape, generator=made)
-    return {"distinct": s.abs(), "negative": s, "few": torch.randint(0, 4, shape, generator=made).float(), "equal": torch.ones(shape),
+    return {"distinct": s.abs(), "negative": s,
+            "few": torch.randint(0, 4, shape, generator=made).float(), "equal": torch.ones(shape),
             "half": s.abs().bfloat16(), "float16": s.abs().half(), "double": s.double().abs(),
             "infinite": s.abs().masked_fill(s > 1, torch.inf)}[kind]
 
@@ -37,8 +38,8 @@ KINDS = ["distinct", "negative", "few", "equal", "half", "float16", "double", "i
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.77, 0.999])
 def test_patterns_are_a_stable_sort(kind, share, monkeypatch):
-    monkeypatch.setattr(patterns, "PIECE", 64)  # many pieces
-    monkeypatch.setattr(patterns, "SAMPLE", 50)
+    monkeypatch.setattr(smallest, "PIECE", 64)  # many pieces
+    monkeypatch.setattr(smallest, "SAMPLE", 50)
     a, b = draw(kind, 9, 24), draw(kind, 5, 16, seed=1)
     pairs = {"a": a, "b": b}
     found = prune.row.masks(pairs.items(), share)
@@ -49,31 +50,35 @@ def test_patterns_are_a_stable_sort(kind, share, monkeypatch):
         assert found[name].equal(by_hand(s.view(1, -1), round(share * s.numel())).view(s.shape))
     found = prune.model.masks(pairs.items(), share)
     whole = torch.cat([a.flatten(), b.flatten()])[None]
-    assert torch.cat([mask.flatten() for mask in found.values()])[None].equal(by_hand(whole, round(share * whole.numel())))
+    assert torch.cat([mask.flatten() for mask in found.values()])[None].equal(
+        by_hand(whole, round(share * whole.numel()))
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("n, m", [(2, 4), (1, 4), (1, 2), (3, 8), (4, 8), (15, 16)])
 def test_neighbours_are_a_stable_sort_of_each_few(kind, n, m, monkeypatch):
-    monkeypatch.setattr(patterns, "PIECE", 64)
+    monkeypatch.setattr(smallest, "PIECE", 64)
     s = draw(kind, 7, 48)
     pattern = prune.n_m(n, m)
     mask = pattern.masks([("a", s)], 1 - n / m)["a"]
-    assert mask.equal(by_hand(s.view(-1, m), m - n).view(7, 48)) and mask.view(-1, m).sum(1).eq(n).all()
+    assert (mask.equal(by_hand(s.view(-1, m), m - n).view(7, 48))
+            and mask.view(-1, m).sum(1).eq(n).all())
     assert pattern.name == f"{n}:{m}" and patterns.named(pattern.name) == pattern
 
 
 @pytest.mark.parametrize("k", [1, 7, 5000, 9999, 10000])
 def test_a_bracket_that_misses_the_threshold_is_found_out(k, monkeypatch):
     """Every place of the sample holds a large number, and no other place does."""
-    monkeypatch.setattr(patterns, "SAMPLE", 100)
+    monkeypatch.setattr(smallest, "SAMPLE", 100)
     s = torch.rand(10000).numpy()
     s[::100] += 5
-    assert patterns.threshold([s[:5000], s[5000:]], k) == np.sort(s)[k - 1]
+    assert smallest.threshold([s[:5000], s[5000:]], k) == np.sort(s)[k - 1]
     s = torch.rand(10000).numpy()
     looked = []
-    monkeypatch.setattr(np, "partition", lambda a, k, real=np.partition: looked.append(len(a)) or real(a, k))
-    assert patterns.threshold([s], k) == np.sort(s)[k - 1] and looked[-1] < 9000
+    real = np.partition
+    monkeypatch.setattr(np, "partition", lambda a, k: looked.append(len(a)) or real(a, k))
+    assert smallest.threshold([s], k) == np.sort(s)[k - 1] and looked[-1] < 9000
 
 
 def test_threads_change_nothing():
@@ -82,7 +87,8 @@ def test_threads_change_nothing():
     try:
         for n in (1, 3):
             torch.set_num_threads(n)
-            masks.append([pattern.masks([("a", s)], 0.3)["a"] for pattern in (prune.row, prune.matrix)])
+            masks.append([pattern.masks([("a", s)], 0.3)["a"]
+                          for pattern in (prune.row, prune.matrix)])
     finally:
         torch.set_num_threads(before)
     assert all(a.equal(b) for a, b in zip(*masks))
@@ -92,15 +98,20 @@ def test_a_score_and_a_pattern_are_arguments():
     model = prune.wrap(build("llama"), pattern=prune.n_m(2, 4), score=prune.Random(3))
     for layer in minillm.layers(model).values():
         patch = layer.patches["prune"]
-        assert patch.mask.unflatten(1, (-1, 4)).sum(-1).eq(2).all() and patch.group == "2:4" and patch.sparsity == 0.5
-    masks = [{name: layer.patches["prune"].mask for name, layer in minillm.layers(prune.wrap(build("llama"), score=score)).items()}
+        assert (patch.mask.unflatten(1, (-1, 4)).sum(-1).eq(2).all() and patch.group == "2:4"
+                and patch.sparsity == 0.5)
+    masks = [{name: layer.patches["prune"].mask
+              for name, layer in minillm.layers(prune.wrap(build("llama"), score=score)).items()}
              for score in (prune.Random(3), prune.Random(3), prune.Random(4), prune.magnitude)]
     names = list(masks[0])
     assert all(masks[0][name].equal(masks[1][name]) for name in names)
-    assert not masks[0][names[0]].equal(masks[2][names[0]]) and not masks[0][names[0]].equal(masks[3][names[0]])
-    assert not masks[0]["layers.0.mlp.up_proj"].equal(masks[0]["layers.1.mlp.up_proj"]), "each site draws its own"
+    assert (not masks[0][names[0]].equal(masks[2][names[0]])
+            and not masks[0][names[0]].equal(masks[3][names[0]]))
+    assert not masks[0]["layers.0.mlp.up_proj"].equal(masks[0]["layers.1.mlp.up_proj"]), (
+        "each site draws its own")
     assert repr(prune.magnitude) == "magnitude" and repr(prune.n_m(1, 4)) == "1:4"
-    by_name, by_object = (prune.wrap(build("llama"), **options) for options in (dict(group="matrix"), dict(pattern=prune.matrix)))
+    by_name, by_object = (prune.wrap(build("llama"), **options)
+                          for options in (dict(group="matrix"), dict(pattern=prune.matrix)))
     assert logits(by_name).equal(logits(by_object))
 
 
@@ -110,8 +121,10 @@ def test_a_score_and_a_pattern_are_arguments():
     (dict(pattern=prune.n_m(1, 4)), "sparsity=0.5 is not that of 1:4, which is 0.75"),
     (dict(sparsity=0.5, group="1:5"), "sparsity=0.5 is not that of 1:5"),
     (dict(sparsity=0.8, group="1:5"), "1:5 at 'layers.0.self_attn.q_proj': a row has 16 weights"),
-    (dict(group="4:4"), "n=4 is not a whole number from 1 to 3"), (dict(group="0:4"), "n=0"), (dict(group="1:1"), "m=1"),
-    (dict(group="rows"), "group='rows' is unknown; known: 'row', 'matrix', 'model', or N:M such as '2:4'"),
+    (dict(group="4:4"), "n=4 is not a whole number from 1 to 3"), (dict(group="0:4"), "n=0"),
+    (dict(group="1:1"), "m=1"),
+    (dict(group="rows"),
+     "group='rows' is unknown; known: 'row', 'matrix', 'model', or N:M such as '2:4'"),
 ])
 def test_what_fits_nothing_is_named(options, message):
     model = build("llama")
@@ -125,7 +138,9 @@ def test_a_file_has_the_pattern_by_name(tmp_path):
     prune.save(model, tmp_path / "a")
     again = prune.load(build("llama"), tmp_path / "a")
     assert logits(again).equal(logits(model))
-    assert minillm.layers(again)["layers.0.mlp.up_proj"].patches["prune"].config() == dict(sparsity=0.5, group="2:4")
+    assert minillm.layers(again)["layers.0.mlp.up_proj"].patches["prune"].config() == dict(
+        sparsity=0.5, group="2:4"
+    )
 
 
 def test_gradual_pruning_keeps_the_pattern():
@@ -138,7 +153,8 @@ def test_gradual_pruning_keeps_the_pattern():
         now = schedule.at(step, 5)
         for layer in minillm.layers(model).values():
             patch = layer.patches["prune"]
-            assert patch.mask.unflatten(1, (-1, 4)).sum(-1).eq(4 - round(4 * now)).all() and patch.group == "2:4"
+            assert (patch.mask.unflatten(1, (-1, 4)).sum(-1).eq(4 - round(4 * now)).all()
+                    and patch.group == "2:4")
     assert patch.mask.equal(minillm.layers(prune.wrap(build("llama"), pattern=prune.n_m(2, 4)))[
         "layers.2.mlp.down_proj"].patches["prune"].mask)
 
@@ -146,12 +162,15 @@ def test_gradual_pruning_keeps_the_pattern():
 # --- Wanda --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pattern, k", [(prune.row, None), (prune.n_m(2, 4), 2), (prune.matrix, None)], ids=str)
+@pytest.mark.parametrize("pattern, k",
+                         [(prune.row, None), (prune.n_m(2, 4), 2), (prune.matrix, None)], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_wanda_is_its_formula(name, pattern, k):
-    """Leaf by leaf: |W| ||X||₂ with the inputs that the model gives it once all leaves before it are masked."""
+    """Leaf by leaf: |W| ||X||₂ with the inputs that the model gives it once all leaves
+    before it are masked."""
     model = build(name)
-    weights = {site.name: site.dense()[0].detach().clone() for site in minillm.registry.walk(model) if site.leaf}
+    weights = {site.name: site.dense()[0].detach().clone() for site in minillm.registry.walk(model)
+               if site.leaf}
     wanda.wrap(model, ROWS, pattern=pattern, batch_size=4, progress=False)
     found = {name: layer for name, layer in minillm.layers(model).items()}
     assert len(found) >= 6
@@ -165,7 +184,9 @@ def test_wanda_is_its_formula(name, pattern, k):
         norms = [X[:, j].norm().item() for j in range(X.shape[1])]
         S = torch.tensor([[abs(w) * norms[j] for j, w in enumerate(row)] for row in W])
         groups = {"row": S, "matrix": S.view(1, -1)}.get(pattern.name, S.view(-1, 4))
-        assert layer.patches["prune"].mask.equal(by_hand(groups, groups.shape[1] // 2).view(S.shape)), where
+        assert layer.patches["prune"].mask.equal(
+            by_hand(groups, groups.shape[1] // 2).view(S.shape)
+        ), where
     assert logits(model).isfinite().all()
 
 
@@ -176,7 +197,8 @@ def test_wanda_keeps_what_large_inputs_need():
     W.weight.data[:, 5] = W.weight.data[:, 5].abs().clamp(min=0.01)
     wanda.wrap(model, ROWS, ["1"], progress=False)
     assert model[1].patches["prune"].mask[:, 5].all() and X is None
-    assert not prune.wrap(nn.Sequential(copy.deepcopy(W).requires_grad_(False)), sparsity=0.5)[0].patches["prune"].mask.all()
+    assert not prune.wrap(nn.Sequential(copy.deepcopy(W).requires_grad_(False)),
+                          sparsity=0.5)[0].patches["prune"].mask.all()
 
 
 def test_wandas_file_is_a_file_of_prune(tmp_path):
@@ -193,13 +215,21 @@ def test_wanda_over_lora_scores_what_is_there():
     wanda.wrap(model, ROWS, progress=False)
     layer = minillm.layers(model)["layers.0.self_attn.q_proj"]
     assert list(layer.patches) == ["lora", "prune"]
-    plain = minillm.layers(wanda.wrap(build("llama"), ROWS, progress=False))["layers.0.self_attn.q_proj"].patches["prune"].mask
+    plain = (
+        minillm.layers(wanda.wrap(build("llama"), ROWS, progress=False))[
+            "layers.0.self_attn.q_proj"
+        ]
+        .patches["prune"]
+        .mask
+    )
     assert not layer.patches["prune"].mask.equal(plain)
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(pattern=prune.model), "pattern=model compares all leaves at once"), (dict(pattern="row"), "pattern='row' is none of"),
-    (dict(sparsity=1), "sparsity=1"), (dict(sparsity=0.3, pattern=prune.n_m(2, 4)), "sparsity=0.3 is not that of 2:4"),
+    (dict(pattern=prune.model), "pattern=model compares all leaves at once"),
+    (dict(pattern="row"), "pattern='row' is none of"),
+    (dict(sparsity=1), "sparsity=1"),
+    (dict(sparsity=0.3, pattern=prune.n_m(2, 4)), "sparsity=0.3 is not that of 2:4"),
     (dict(examples=[]), "no examples"), (dict(targets=["embed_tokens"]), "no leaf"),
 ])
 def test_wanda_names_what_is_wrong_before_any_leaf_is_masked(options, message):

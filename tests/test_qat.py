@@ -1,4 +1,5 @@
-"""Quantization-aware training: against its formula, bit for bit equal to what `convert` stores, and worth its while."""
+"""Quantization-aware training: against its formula, bit for bit equal to what `convert`
+stores, and worth its while."""
 
 import copy
 
@@ -18,7 +19,8 @@ from minillm.quant.qat import FakeQuant
 from minillm.registry import CannotMerge, Format, KINDS, leaf, store, verbs, walk
 
 qat = minillm.quant.qat
-OPTIONS = [dict(bits=4), dict(bits=4, group=8), dict(bits=3, group=8, zero_point=True), dict(bits=2), dict(bits=8),
+OPTIONS = [dict(bits=4), dict(bits=4, group=8), dict(bits=3, group=8, zero_point=True),
+           dict(bits=2), dict(bits=8),
            dict(bits=8, zero_point=True), dict(group=8, levels=LEVELS), dict(levels=LEVELS)]
 CHEAP = [dict(bits=3, group=8), dict(group=8, levels=LEVELS)]
 
@@ -118,7 +120,8 @@ def test_a_tokens_row_that_is_padding_does_not_learn():
 @every_option
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_convert_stores_bit_for_bit_what_training_saw(options, dtype):
-    model, x = nn.Sequential(nn.Linear(32, 24), nn.GELU(), nn.Linear(24, 8)).to(dtype), torch.randn(4, 32, dtype=dtype)
+    model, x = nn.Sequential(nn.Linear(32, 24), nn.GELU(),
+                             nn.Linear(24, 8)).to(dtype), torch.randn(4, 32, dtype=dtype)
     optimizer = torch.optim.SGD(qat.wrap(model, **options).parameters(), lr=0.05)
     for _ in range(3):
         model(x).square().sum().backward()
@@ -130,7 +133,8 @@ def test_convert_stores_bit_for_bit_what_training_saw(options, dtype):
     assert qat.convert(model) is model
     kind = Codebook if "levels" in options else Integer
     for i, W in zip((0, 2), seen):
-        assert type(model[i]) is kind and model[i].dense().equal(W) and model[i].dense().dtype == dtype
+        assert (type(model[i]) is kind and model[i].dense().equal(W)
+                and model[i].dense().dtype == dtype)
     near = {torch.float32: 1e-5, torch.float64: 1e-5}.get(dtype, 0.05)
     torch.testing.assert_close(model(x), y, rtol=near, atol=near)
     if kind is Integer:
@@ -141,7 +145,8 @@ def test_convert_stores_bit_for_bit_what_training_saw(options, dtype):
 @pytest.mark.parametrize("options", CHEAP, ids=["three", "nf4"])
 def test_convert_on_every_model(kind, options):
     model = qat.wrap(build(kind), **options)
-    expected, seen = logits(model), {site.name: site.dense()[0] for site in walk(model) if site.layer}
+    expected, seen = logits(model), {site.name: site.dense()[0] for site in walk(model)
+                                     if site.layer}
     qat.convert(model)
     forms = {site.name: site.module for site in walk(model) if isinstance(site.module, Format)}
     assert forms.keys() == seen.keys() and not minillm.layers(model)
@@ -157,7 +162,8 @@ def test_convert_of_several_grids_and_of_an_embedding():
     expected = logits(model)
     qat.convert(model)
     assert type(model.layers[0].mlp[0]) is Integer and model.layers[0].mlp[0].bits == 3
-    assert type(model.layers[0].mlp[2]) is Codebook and model.embed.bits == 8 and type(model.head) is nn.Linear
+    assert (type(model.layers[0].mlp[2]) is Codebook and model.embed.bits == 8
+            and type(model.head) is nn.Linear)
     close("qat convert", logits(model), expected, "several grids")
 
 
@@ -165,14 +171,19 @@ def test_lora_beneath_is_merged_first_and_above_stays():
     x = torch.randn(4, 16)
     model = qat.wrap(minillm.lora.wrap(nn.Sequential(nn.Linear(16, 8)), r=2), bits=3)
     nn.init.normal_(model[0].patches["lora"].B)
-    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["0.patches.lora.A", "0.patches.lora.B"]
+    assert [name for name, p in model.named_parameters()
+            if p.requires_grad] == ["0.patches.lora.A", "0.patches.lora.B"]
     lora, W = model[0].patches["lora"], model[0].base.weight
     folded = (W + (lora.scale * lora.B @ lora.A)).detach().requires_grad_()
-    torch.testing.assert_close(model(x), F.linear(x, by_hand(folded.detach(), dict(bits=3)), model[0].base.bias))
+    torch.testing.assert_close(model(x),
+                               F.linear(x, by_hand(folded.detach(), dict(bits=3)),
+                                        model[0].base.bias))
     model(x).square().sum().backward()
     dW = (2 * model(x)).detach().T @ x
     torch.testing.assert_close(lora.B.grad, lora.scale * dW @ lora.A.T, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="'0' has lora beneath the fake-quantization.*merge or unwrap lora first"):
+    with pytest.raises(
+        ValueError, match="'0' has lora beneath the fake-quantization.*merge or unwrap lora first"
+    ):
         qat.convert(model)
     assert "qat" in model[0].patches and type(model[0].base) is nn.Linear
     seen = model[0].dense()[0]
@@ -197,8 +208,10 @@ def test_what_cannot_be_converted_is_refused_before_anything_changes():
 
 @pytest.mark.parametrize("options, message", [
     (dict(bits=1), "bits=1 is not"), (dict(group=4), "bits=4, group=4 at '0': a row has 6 weights"),
-    (dict(bits=2), "bits=2, group=None at '0'"), (dict(levels=(0.0, 1.0)), "bits=4, zero_point=False and 2 levels"),
-    (dict(bits=3, levels=LEVELS), "bits=3, zero_point=False and 16 levels"), (dict(levels=LEVELS[::-1]), "rising numbers"),
+    (dict(bits=2), "bits=2, group=None at '0'"),
+    (dict(levels=(0.0, 1.0)), "bits=4, zero_point=False and 2 levels"),
+    (dict(bits=3, levels=LEVELS), "bits=3, zero_point=False and 16 levels"),
+    (dict(levels=LEVELS[::-1]), "rising numbers"),
 ])
 def test_a_grid_that_could_not_be_stored_is_refused_at_once(options, message):
     model = two()
@@ -235,7 +248,8 @@ def loss_of(model, ids):
 
 @pytest.mark.parametrize("options", [dict(bits=3), dict(bits=2, group=8)], ids=str)
 def test_training_with_it_beats_rounding_afterwards(options):
-    """The same steps, of which the second half is rounded or is not; then both are stored in 3, or 2, bits."""
+    """The same steps, of which the second half is rounded or is not; then both are stored
+    in 3, or 2, bits."""
     test = chain(64, torch.Generator().manual_seed(9))
     start = train(build("llama"), 60, 0.02)
     plain = train(copy.deepcopy(start), 60, 0.005)
@@ -254,7 +268,8 @@ def test_training_with_it_beats_rounding_afterwards(options):
 @pytest.mark.parametrize("kind", MODELS)
 def test_laws_of_a_patch(kind):
     model = build(kind)
-    modules, plain = list(map(id, model.modules())), {k: t.clone() for k, t in model.state_dict().items()}
+    modules, plain = list(map(id, model.modules())), {k: t.clone()
+                                                      for k, t in model.state_dict().items()}
     learns = [p.requires_grad for p in model.parameters()]
     qat.wrap(model, bits=4, group=8)
     expected = logits(model)
@@ -282,10 +297,15 @@ def test_laws_of_a_patch(kind):
     assert all(t.equal(plain[k]) for k, t in model.state_dict().items())
 
 
-@pytest.mark.parametrize("other", [name for name, cls in KINDS.items() if name not in ("qat", "freeze", "quant", "sparse", "nf4")])
+@pytest.mark.parametrize("other",
+                         [name for name, cls in KINDS.items()
+                          if name not in ("qat", "freeze", "quant", "sparse", "nf4")])
 def test_beside_other_patches(other):
     """fold equals forward and gradients reach what learns, in both orders."""
-    module, options = minillm.techniques().get(KINDS[other].family), dict(r=2) if other == "lora" else {}
+    module, options = (
+        minillm.techniques().get(KINDS[other].family),
+        dict(r=2) if other == "lora" else {},
+    )
     for first in (True, False):
         model = build("llama")
         for wrap in (qat.wrap, lambda m, **o: module.wrap(m, **options))[:: 1 if first else -1]:
@@ -312,7 +332,10 @@ def test_files(options, tmp_path):
     store.save("quant", model, tmp_path / "a")
     again = store.load("quant", build("llama"), tmp_path / "a")
     assert logits(again).equal(logits(model))
-    assert again.layers[0].mlp.up_proj.patches["qat"].config() == model.layers[0].mlp.up_proj.patches["qat"].config()
+    assert (
+        again.layers[0].mlp.up_proj.patches["qat"].config()
+        == model.layers[0].mlp.up_proj.patches["qat"].config()
+    )
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -323,7 +346,8 @@ def test_it_compiles_whole_and_learns_the_same(options):
     for one in (model, twin):
         one(x).square().sum().backward()
     close("7 compile", twin(x), model(x), "qat")
-    close("7 compile", twin._orig_mod[0].base.weight.grad, model[0].base.weight.grad, "gradient of qat")
+    close("7 compile", twin._orig_mod[0].base.weight.grad, model[0].base.weight.grad,
+          "gradient of qat")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

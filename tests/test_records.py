@@ -151,7 +151,8 @@ def test_fields_that_are_not_read_are_named(bare, write):
     found = data.read(write("a.jsonl", rows), bare)
     assert found.ignored == {"label": 2, "note": 1}
     assert "\nnot read: 'label' in 2 records, 'note' in 1 record" in found.summary()
-    rows = [*ALPACA, {"instruction": "a", "output": "b", "text": "ab"}, {"prompt": "a", "completion": "b", "system": "c"}]
+    rows = [*ALPACA, {"instruction": "a", "output": "b", "text": "ab"},
+            {"prompt": "a", "completion": "b", "system": "c"}]
     found = data.read(write("b.jsonl", rows), bare)
     assert found.ignored == {"system": 1}, "an instruction reads it, a prompt does not"
     many = {"text": "a", **{f"f{i}": 1 for i in range(10)}}

@@ -32,9 +32,11 @@ def test_the_report_counts_by_hand():
     assert told.activations > 2 * 16 * 16 * 4 and told.seconds_per_token > 0
     assert json.loads(told.json())["weights"] == told.weights == sum(told.bytes_by_format.values())
     assert f"{lora:,}" in told.table()
-    half = report.report(build("llama").bfloat16(), batch=2, length=16)  # float32 copies are trained
+    # float32 copies are trained
+    half = report.report(build("llama").bfloat16(), batch=2, length=16)
     whole = report.report(build("llama"), batch=2, length=16)
-    assert half.gradients == whole.gradients and half.optimizer == whole.optimizer + 4 * whole.parameters
+    assert (half.gradients == whole.gradients and half.optimizer == whole.optimizer
+            + 4 * whole.parameters)
     fewer = report.report(minillm.freeze.wrap(build("llama"), last=1), batch=2, length=16)
     assert fewer.activations < report.report(build("llama"), batch=2, length=16).activations
     assert report.total_bytes(build("gpt2")) == 4 * sum(

@@ -1,4 +1,5 @@
-"""The parts of any model by their role, and who asks for them: freeze, gradual unfreezing, adapters."""
+"""The parts of any model by their role, and who asks for them: freeze, gradual
+unfreezing, adapters."""
 
 import pytest
 import torch
@@ -16,29 +17,42 @@ def hugging(config, model, **sizes):
     return getattr(transformers, model)(getattr(transformers, config)(vocab_size=24, **sizes))
 
 
-SIZES = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, max_position_embeddings=32)
+SIZES = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
+             max_position_embeddings=32)
 FAMILIES = {
     "hf_qwen2": lambda: hugging("Qwen2Config", "Qwen2ForCausalLM", num_key_value_heads=2, **SIZES),
-    "hf_mistral": lambda: hugging("MistralConfig", "MistralForCausalLM", num_key_value_heads=2, **SIZES),
+    "hf_mistral": lambda: hugging("MistralConfig", "MistralForCausalLM", num_key_value_heads=2,
+                                  **SIZES),
     "hf_neox": lambda: hugging("GPTNeoXConfig", "GPTNeoXForCausalLM", **SIZES),
-    "hf_neo": lambda: hugging("GPTNeoConfig", "GPTNeoForCausalLM", hidden_size=16, num_layers=2, num_heads=2,
-                              attention_types=[[["global", "local"], 1]], window_size=2, max_position_embeddings=32),
-    "hf_opt": lambda: hugging("OPTConfig", "OPTForCausalLM", hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
+    "hf_neo": lambda: hugging("GPTNeoConfig", "GPTNeoForCausalLM", hidden_size=16, num_layers=2,
+                              num_heads=2,
+                              attention_types=[[["global", "local"], 1]], window_size=2,
+                              max_position_embeddings=32),
+    "hf_opt": lambda: hugging("OPTConfig", "OPTForCausalLM", hidden_size=16, num_hidden_layers=3,
+                              num_attention_heads=2,
                               ffn_dim=32, word_embed_proj_dim=16, max_position_embeddings=32),
-    "hf_mixtral": lambda: hugging("MixtralConfig", "MixtralForCausalLM", num_key_value_heads=2, num_local_experts=5, **SIZES),
+    "hf_mixtral": lambda: hugging("MixtralConfig", "MixtralForCausalLM", num_key_value_heads=2,
+                                  num_local_experts=5, **SIZES),
 }
 EXPECTED = {  # embedding, blocks, attention, mlp, norms of a block, last norm, head
     "Linear": ("embed", "layers", None, "mlp", 0, None, "head"),
     "gpt2": ("embed_tokens", "layers", "self_attn", "mlp", 2, "norm", "lm_head"),
     "llama": ("embed_tokens", "layers", "self_attn", "mlp", 2, "norm", "lm_head"),
-    "hf_gpt2": ("transformer.wte", "transformer.h", "attn", "mlp", 2, "transformer.ln_f", "lm_head"),
-    "hf_llama": ("model.embed_tokens", "model.layers", "self_attn", "mlp", 2, "model.norm", "lm_head"),
-    "hf_qwen2": ("model.embed_tokens", "model.layers", "self_attn", "mlp", 2, "model.norm", "lm_head"),
-    "hf_mistral": ("model.embed_tokens", "model.layers", "self_attn", "mlp", 2, "model.norm", "lm_head"),
-    "hf_neox": ("gpt_neox.embed_in", "gpt_neox.layers", "attention", "mlp", 2, "gpt_neox.final_layer_norm", None),
+    "hf_gpt2": ("transformer.wte", "transformer.h", "attn", "mlp", 2, "transformer.ln_f",
+                "lm_head"),
+    "hf_llama": ("model.embed_tokens", "model.layers", "self_attn", "mlp", 2, "model.norm",
+                 "lm_head"),
+    "hf_qwen2": ("model.embed_tokens", "model.layers", "self_attn", "mlp", 2, "model.norm",
+                 "lm_head"),
+    "hf_mistral": ("model.embed_tokens", "model.layers", "self_attn", "mlp", 2, "model.norm",
+                   "lm_head"),
+    "hf_neox": ("gpt_neox.embed_in", "gpt_neox.layers", "attention", "mlp", 2,
+                "gpt_neox.final_layer_norm", None),
     "hf_neo": ("transformer.wte", "transformer.h", "attn", "mlp", 2, "transformer.ln_f", "lm_head"),
-    "hf_opt": ("model.decoder.embed_tokens", "model.decoder.layers", "self_attn", None, 2, None, "lm_head"),
-    "hf_mixtral": ("model.embed_tokens", "model.layers", "self_attn", "mlp", 2, "model.norm", "lm_head"),
+    "hf_opt": ("model.decoder.embed_tokens", "model.decoder.layers", "self_attn", None, 2, None,
+               "lm_head"),
+    "hf_mixtral": ("model.embed_tokens", "model.layers", "self_attn", "mlp", 2, "model.norm",
+                   "lm_head"),
 }
 
 
@@ -57,13 +71,15 @@ def test_the_parts_of_a_family(name, wrapped):
     embedding, blocks, attention, mlp, norms, last, head = EXPECTED[name]
     parts = roles.parts(model)
     assert parts.embedding.name == embedding and (head is None or parts.head.name == head)
-    assert [block.site.name for block in parts.blocks] == [f"{blocks}.{i}" for i in range(len(parts.blocks))]
+    assert [block.site.name for block in parts.blocks] == [f"{blocks}.{i}"
+                                                           for i in range(len(parts.blocks))]
     assert len(parts.blocks) == (2 if name == "hf_neo" else 3)
     for block in parts.blocks:
         for part, key in ((block.attention, attention), (block.mlp, mlp)):
             assert (part and part.name) == (key and f"{block.site.name}.{key}")
         assert len(block.norms) == norms and all(norm in parts.norms for norm in block.norms)
-        assert [leaf.name.rpartition(".")[2] for leaf in block.loose] == (["fc1", "fc2"] if name == "hf_opt" else [])
+        assert [leaf.name.rpartition(".")[2]
+                for leaf in block.loose] == (["fc1", "fc2"] if name == "hf_opt" else [])
     if last:
         assert parts.norms[-1].name == last
     assert roles.blocks(model) == [block.site for block in parts.blocks]
@@ -74,8 +90,12 @@ class Experts(nn.Module):
 
     def __init__(self, at_root=False):
         super().__init__()
-        self.layers = nn.ModuleList(nn.ModuleDict({"experts": nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in "12345678")})
-                                    for _ in "12")
+        self.layers = nn.ModuleList(
+            nn.ModuleDict(
+                {"experts": nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in "12345678")}
+            )
+            for _ in "12"
+        )
         if at_root:
             self.experts = nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in "12345678")
         self.heads = nn.ModuleList(nn.Linear(4, 2) for _ in "123")
@@ -101,23 +121,35 @@ def test_a_stack_of_leaves_is_a_list_of_blocks_where_there_is_no_other():
 
 
 def test_an_encoder_decoder_is_refused():
-    model = hugging("T5Config", "T5ForConditionalGeneration", d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
-    for call in (roles.parts, minillm.freeze.wrap, minillm.adapters.wrap, lambda m: Unfreezing()(m, 0, 4)):
-        with pytest.raises(ValueError, match=r"several lists of blocks, 'encoder.block' \(2\) and 'decoder.block' \(2\): name .*targets="):
+    model = hugging("T5Config", "T5ForConditionalGeneration", d_model=16, d_kv=8, d_ff=32,
+                    num_layers=2, num_heads=2)
+    for call in (roles.parts, minillm.freeze.wrap, minillm.adapters.wrap,
+                 lambda m: Unfreezing()(m, 0, 4)):
+        with pytest.raises(
+            ValueError,
+            match=r"several lists of blocks, 'encoder.block' \(2\) and 'decoder.block' \(2\): "
+                  r"name .*targets=",
+        ):
             call(model)
     assert len(roles.blocks(model.encoder)) == 2
     assert all(p.requires_grad for p in model.parameters()) and not minillm.layers(model)
 
 
 def test_an_adapter_follows_each_sublayer_once():
-    found = {name: sorted(minillm.layers(minillm.adapters.wrap(made(name), size=2))) for name in ("hf_neo", "hf_opt", "Linear")}
-    assert found["hf_neo"] == [f"transformer.h.{i}.{part}" for i in range(2) for part in ("attn", "mlp")]
-    assert found["hf_opt"] == [f"model.decoder.layers.{i}.{part}" for i in range(3) for part in ("fc2", "self_attn")]
+    found = {name: sorted(minillm.layers(minillm.adapters.wrap(made(name), size=2)))
+             for name in ("hf_neo", "hf_opt", "Linear")}
+    assert found["hf_neo"] == [f"transformer.h.{i}.{part}" for i in range(2)
+                               for part in ("attn", "mlp")]
+    assert found["hf_opt"] == [f"model.decoder.layers.{i}.{part}" for i in range(3)
+                               for part in ("fc2", "self_attn")]
     assert found["Linear"] == [f"layers.{i}.mlp" for i in range(3)]
     with pytest.raises(ValueError, match="no sublayer to wrap by default"):
         minillm.adapters.wrap(two())
     minillm.adapters.wrap(two(), ["0"], size=2)
-    assert list(minillm.layers(minillm.adapters.wrap(build("gpt2").layers[0], size=2))) == ["self_attn", "mlp"]
+    assert list(minillm.layers(minillm.adapters.wrap(build("gpt2").layers[0], size=2))) == [
+        "self_attn",
+        "mlp",
+    ]
 
 
 class Shared(nn.Module):
@@ -128,7 +160,8 @@ class Shared(nn.Module):
         self.position, shared = nn.Parameter(torch.zeros(4)), nn.Linear(4, 4)
         self.body = nn.Module()
         self.body.token = nn.Parameter(torch.zeros(4))
-        self.body.layers = nn.ModuleList(nn.ModuleDict(dict(shared=shared, own=nn.Linear(4, 4))) for _ in "123")
+        self.body.layers = nn.ModuleList(nn.ModuleDict(dict(shared=shared, own=nn.Linear(4, 4)))
+                                         for _ in "123")
         self.scale = nn.Parameter(torch.ones(4))
 
     def forward(self, x):
@@ -146,7 +179,8 @@ def test_freeze_sees_root_parameters_and_modules_of_two_parents():
     model = minillm.freeze.wrap(Shared(), last=1)
     assert learning(model) == {"body.layers.2.own.weight", "body.layers.2.own.bias"}
     model = minillm.freeze.wrap(Shared(), ["layers.2"])  # its name in the tree begins with layers.0
-    assert learning(model) == learning(Shared()) - {f"body.layers.{i}.{key}" for i in (0, 2) for key in (
+    assert learning(model) == learning(Shared()) - {f"body.layers.{i}.{key}" for i in (0, 2)
+                                                    for key in (
         ("shared.weight", "shared.bias") if i == 0 else ("own.weight", "own.bias"))}
     minillm.freeze.unwrap(model)
     assert learning(model) == learning(Shared())
@@ -165,9 +199,11 @@ def test_what_waits_has_no_gradient():
         Unfreezing(until=0.75)(model, step, 8)
         waiting = {name for name, p in model.named_parameters() if p.grad is None}
         assert waiting == {name for name, _ in model.named_parameters() if waits and (
-            name.startswith(("position", "scale", "body.token")) or name.startswith(tuple(f"body.layers.{i}." for i in range(waits))))}
+            name.startswith(("position", "scale", "body.token"))
+            or name.startswith(tuple(f"body.layers.{i}." for i in range(waits))))}
         model.zero_grad()
 
 
 def test_conv1d_has_the_same_parts():
-    assert [block.mlp.name for block in roles.parts(conv1d()).blocks] == [f"layers.{i}.mlp" for i in range(3)]
+    assert [block.mlp.name
+            for block in roles.parts(conv1d()).blocks] == [f"layers.{i}.mlp" for i in range(3)]

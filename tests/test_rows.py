@@ -32,7 +32,8 @@ def test_each_row_has_its_own_lora(kind, form):
     with minillm.rows(model, NAMES):
         y = logits(model, BATCH)
     assert torch.allclose(y, expected, atol=1e-5)
-    assert torch.equal(logits(model, BATCH), logits(minillm.use(model, "sql", "chat"), BATCH))  # as before
+    # as before
+    assert torch.equal(logits(model, BATCH), logits(minillm.use(model, "sql", "chat"), BATCH))
 
 
 def test_gradients_are_those_of_its_rows():
@@ -49,7 +50,10 @@ def test_gradients_are_those_of_its_rows():
 
 def test_bottlenecks_and_dora():
     model = named("sql", targets=["k_proj"])
-    minillm.adapters.wrap(model, name="wide", size=3), minillm.lora.dora.wrap(model, ["q_proj"], name="chat", r=2)
+    (
+        minillm.adapters.wrap(model, name="wide", size=3),
+        minillm.lora.dora.wrap(model, ["q_proj"], name="chat", r=2),
+    )
     learnt(model)
     names = ["wide", "chat", ["sql", "wide"], None]
     expected = alone(model, BATCH, names)
@@ -78,7 +82,8 @@ def test_generating_with_an_adapter_for_each_row():
         expected.append(minillm.model.generate.generate(model, [prompt], 5)[0, -5:])
     minillm.use(model, "sql", "chat")
     with minillm.rows(model, NAMES):
-        assert torch.equal(minillm.model.generate.generate(model, prompts, 5)[:, -5:], torch.stack(expected))
+        assert torch.equal(minillm.model.generate.generate(model, prompts, 5)[:, -5:],
+                           torch.stack(expected))
 
 
 def test_what_is_refused():
@@ -87,10 +92,12 @@ def test_what_is_refused():
         with minillm.rows(model, ["sq1", "chat"]):
             pass
     with minillm.rows(model, ["sql", "chat"]):
-        with pytest.raises(ValueError, match="names an adapter for each of 2 rows, and this batch has 4"):
+        with pytest.raises(ValueError,
+                           match="names an adapter for each of 2 rows, and this batch has 4"):
             model(BATCH)
     minillm.prune.wrap(model)
     with minillm.rows(model, ["sql", "chat"]):
-        with pytest.raises(ValueError, match="sql is not in all rows of this batch .*one folded weight"):
+        with pytest.raises(ValueError,
+                           match="sql is not in all rows of this batch .*one folded weight"):
             model(IDS)
     model(IDS)

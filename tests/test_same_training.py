@@ -1,4 +1,5 @@
-"""A checkpoint goes on with the same functions alone: teacher, measure, arguments, the order of rates."""
+"""A checkpoint goes on with the same functions alone: teacher, measure, arguments, the
+order of rates."""
 
 import functools
 
@@ -57,7 +58,8 @@ def test_a_checkpoint_belongs_to_its_measure(tmp_path):
     options = dict(steps=2, checkpoints=tmp_path)
     quiet(build("llama"), evaluate=a_measure, **options)
     for other in (Scaled(), functools.partial(a_measure, scale=1.0)):
-        with pytest.raises(ValueError, match="other settings: evaluate='test_same_training.a_measure' then, "):
+        with pytest.raises(ValueError,
+                           match="other settings: evaluate='test_same_training.a_measure' then, "):
             quiet(build("llama"), evaluate=other, resume=True, **options)
     quiet(build("llama"), evaluate=a_measure, resume=True, **options)
 
@@ -67,7 +69,8 @@ def test_a_partial_is_named_with_its_arguments():
         return openings.named(functools.partial(a_measure, *args, **keywords))
 
     assert named(scale=2.0) == "partial(test_same_training.a_measure, scale=2.0)" != named(2.0)
-    assert named(a_step) == "partial(test_same_training.a_measure, test_same_training.a_step)", "and not its address"
+    assert named(a_step) == "partial(test_same_training.a_measure, test_same_training.a_step)", (
+        "and not its address")
     assert named(torch.ones(2)) == named(torch.ones(2)) != named(torch.zeros(2))
     assert named(build("llama")) == named(build("llama")) != named(build("gpt2"))
 

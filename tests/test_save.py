@@ -38,7 +38,8 @@ def pairs():
 def test_a_foreign_directory_is_left_alone(tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
-    with pytest.raises(FileExistsError, match=r"thesis holds chapter.txt, .*force=True \(--force\)"):
+    with pytest.raises(FileExistsError,
+                       match=r"thesis holds chapter.txt, .*force=True \(--force\)"):
         minillm.save(small(), tmp_path / "thesis")
     assert tree(tmp_path) == {"thesis/chapter.txt": "years of work"}
     minillm.save(small(), tmp_path / "thesis", force=True)
@@ -56,7 +57,8 @@ def test_an_existing_file_is_left_alone(tmp_path, pairs):
     model = minillm.Transformer(minillm.Config(pairs.vocab_size, 32, 1, 2, ffn=32))
     for name in ("notes", "m.gguf"):
         (tmp_path / name).write_text("mine")
-        with pytest.raises(OSError, match=f"{name} (exists.*--force|is a file, and a directory is)"):
+        with pytest.raises(OSError,
+                           match=f"{name} (exists.*--force|is a file, and a directory is)"):
             minillm.save(model, tmp_path / name, tokenizer=pairs)
     with pytest.raises(NotADirectoryError, match="notes is a file, and a directory is"):
         minillm.save(model, tmp_path / "notes", force=True)
@@ -73,7 +75,8 @@ def test_an_earlier_checkpoint_of_ours_is_replaced_without_a_rest(tmp_path, sent
     minillm.save(model, tmp_path / "m", tokenizer=sentence, shard_bytes=9000)
     assert len(list((tmp_path / "m").glob("model-*"))) > 2
     minillm.save(small(), tmp_path / "m")
-    assert sorted(os.listdir(tmp_path / "m")) == ["config.json", "minillm.json", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path / "m")) == ["config.json", "minillm.json",
+                                                  "model.safetensors"]
     minillm.save(model, tmp_path / "m", tokenizer=sentence, shard_bytes=9000)
     again, _ = minillm.load(tmp_path / "m")
     assert again.norm.weight.equal(model.norm.weight) and os.listdir(tmp_path) == ["m"]
@@ -104,7 +107,8 @@ def test_a_model_that_transformers_saved_is_never_replaced(tmp_path):
         assert minillm.load(tmp_path / name)[0].norm.weight.equal(theirs.model.norm.weight)
 
 
-@pytest.mark.parametrize("record", ["", "[]", '{"sha256": 3}', '{"sha256": {"../x": "0"}}', "\ud800"])
+@pytest.mark.parametrize("record",
+                         ["", "[]", '{"sha256": 3}', '{"sha256": {"../x": "0"}}', "\ud800"])
 def test_a_record_that_lies_makes_nothing_ours(tmp_path, record):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "minillm.json").write_bytes(record.encode(errors="surrogatepass"))
@@ -182,7 +186,8 @@ def test_a_frozen_model_is_a_plain_model(tmp_path):
 def test_a_model_that_is_not_what_its_configuration_says(tmp_path):
     model = small()
     model.layers[1].mlp.up_proj = torch.nn.Linear(16, 20, bias=False)
-    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.weight is \(20, 16\), should be \(32"):
+    with pytest.raises(ValueError,
+                       match=r"layers.1.mlp.up_proj.weight is \(20, 16\), should be \(32"):
         minillm.save(model, tmp_path / "m")
     model = small()
     del model.layers[1]
@@ -196,7 +201,9 @@ def test_a_model_that_is_not_what_its_configuration_says(tmp_path):
 def test_a_model_that_was_untied_or_tied_by_hand_is_saved_as_it_is(tmp_path):
     for tied in (True, False):
         model = small(tied=not tied)
-        model.lm_head.weight = model.embed_tokens.weight if tied else torch.nn.Parameter(torch.rand(24, 16))
+        model.lm_head.weight = (
+            model.embed_tokens.weight if tied else torch.nn.Parameter(torch.rand(24, 16))
+        )
         minillm.save(model, tmp_path / str(tied))
         again, _ = minillm.load(tmp_path / str(tied))
         assert again.config.tied == tied and again(IDS).equal(model(IDS))
@@ -219,12 +226,15 @@ def test_the_widest_type_is_kept(tmp_path):
 
 def test_a_type_and_an_ending_mean_what_they_say(tmp_path):
     model = small()
-    with pytest.raises(ValueError, match="type='q8_0' is for a .gguf file; .*own dtype, torch.float32"):
+    with pytest.raises(ValueError,
+                       match="type='q8_0' is for a .gguf file; .*own dtype, torch.float32"):
         minillm.save(model, tmp_path / "m", type="q8_0")
-    with pytest.raises(ValueError, match="type='f32' is for a .gguf file; .*own dtype, torch.bfloat16"):
+    with pytest.raises(ValueError,
+                       match="type='f32' is for a .gguf file; .*own dtype, torch.bfloat16"):
         minillm.save(small().to(torch.bfloat16), tmp_path / "m", type="f32")
     for name in ("out.bin", "out.safetensors", "out.PT"):
-        with pytest.raises(ValueError, match=f"{name} looks like a file.* write to .*/out or .*/out.gguf"):
+        with pytest.raises(ValueError,
+                           match=f"{name} looks like a file.* write to .*/out or .*/out.gguf"):
             minillm.save(model, tmp_path / name)
     assert not list(tmp_path.iterdir())
     minillm.save(model, tmp_path / "m-1.5", type="f32")
@@ -236,7 +246,8 @@ def test_a_gguf_is_known_by_its_ending_in_any_case(tmp_path, pairs):
     minillm.save(model, tmp_path / "m.GGUF", tokenizer=pairs)
     assert (tmp_path / "m.GGUF").read_bytes()[:4] == b"GGUF"
     assert minillm.load(tmp_path / "m.GGUF")[0].norm.weight.equal(model.norm.weight)
-    with pytest.raises(ValueError, match="a GGUF carries its tokenizer.* this is none: give tokenizer="):
+    with pytest.raises(ValueError,
+                       match="a GGUF carries its tokenizer.* this is none: give tokenizer="):
         minillm.save(model, tmp_path / "n.gguf")
 
 
@@ -245,7 +256,8 @@ def test_what_a_16_bit_float_cannot_hold_is_not_written_as_one(tmp_path, pairs):
     with torch.no_grad():
         model.layers[0].mlp.up_proj.weight[3, 4] = 1e7
     for type in ("f16", "q8_0"):
-        with pytest.raises(ValueError, match="ffn_up.weight holds .*16-bit float cannot.*'bf16' or"):
+        with pytest.raises(ValueError,
+                           match="ffn_up.weight holds .*16-bit float cannot.*'bf16' or"):
             minillm.save(model, tmp_path / "m.gguf", tokenizer=pairs, type=type)
     assert not list(tmp_path.iterdir())
     minillm.save(model, tmp_path / "m.gguf", tokenizer=pairs, type="bf16")
@@ -266,7 +278,8 @@ def test_a_tokenizer_larger_than_the_embedding(tmp_path, sentence):
 
     odd = Outside(sentence.proto)
     odd.bos = 24
-    with pytest.raises(ValueError, match="the tokenizer's bos is 24, but the model's embedding has 24"):
+    with pytest.raises(ValueError,
+                       match="the tokenizer's bos is 24, but the model's embedding has 24"):
         minillm.save(small(), tmp_path / "n", tokenizer=odd)
 
 
@@ -274,9 +287,11 @@ def test_everything_is_checked_for_a_model_that_is_yet_to_be_made(tmp_path, sent
     (tmp_path / "mine.txt").write_text("mine")
     config = minillm.Config(500, 16, 1, 2)
     assert checkpoints.check_save(config, tmp_path / "m", sentence) == set()
-    for path, options, message in [(tmp_path, {}, "mine.txt"), (tmp_path / "m", dict(type="q4"), "type='q4'"),
+    for path, options, message in [(tmp_path, {}, "mine.txt"),
+                                   (tmp_path / "m", dict(type="q4"), "type='q4'"),
                                    (tmp_path / "m.gguf", {}, "this is none"),
-                                   (tmp_path / "mine.txt" / "m", {}, "mine.txt is not a directory")]:
+                                   (tmp_path / "mine.txt" / "m", {},
+                                    "mine.txt is not a directory")]:
         with pytest.raises((ValueError, OSError), match=message):
             checkpoints.check_save(config, path, **options)
     with pytest.raises(ValueError, match="no architecture of transformers"):
@@ -324,7 +339,8 @@ import torch.distributed as dist
 from models import build
 import minillm
 from minillm import distributed
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2] + "/store", rank=int(sys.argv[3]), world_size=2)
+store = "file://" + sys.argv[2] + "/store"
+dist.init_process_group("gloo", init_method=store, rank=int(sys.argv[3]), world_size=2)
 for kind in ("llama", "gpt2"):
     model = distributed.shard(build(kind))
     minillm.save(model, sys.argv[1] + kind, shard_bytes=9000)
@@ -338,7 +354,8 @@ def test_a_sharded_model_is_saved_whole(tmp_path):
     here = os.path.dirname(__file__)
     env = {**os.environ, "PYTHONPATH": f"{here}:{os.path.dirname(here)}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", SHARDED, str(tmp_path / "m"), str(tmp_path)]
-    both = [subprocess.Popen([*command, str(rank)], env=env, stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    both = [subprocess.Popen([*command, str(rank)], env=env, stderr=subprocess.PIPE, text=True)
+            for rank in range(2)]
     for process in both:
         _, said = process.communicate(timeout=200)
         assert process.returncode == 0, said[-2000:]
@@ -353,13 +370,18 @@ def test_only_the_first_of_several_processes_writes(tmp_path, monkeypatch):
 
 
 def test_the_record_names_every_file(tmp_path, sentence):
-    minillm.save(minillm.Transformer(minillm.Config(500, 16, 1, 2)), tmp_path / "m", sentence, shard_bytes=9000)
+    minillm.save(minillm.Transformer(minillm.Config(500, 16, 1, 2)), tmp_path / "m", sentence,
+                 shard_bytes=9000)
     assert huggingface.written(tmp_path / "m") == set(os.listdir(tmp_path / "m"))
-    assert set(json.loads((tmp_path / "m" / "minillm.json").read_text())["sha256"]) == set(os.listdir(tmp_path / "m")) - {"minillm.json"}
+    assert set(json.loads((tmp_path / "m" / "minillm.json").read_text())["sha256"]) == set(
+        os.listdir(tmp_path / "m")
+    ) - {"minillm.json"}
     index = json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text())
-    held = {name: safetensors.torch.load_file(p) for p in (tmp_path / "m").glob("*.safetensors") for name in [p.name]}
+    held = {name: safetensors.torch.load_file(p) for p in (tmp_path / "m").glob("*.safetensors")
+            for name in [p.name]}
     assert index["weight_map"] == {key: name for name, ts in held.items() for key in ts}
-    assert index["metadata"]["total_size"] == sum(t.numel() * 4 for ts in held.values() for t in ts.values())
+    assert index["metadata"]["total_size"] == sum(t.numel() * 4 for ts in held.values()
+                                                  for t in ts.values())
 
 
 @pytest.mark.parametrize("device", ["gpu", "foo", "meta", "cuda:99"])

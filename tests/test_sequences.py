@@ -104,7 +104,8 @@ def test_what_a_merge_stopped_learns_again(calls, last):
 @pytest.mark.parametrize("number", range(3))
 def test_any_sequence_leaves_the_model_as_it_was(number):
     """Two or three techniques; the verbs in any order, those that the model allows."""
-    draw, names = random.Random(number), [name for name, method in METHODS.items() if method.kind == name]
+    draw, names = random.Random(number), [name for name, method in METHODS.items()
+                                          if method.kind == name]
     sets = list(itertools.combinations(names, 2)) + list(itertools.combinations(names, 3))
     for chosen in sets[number::3]:
         model, calls = build("llama"), []

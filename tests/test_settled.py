@@ -1,4 +1,5 @@
-"""What an `on_step` changes: which evaluations count, and that the best and a resumed model have all of it."""
+"""What an `on_step` changes: which evaluations count, and that the best and a resumed
+model have all of it."""
 
 import pytest
 from models import build
@@ -35,7 +36,8 @@ def rising():
 
 def test_the_best_of_a_gradual_pruning_is_pruned_as_asked():
     model = unpruned()
-    history = quiet(model, steps=12, evaluate=rising(), every=1, on_step=Gradual(0.5, end=0.6, every=2))
+    history = quiet(model, steps=12, evaluate=rising(), every=1,
+                    on_step=Gradual(0.5, end=0.6, every=2))
     assert shares(model) == {(0.5, 0.5)}
     assert ["best" in record for record in history] == [False] * 7 + [True] * 5
     assert history[-1]["best"] == dict(step=7, value=7.0) == summary(history).best
@@ -55,19 +57,22 @@ def test_patience_waits_for_the_last_block():
     assert unfreezing.waiting(model, unfreezing.settled(20), 20) == []
     values = iter([1.0, 2.0, 3.0])  # the last evaluation counts, whatever on_step says
     options = dict(steps=3, evaluate=lambda model: next(values), every=1)
-    assert quiet(model, on_step=Unfreezing(until=1), **options)[-1]["best"] == dict(step=2, value=3.0)
+    assert quiet(model, on_step=Unfreezing(until=1),
+                 **options)[-1]["best"] == dict(step=2, value=3.0)
 
 
 def test_a_function_without_settled_counts_from_the_start():
     def nothing(model, step, steps):
         pass
 
-    assert quiet(build("llama"), evaluate=rising(), every=1, on_step=nothing)[-1]["best"]["step"] == 0
+    assert quiet(build("llama"), evaluate=rising(), every=1,
+                 on_step=nothing)[-1]["best"]["step"] == 0
 
 
 def test_the_picture_marks_the_best_that_counts(tmp_path):
     pytest.importorskip("matplotlib")
-    history = quiet(unpruned(), steps=4, evaluate=rising(), every=1, on_step=Gradual(0.5, end=0.75, every=1))
+    history = quiet(unpruned(), steps=4, evaluate=rising(), every=1,
+                    on_step=Gradual(0.5, end=0.75, every=1))
     picture(history, tmp_path / "a.svg")
     said = (tmp_path / "a.svg").read_text()
     assert "best: 2 after step 3" in said
@@ -79,7 +84,8 @@ def test_the_picture_marks_the_best_that_counts(tmp_path):
 
 
 def test_the_best_has_the_sparsity_of_its_mask():
-    """Here the best is before the last pruning, for the function says nothing of where it settles."""
+    """Here the best is before the last pruning, for the function says nothing of where it
+    settles."""
     def prune(model, step, steps):
         Gradual(0.6, end=1.0, every=1)(model, step, steps)
 
@@ -104,7 +110,8 @@ def interrupted(directory, model, forward, **options):
 @pytest.mark.parametrize("fresh", [True, False])
 @pytest.mark.parametrize("at", [3, 6, 10])
 def test_a_resumed_pruning_says_its_sparsity(at, fresh, tmp_path):
-    """In a model that is wrapped anew, and in the very model that Ctrl-C left; also from the last step."""
+    """In a model that is wrapped anew, and in the very model that Ctrl-C left; also from
+    the last step."""
     options = dict(steps=10, on_step=Gradual(0.5, end=0.5, every=2))
     quiet(expected := unpruned(), **options)
     model = interrupted(tmp_path, unpruned(), at, **options)
@@ -127,8 +134,10 @@ def test_the_best_of_a_resumed_pruning_has_its_sparsity(tmp_path):
 def test_what_on_step_does_not_change_has_to_be_the_same(tmp_path):
     options = dict(steps=4, checkpoints=tmp_path, on_step=Gradual(0.5))
     quiet(unpruned(), **options)
-    for other, said in ((minillm.prune.wrap(build("llama"), sparsity=0.0, group="matrix"), "group='row' then, 'matrix' now"),
-                        (minillm.prune.wrap(build("llama"), ["q_proj"], sparsity=0.0), "prune at 21 sites")):
+    for other, said in ((minillm.prune.wrap(build("llama"), sparsity=0.0, group="matrix"),
+                         "group='row' then, 'matrix' now"),
+                        (minillm.prune.wrap(build("llama"), ["q_proj"], sparsity=0.0),
+                         "prune at 21 sites")):
         with pytest.raises(ValueError, match=said):
             quiet(other, resume=True, **options)
 
@@ -140,6 +149,7 @@ def test_a_file_with_the_options_of_other_patches_is_none(tmp_path):
     quiet(unpruned(), **options)
     path = minillm.train.newest(tmp_path)
     tensors, metadata = minillm.registry.store.read(path)
-    save_file(tensors, path, metadata | {"training": metadata["training"].replace('"sparsity"', '"other"')})
+    save_file(tensors, path,
+              metadata | {"training": metadata["training"].replace('"sparsity"', '"other"')})
     with pytest.raises(ValueError, match="has the options of other patches"):
         quiet(unpruned(), resume=True, **options)

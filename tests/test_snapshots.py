@@ -1,6 +1,7 @@
 """What users see and other programs read, as it was when somebody last looked at it.
 
-Each test writes one thing out as text and compares it with a file in tests/snapshots. A change that was meant:
+Each test writes one thing out as text and compares it with a file in tests/snapshots. A
+change that was meant:
 
     MINILLM_SNAPSHOTS=write python -m pytest tests/test_snapshots.py && git diff tests/snapshots
 """
@@ -34,12 +35,14 @@ def check(name, text):
     path = HERE / name
     if os.environ.get("MINILLM_SNAPSHOTS") == "write":
         path.write_text(text, encoding="utf-8")
-    assert text == path.read_text(encoding="utf-8"), f"{name} is another now; if that is meant, see {__file__}"
+    assert text == path.read_text(encoding="utf-8"), (
+        f"{name} is another now; if that is meant, see {__file__}")
 
 
 # --- the command line ---------------------------------------------------------------------------
 
-PROBES = ["", "-1", "0", "1", "2", "0.0", "0.5", "1.0", "1.5", "9", "x", "1e400", "nan", str(2**63 - 1), str(2**63)]
+PROBES = ["", "-1", "0", "1", "2", "0.0", "0.5", "1.0", "1.5", "9", "x", "1e400", "nan",
+          str(2**63 - 1), str(2**63)]
 
 
 def answers(kind):
@@ -70,12 +73,15 @@ def described(action):
 
 
 def test_the_command_line():
-    (commands,) = (a for a in arguments.parser()._actions if isinstance(a, argparse._SubParsersAction))
+    (commands,) = (a for a in arguments.parser()._actions
+                   if isinstance(a, argparse._SubParsersAction))
     lines = []
     for name, sub in commands.choices.items():
         lines += [f"== {name}: {sub.description}"]
         for group in sub._mutually_exclusive_groups:
-            lines.append(f"one of: {[a.dest for a in group._group_actions]}, required: {group.required}")
+            lines.append(
+                f"one of: {[a.dest for a in group._group_actions]}, required: {group.required}"
+            )
         lines += [line for action in sub._actions for line in described(action)]
     check("command_line.txt", "\n".join(lines) + "\n")
 
@@ -85,17 +91,21 @@ def test_the_signatures():
     calls = {f"{name}.wrap": module.wrap for name, module in minillm.techniques().items()}
     calls |= {f"{name}.save": module.save for name, module in minillm.techniques().items()}
     calls |= {f"{name}.load": module.load for name, module in minillm.techniques().items()}
-    calls |= {"lora.merge": minillm.lora.merge, "generate": minillm.Transformer.generate, "report": report.report}
-    for home in (minillm, minillm.checkpoints, compare, minillm.data, minillm.measure, minillm.registry, train, minillm.zoo):
+    calls |= {"lora.merge": minillm.lora.merge, "generate": minillm.Transformer.generate,
+              "report": report.report}
+    for home in (minillm, minillm.checkpoints, compare, minillm.data, minillm.measure,
+                 minillm.registry, train, minillm.zoo):
         for name in getattr(home, "__all__", ["load", "save", "check_save"]):
             call = getattr(home, name)
             if callable(call) and not inspect.isclass(call) or dataclasses.is_dataclass(call):
                 calls[f"{home.__name__}.{name}"] = call
-    check("signatures.txt", "".join(f"{name}{inspect.signature(call)}\n" for name, call in calls.items()))
+    check("signatures.txt",
+          "".join(f"{name}{inspect.signature(call)}\n" for name, call in calls.items()))
 
 
 def test_the_constants():
-    told = dict(rates=compare.RATES, of_tiny=compare.row.OF_TINY, step=compare.row.STEP, most=compare.row.MOST,
+    told = dict(rates=compare.RATES, of_tiny=compare.row.OF_TINY, step=compare.row.STEP,
+                most=compare.row.MOST,
                 sizes=compare.SIZES, recipe=pretrain.RECIPE, compared=sorted(settings.COMPARED),
                 schedules=sorted(rates.SCHEDULES), groups=minillm.prune.GROUPS,
                 attention=roles.ATTENTION, mlp=roles.MLP)
@@ -104,10 +114,14 @@ def test_the_constants():
 
 def test_the_checks_of_options():
     """What each check of an argument takes and says."""
-    values = [None, True, -1, 0, 1, 2, 3, 0.0, 0.5, 1.0, 1.5, float("inf"), float("nan"), "1", "x", [1]]
-    checks = {"whole": lambda v: options.whole("n", v), "whole to 2": lambda v: options.whole("n", v, 0, 2),
-              "positive": lambda v: options.positive("n", v), "share": lambda v: options.share("n", v),
-              "flag": lambda v: options.flag("n", v), "one_of": lambda v: options.one_of("n", v, ("x", "y"))}
+    values = [None, True, -1, 0, 1, 2, 3, 0.0, 0.5, 1.0, 1.5, float("inf"), float("nan"), "1", "x",
+              [1]]
+    checks = {"whole": lambda v: options.whole("n", v),
+              "whole to 2": lambda v: options.whole("n", v, 0, 2),
+              "positive": lambda v: options.positive("n", v),
+              "share": lambda v: options.share("n", v),
+              "flag": lambda v: options.flag("n", v),
+              "one_of": lambda v: options.one_of("n", v, ("x", "y"))}
     lines = []
     for name, call in checks.items():
         for value in values:
@@ -116,9 +130,12 @@ def test_the_checks_of_options():
             except ValueError as error:
                 lines.append(f"{name} {value!r} -> {error}")
     for default in (True, 1, 1.0, "x", None):
-        for text in ("true", "False", "1", "1.5", "none", "a,b", "a b", "[1, 2]", "x.y,z_", "é,(", ""):
+        for text in ("true", "False", "1", "1.5", "none", "a,b", "a b", "[1, 2]", "x.y,z_", "é,(",
+                     ""):
             try:
-                lines.append(f"read {text!r} by {default!r} -> {options.read('n', text, default)!r}")
+                lines.append(
+                    f"read {text!r} by {default!r} -> {options.read('n', text, default)!r}"
+                )
             except ValueError as error:
                 lines.append(f"read {text!r} by {default!r} -> {error}")
     check("options.txt", "\n".join(lines) + "\n")
@@ -134,7 +151,8 @@ def test_the_configurations_that_are_written():
 
 
 @pytest.mark.parametrize("shape, type", [
-    ("llama", "f32"), ("llama", "f16"), ("llama", "bf16"), ("llama", "q8_0"), ("untied", "f32"), ("qwen2", "f32"),
+    ("llama", "f32"), ("llama", "f16"), ("llama", "bf16"), ("llama", "q8_0"), ("untied", "f32"),
+    ("qwen2", "f32"),
     ("qwen3", "f32"), ("linear", "f32"), ("llama3", "f32")])
 def test_the_gguf_that_is_written(shape, type, tmp_path):
     gguf = pytest.importorskip("gguf")
@@ -144,7 +162,8 @@ def test_the_gguf_that_is_written(shape, type, tmp_path):
 
     tokenizer = BytePair.from_gguf(tables("smollm"))
     config = SHAPES[shape]
-    config = minillm.Config(**{**vars(config), "vocab_size": tokenizer.vocab_size, "width": 64, "head_size": None,
+    config = minillm.Config(**{**vars(config), "vocab_size": tokenizer.vocab_size, "width": 64,
+                               "head_size": None,
                                "ffn": 64})
     minillm.save(minillm.Transformer(config), tmp_path / "m.gguf", tokenizer=tokenizer, type=type)
     file, lines = gguf.GGUFReader(tmp_path / "m.gguf"), []
@@ -169,17 +188,31 @@ def drawn(call, tmp_path, monkeypatch):
     saved = Figure.savefig
 
     def catch(figure, *args, **kwargs):
-        lines = [f"figure {figure.get_size_inches().tolist()} {figure.get_layout_engine()!r:.60}".split(" object")[0],
-                 f"title {figure.get_suptitle()!r}", f"saved {dict(kwargs, metadata=None)}"]
+        lines = [
+            f"figure {figure.get_size_inches().tolist()} {figure.get_layout_engine()!r:.60}".split(
+                " object"
+            )[0],
+            f"title {figure.get_suptitle()!r}",
+            f"saved {dict(kwargs, metadata=None)}",
+        ]
         for axes in figure.axes:
-            lines.append(f"axes {axes.get_xlabel()!r} {axes.get_ylabel()!r} {axes.get_xscale()} {axes.get_yscale()}")
+            lines.append(
+                f"axes {axes.get_xlabel()!r} {axes.get_ylabel()!r} {axes.get_xscale()} "
+                f"{axes.get_yscale()}"
+            )
             lines.append(f"  limits {number(axes.get_xlim())} {number(axes.get_ylim())}")
             lines.append(f"  ratios {axes.get_subplotspec().get_gridspec().get_height_ratios()}")
-            lines.append(f"  grid {[(line.get_visible(), line.get_alpha()) for line in axes.get_xgridlines()[:1]]}")
+            lines.append(
+                f"  grid "
+                f"{[(line.get_visible(), line.get_alpha()) for line in axes.get_xgridlines()[:1]]}"
+            )
             for line in axes.get_lines():
-                lines.append(f"  line {line.get_label()!r} {line.get_color()} {line.get_alpha()} {line.get_linewidth()} "
-                             f"{line.get_linestyle()} {line.get_marker()} {line.get_markersize()} "
-                             f"{number(line.get_xdata())} {number(line.get_ydata())}")
+                lines.append(
+                    f"  line {line.get_label()!r} {line.get_color()} {line.get_alpha()} "
+                    f"{line.get_linewidth()} "
+                    f"{line.get_linestyle()} {line.get_marker()} {line.get_markersize()} "
+                    f"{number(line.get_xdata())} {number(line.get_ydata())}"
+                )
             for box in axes.containers:
                 lines.append(f"  container {type(box).__name__} {box.get_label()!r}")
             for bars in axes.collections:
@@ -207,10 +240,12 @@ def number(values):
 def history():
     made = []
     for i in range(60):
-        made.append(dict(step=i, loss=4 - i / 30 + (i % 3) / 10, learnt=5 + i % 2, tokens=10, seconds=0.5,
+        made.append(dict(step=i, loss=4 - i / 30 + (i % 3) / 10, learnt=5 + i % 2, tokens=10,
+                         seconds=0.5,
                          rate=1e-3 * (1 - i / 60), norm=1.0))
         if i % 20 == 19:
-            made[-1] |= dict(held_out=3 - i / 30 if i < 50 else 2.5, best=dict(step=39, value=3 - 39 / 30))
+            made[-1] |= dict(held_out=3 - i / 30 if i < 50 else 2.5,
+                             best=dict(step=39, value=3 - 39 / 30))
     return made
 
 
@@ -223,7 +258,8 @@ def figures(name, i):
     score = dict(name="perplexity", value=40.0 - i, n=24, low=38.0 - i, high=43.5 - i)
     change = dict(name="change", value=-0.05 * i, n=24, low=-0.07 * i, high=-0.02 * i)
     row = dict(technique=name, metric="perplexity", rate=None if name == "none" else 1e-3 * i,
-               before=dict(score, value=40.0), after=score, after_change=change, after_seeds=[40.0 - i, 39.5 - i],
+               before=dict(score, value=40.0), after=score, after_change=change,
+               after_seeds=[40.0 - i, 39.5 - i],
                trainable=1000 * i, peak_bytes=10**8 + 10**7 * i, seconds=12.5 * i, bytes=4 * 10**6,
                rates=[] if name == "none" else [[1e-3 * i, 41.0], [3e-3 * i, 42.5]])
     for column in ("int8", "pruned"):
@@ -233,10 +269,12 @@ def figures(name, i):
 
 
 def test_the_picture_of_a_comparison(tmp_path, monkeypatch):
-    rows = [figures("none", 0), figures("lora", 1), figures("full", 2), dict(technique="freeze", error="lost")]
+    rows = [figures("none", 0), figures("lora", 1), figures("full", 2),
+            dict(technique="freeze", error="lost")]
     rows[2]["after"] |= dict(low=None, high=None)
     text = drawn(lambda path: compare.picture(rows, path, "a title"), tmp_path, monkeypatch)
-    text += drawn(lambda path: compare.picture(rows, path), tmp_path, monkeypatch).splitlines()[1] + "\n"
+    text += drawn(lambda path: compare.picture(rows, path), tmp_path,
+                  monkeypatch).splitlines()[1] + "\n"
     check("comparison.txt", text)
 
 
@@ -249,4 +287,5 @@ def test_the_picture_of_a_report(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_the_tree(kind):
     model = minillm.quant.wrap(build(kind), r"layers\.0\..*proj")
-    check(f"tree-{kind}.txt", minillm.show(build(kind)) + "\n\n" + minillm.show(minillm.lora.wrap(model, r=2)) + "\n")
+    check(f"tree-{kind}.txt",
+          minillm.show(build(kind)) + "\n\n" + minillm.show(minillm.lora.wrap(model, r=2)) + "\n")

@@ -1,4 +1,5 @@
-"""What a user has on a module stays there when the module is wrapped: hooks, attributes, and the way to the weight."""
+"""What a user has on a module stays there when the module is wrapped: hooks,
+attributes, and the way to the weight."""
 
 import copy
 
@@ -52,7 +53,8 @@ def test_hooks_see_what_the_site_computes(name, merge):
 def test_hooks_through_a_stack_of_verbs():
     model, x = two(), torch.randn(3, 6)
     model[0].register_forward_hook(lambda module, args, y: 0 * y)
-    for verb in (WRAPS["lora"], WRAPS["quant"], WRAPS["prune"], minillm.lora.unwrap, minillm.prune.merge, minillm.prune.unmerge,
+    for verb in (WRAPS["lora"], WRAPS["quant"], WRAPS["prune"], minillm.lora.unwrap,
+                 minillm.prune.merge, minillm.prune.unmerge,
                  minillm.quant.unwrap, minillm.prune.unwrap):
         verb(model)
         assert not model[0](x).any(), verb
@@ -76,7 +78,8 @@ def test_a_weight_that_is_set_through_a_layer():
     model[0].weight = new
     assert model[0].base.weight is new and "weight" not in model[0]._parameters
     minillm.quant.wrap(model, ["0"])
-    with pytest.raises(AttributeError, match=r"stored as quant and cannot be set: minillm.quant.unwrap\(model\)"):
+    with pytest.raises(AttributeError,
+                       match=r"stored as quant and cannot be set: minillm.quant.unwrap\(model\)"):
         model[0].weight = new
 
 
@@ -86,11 +89,13 @@ def test_the_embeddings_of_a_hugging_face_model():
     model = learnt(minillm.prompts.wrap(build("hf_llama")))
     y = logits(model)
     model.tie_weights()
-    assert torch.equal(logits(model), y) and model.get_input_embeddings().weight is model.lm_head.weight
+    assert (torch.equal(logits(model), y)
+            and model.get_input_embeddings().weight is model.lm_head.weight)
     with pytest.raises(TypeError, match="not an instance of .*Embedding"):
         model.resize_token_embeddings(30)
     model = learnt(minillm.lora.wrap(build("hf_llama"), ["embed_tokens"], r=2))
-    with pytest.raises(AttributeError, match="embed_tokens.weight"):  # a folded weight cannot be tied
+    # a folded weight cannot be tied
+    with pytest.raises(AttributeError, match="embed_tokens.weight"):
         model.tie_weights()
 
 
@@ -99,7 +104,11 @@ def test_a_compiled_or_parallel_model_has_the_names_of_the_model(tmp_path):
         model = build("Linear")
         outer = around(model)
         minillm.lora.wrap(outer, r=2)
-        assert set(minillm.layers(outer)) == set(minillm.layers(model)) == set(minillm.layers(minillm.lora.wrap(build("Linear"), r=2)))
+        assert (
+            set(minillm.layers(outer))
+            == set(minillm.layers(model))
+            == set(minillm.layers(minillm.lora.wrap(build("Linear"), r=2)))
+        )
         minillm.lora.save(outer, tmp_path / 'a')
         again = minillm.lora.load(build("Linear"), tmp_path / 'a')
         assert torch.equal(logits(again), logits(model))
@@ -112,7 +121,10 @@ def test_a_compiled_or_parallel_model_has_the_names_of_the_model(tmp_path):
 def test_save_pretrained_of_a_wrapped_model_is_an_error(wrap, tmp_path):
     transformers = hugging_face()
     model, plain = wrap(build("hf_llama")), build("hf_llama")
-    with pytest.raises(ValueError, match="techniques of minillm are attached to this model.*merge or unwrap them first"):
+    with pytest.raises(
+        ValueError,
+        match="techniques of minillm are attached to this model.*merge or unwrap them first",
+    ):
         model.save_pretrained(tmp_path / "a")
     with pytest.raises(ValueError, match="are attached"):
         copy.deepcopy(model).save_pretrained(tmp_path / "a")

@@ -17,7 +17,8 @@ from minillm.train import train
 def learn(model, steps=4):
     draw = torch.Generator().manual_seed(0)
     rows = [torch.randint(24, (8,), generator=draw).tolist() for _ in range(8)]
-    train(model, [data.Example(row, list(row)) for row in rows], steps=steps, lr=0.05, batch_size=4, progress=False)
+    train(model, [data.Example(row, list(row)) for row in rows], steps=steps, lr=0.05, batch_size=4,
+          progress=False)
     return model
 
 
@@ -26,7 +27,8 @@ def keys(path):
         return set(file.keys())
 
 
-OPTIONS = {"freeze": dict(last=1), "lora": dict(r=2), "adapters": dict(size=2), "prompts": dict(length=2), "sparse": dict(anyway=True)}
+OPTIONS = {"freeze": dict(last=1), "lora": dict(r=2), "adapters": dict(size=2),
+           "prompts": dict(length=2), "sparse": dict(anyway=True)}
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "hf_llama"])
@@ -37,13 +39,16 @@ def test_what_training_changed_is_in_the_file(kind, tmp_path):
         technique.save(model, tmp_path / name)
         again = technique.load(build(kind), tmp_path / name)
         assert torch.equal(logits(again), logits(model)), name
-        assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in model.parameters()], name
+        assert [p.requires_grad for p in again.parameters()] == [
+            p.requires_grad for p in model.parameters()
+        ], name
 
 
 def test_below_lora_nothing_of_the_model_is_in_the_file_unless_it_learns(tmp_path):
     model = minillm.lora.wrap(build("llama"), ["q_proj"], r=2)
     minillm.lora.save(model, tmp_path / "a")
-    assert keys(tmp_path / "a") == {f"layers.{i}.self_attn.q_proj.{key}" for i in range(3) for key in "AB"}
+    assert keys(tmp_path / "a") == {f"layers.{i}.self_attn.q_proj.{key}" for i in range(3)
+                                    for key in "AB"}
     model.lm_head.weight.requires_grad_(True)  # peft calls this modules_to_save
     learn(model).eval()
     minillm.lora.save(model, tmp_path / "a")
@@ -65,14 +70,16 @@ def test_freeze_saves_what_a_format_stored_since(tmp_path):
         for name in order:
             minillm.techniques()[name].load(again, tmp_path / name)
         torch.testing.assert_close(logits(again), logits(model), rtol=1e-6, atol=1e-6)
-    frozen = {name for name, p in minillm.quant.unwrap(model).named_parameters() if not p.requires_grad}
+    frozen = {name for name, p in minillm.quant.unwrap(model).named_parameters()
+              if not p.requires_grad}
     assert "layers.0.mlp.up_proj.weight" in frozen and "layers.2.mlp.up_proj.weight" not in frozen
 
 
 def test_freeze_of_a_tied_model_is_saved_once_and_read_under_both_names(tmp_path):
     model = learn(minillm.freeze.wrap(build("gpt2"), ["layers"]))
     minillm.freeze.save(model, tmp_path / "a")
-    assert "learned:embed_tokens.weight" in keys(tmp_path / "a") and "learned:lm_head.weight" not in keys(tmp_path / "a")
+    assert ("learned:embed_tokens.weight" in keys(tmp_path / "a")
+            and "learned:lm_head.weight" not in keys(tmp_path / "a"))
     for other in (build("gpt2"), minillm.untie(build("gpt2"))):
         assert torch.equal(logits(minillm.freeze.load(other, tmp_path / "a")), logits(model))
 
@@ -84,17 +91,21 @@ def test_freeze_of_a_file_takes_the_place_of_what_was_frozen(tmp_path):
         minillm.freeze.load(model, tmp_path / "a")
     minillm.freeze.load(model, tmp_path / "a", replace=True)
     wanted = minillm.freeze.wrap(build("llama"), last=2)
-    assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in wanted.parameters()]
+    assert [p.requires_grad for p in model.parameters()] == [
+        p.requires_grad for p in wanted.parameters()
+    ]
 
 
-# --- files of others ----------------------------------------------------------------------------------
+# --- files of others ------------------------------------------------------------------------------
 
 
 def test_a_file_that_is_not_ours_is_never_replaced(tmp_path):
     model, path = minillm.lora.wrap(build("llama"), r=2), tmp_path / "a"
     path.write_text("my diary")
-    for technique, m in ((minillm.lora, model), (minillm.freeze, minillm.freeze.wrap(build("llama"), last=1))):
-        with pytest.raises(FileExistsError, match="a exists, and no technique of minillm wrote it; force=True"):
+    for technique, m in ((minillm.lora, model),
+                         (minillm.freeze, minillm.freeze.wrap(build("llama"), last=1))):
+        with pytest.raises(FileExistsError,
+                           match="a exists, and no technique of minillm wrote it; force=True"):
             technique.save(m, path)
     assert path.read_text() == "my diary"
     minillm.lora.save(model, path, force=True)
@@ -122,7 +133,8 @@ def test_a_refused_load_changes_nothing(tmp_path):
     model.layers[2].mlp.down_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match="nan"):
         minillm.quant.load(model, tmp_path / "a", any_base=True)
-    assert type(model.layers[0].self_attn.q_proj).__name__ == "Linear" and logits(model, IDS).isnan().any()
+    assert (type(model.layers[0].self_attn.q_proj).__name__ == "Linear"
+            and logits(model, IDS).isnan().any())
 
 
 # --- buffers ----------------------------------------------------------------------------------
@@ -297,8 +309,12 @@ def test_an_adapter_over_another_one_needs_it(tmp_path):
     together = minillm.adapters.load(minillm.lora.load(build("llama"), lora), tmp_path / "over")
     assert torch.equal(logits(together), logits(model))
     for base, has in (([], "none"), ([other], r"another one \(\w{8}\)")):
-        base = [minillm.lora.load(m, path) for m in [build("llama")] for path in base] or [build("llama")]
-        with pytest.raises(ValueError, match=rf"another model: it was made over lora \(\w{{8}}\), and this model has {has}"):
+        base = [minillm.lora.load(m, path) for m in [build("llama")]
+                for path in base] or [build("llama")]
+        with pytest.raises(
+            ValueError,
+            match=rf"another model: it was made over lora \(\w{{8}}\), and this model has {has}",
+        ):
             minillm.adapters.load(base[0], tmp_path / "over")
         assert not any("adapters" in layer.patches for layer in minillm.layers(base[0]).values())
     minillm.adapters.load(build("llama"), tmp_path / "over", any_base=True)
@@ -308,10 +324,13 @@ def test_an_adapter_over_another_one_knows_it_after_a_cast(tmp_path):
     model = trained(minillm.lora.wrap(build("llama"), r=2), "lora")
     minillm.lora.save(model, tmp_path / "lora")
     minillm.prompts.save(minillm.prompts.wrap(model, length=2), tmp_path / "over")
-    minillm.prompts.load(minillm.lora.load(build("llama"), tmp_path / "lora").bfloat16(), tmp_path / "over")
+    minillm.prompts.load(minillm.lora.load(build("llama"), tmp_path / "lora").bfloat16(),
+                         tmp_path / "over")
 
 
-@pytest.mark.parametrize("over", ['{"lora": 1}', '{"lora": {"x": 1}}', '{"lora": {"layers.0.self_attn.q_proj": {"A": []}}}', "[]"])
+@pytest.mark.parametrize("over",
+                         ['{"lora": 1}', '{"lora": {"x": 1}}',
+                          '{"lora": {"layers.0.self_attn.q_proj": {"A": []}}}', "[]"])
 def test_a_file_whose_word_of_what_lay_beneath_is_broken(over, tmp_path):
     model = minillm.adapters.wrap(minillm.lora.wrap(build("llama"), r=2), size=2)
     minillm.lora.save(model, tmp_path / "lora"), minillm.adapters.save(model, tmp_path / "a")
@@ -334,9 +353,11 @@ def test_an_adapter_over_freeze_needs_what_freeze_trained(tmp_path):
     model = tune(minillm.freeze.wrap(build("llama"), last=1))
     minillm.freeze.save(model, tmp_path / "freeze")
     minillm.lora.save(trained(minillm.lora.wrap(model, r=2), "lora"), tmp_path / "lora")
-    with pytest.raises(ValueError, match="another model.*made over freeze: load the file of freeze first"):
+    with pytest.raises(ValueError,
+                       match="another model.*made over freeze: load the file of freeze first"):
         minillm.lora.load(build("llama"), tmp_path / "lora")
-    again = minillm.lora.load(minillm.freeze.load(build("llama"), tmp_path / "freeze"), tmp_path / "lora")
+    again = minillm.lora.load(minillm.freeze.load(build("llama"), tmp_path / "freeze"),
+                              tmp_path / "lora")
     assert torch.equal(logits(again), logits(model))
 
 
@@ -346,7 +367,8 @@ def test_freeze_over_an_adapter_needs_it(tmp_path):
     minillm.freeze.save(model, tmp_path / "freeze")
     with pytest.raises(ValueError, match="made over lora"):
         minillm.freeze.load(build("llama"), tmp_path / "freeze")
-    again = minillm.freeze.load(minillm.lora.load(build("llama"), tmp_path / "lora"), tmp_path / "freeze")
+    again = minillm.freeze.load(minillm.lora.load(build("llama"), tmp_path / "lora"),
+                                tmp_path / "freeze")
     assert torch.equal(logits(again), logits(model))
 
 
@@ -364,7 +386,8 @@ def test_what_learned_before_another_technique_stopped_it_is_in_the_file(first, 
 def test_what_did_not_change_is_in_no_file(tmp_path):
     model = minillm.lora.wrap(minillm.prune.wrap(build("llama")), r=2)
     minillm.prune.save(tune(model), tmp_path / "a")
-    assert not any(key.startswith("learned:") for key in minillm.registry.store.read(tmp_path / "a")[0])
+    assert not any(key.startswith("learned:")
+                   for key in minillm.registry.store.read(tmp_path / "a")[0])
     minillm.prune.load(build("llama"), tmp_path / "a")
 
 
@@ -373,7 +396,8 @@ def test_what_the_user_lets_learn_beside_freeze_is_in_its_file(tmp_path):
     model.layers[0].mlp.up_proj.weight.requires_grad_(True)
     minillm.freeze.save(tune(model), tmp_path / "a")
     again = minillm.freeze.load(build("llama"), tmp_path / "a")
-    assert torch.equal(logits(again), logits(model)) and again.layers[0].mlp.up_proj.weight.requires_grad
+    assert (torch.equal(logits(again), logits(model))
+            and again.layers[0].mlp.up_proj.weight.requires_grad)
 
 
 def test_tensors_in_one_memory_are_saved(tmp_path):

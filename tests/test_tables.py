@@ -17,14 +17,17 @@ WRITE = os.environ.get("MINILLM_SNAPSHOTS") == "write"
 def groups():
     """{heading: [Method]}: what learns, and what makes small."""
     every = list(METHODS.values())
-    return {"fine-tune": [m for m in every if m.rates], "make small": [m for m in every if not m.rates]}
+    return {"fine-tune": [m for m in every if m.rates],
+            "make small": [m for m in every if not m.rates]}
 
 
 def of_readme():
     lines = ["| | technique | what it does | paper |", "|---|---|---|---|"]
     for heading, methods in groups().items():
         for i, method in enumerate(methods):
-            lines.append(f"| {'' if i else heading} | `{method.path}` | {method.does} | {method.paper} |")
+            lines.append(
+                f"| {'' if i else heading} | `{method.path}` | {method.does} | {method.paper} |"
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -33,7 +36,8 @@ def of_package():
     for heading, methods in zip(("Fine-tuning", "Making it small"), groups().values()):
         text += f"{heading}, wrapped in place with `minillm.NAME.wrap(model)`:\n\n"
         for method in methods:
-            text += f"    {method.path.removeprefix('minillm.'):<16}{method.does}\n{'':20}{method.paper}\n"
+            path = method.path.removeprefix("minillm.")
+            text += f"    {path:<16}{method.does}\n{'':20}{method.paper}\n"
         text += "\n"
     return text
 
@@ -51,12 +55,14 @@ def between(path, start, end, expected):
 
 def test_readme():
     start, end = "<!-- made of the table of methods by tests/test_tables.py -->\n", "<!-- end -->"
-    assert between(ROOT.parent / "README.md", start, end, of_readme()) == of_readme(), "stale: see the top of this file"
+    assert between(ROOT.parent / "README.md", start, end, of_readme()) == of_readme(), (
+        "stale: see the top of this file")
 
 
 def test_the_page_of_the_package():
     expected = of_package()
-    found = between(ROOT / "__init__.py", "are made small, a page a technique.\n\n", "Beneath them:", expected)
+    found = between(ROOT / "__init__.py", "are made small, a page a technique.\n\n",
+                    "Beneath them:", expected)
     assert found == expected, "stale: see the top of this file"
 
 
@@ -66,7 +72,8 @@ def test_a_method_is_a_page():
         assert method.kind in KINDS and name == method.path.rsplit(".", 1)[-1], name
         doc = method.module.__doc__
         number = re.search(r"\d{4}\.\d{4,5}|Saad", method.paper)[0]
-        assert number in doc and ">>>" in doc, f"{name}: the page names its paper and shows its facts"
+        assert number in doc and ">>>" in doc, (
+            f"{name}: the page names its paper and shows its facts")
         assert method.small and method.wrap.__doc__, name
         if issubclass(KINDS[method.kind], Patch):
             assert "name" in method.wrap.__kwdefaults__, name

@@ -10,7 +10,7 @@ import minillm
 from minillm.registry import CannotMerge, Site
 
 
-# --- adapters ------------------------------------------------------------------------------------------------------------------
+# --- adapters -----------------------------------------------------------------------------------
 
 
 def test_adapters_compute_houlsbys_bottleneck():
@@ -55,7 +55,7 @@ def test_adapters_say_what_they_need():
         minillm.adapters.merge(model)
 
 
-# --- soft prompts --------------------------------------------------------------------------------------------------------------
+# --- soft prompts -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -65,12 +65,14 @@ def test_a_soft_prompt_is_vectors_before_the_embedded_text(kind, monkeypatch):
     patch = minillm.prompts.wrap(model, length=3).embed_tokens.patches["prompts"]
     nn.init.normal_(patch.P)
     ids, labels, mask = minillm.prepare(model, IDS, IDS, torch.ones_like(IDS, dtype=torch.bool))
-    assert ids.shape == (2, 9) and labels[:, :3].eq(-100).all() and mask.all() and labels[:, 3:].equal(IDS)
+    assert (ids.shape == (2, 9) and labels[:, :3].eq(-100).all() and mask.all()
+            and labels[:, 3:].equal(IDS))
     ours = model(ids)
     plain = build(kind)
     table = plain.embed_tokens
     whole = torch.cat([patch.P.expand(2, -1, -1), table(IDS)], 1)
-    monkeypatch.setattr(type(table), "forward", lambda self, x: whole if self is table else F.embedding(x, self.weight))
+    monkeypatch.setattr(type(table), "forward", lambda self,
+                        x: whole if self is table else F.embedding(x, self.weight))
     torch.testing.assert_close(ours, plain(torch.zeros(2, 9, dtype=torch.long)))
 
 
@@ -84,7 +86,7 @@ def test_a_soft_prompt_starts_from_rows_of_the_vocabulary():
     assert sum(p.numel() for p in big.parameters() if p.requires_grad) == 11_520
 
 
-# --- freezing ------------------------------------------------------------------------------------------------------------------
+# --- freezing -----------------------------------------------------------------------------------
 
 
 def test_freeze_leaves_the_last_blocks_and_what_follows():
@@ -105,7 +107,8 @@ def test_freeze_leaves_the_last_blocks_and_what_follows():
     (lambda m: minillm.freeze.wrap(m, ["layer"]), "'layer' matches no module.*'layers'"),
     (lambda m: minillm.freeze.wrap(m, ".*"), "every parameter"),
     (lambda m: minillm.freeze.unwrap(m), "nothing is frozen"),
-    (lambda m: minillm.freeze.wrap(minillm.freeze.wrap(m, last=1), last=2), "'embed_tokens.weight' is frozen already.*unwrap"),
+    (lambda m: minillm.freeze.wrap(minillm.freeze.wrap(m, last=1), last=2),
+     "'embed_tokens.weight' is frozen already.*unwrap"),
     (lambda m: minillm.freeze.merge(m), "the model itself"),
     (lambda m: minillm.freeze.wrap(two()), "no list of blocks"),
 ])
@@ -114,7 +117,7 @@ def test_freeze_names_the_culprit(call, message):
         call(build("llama"))
 
 
-# --- the shared half -----------------------------------------------------------------------------------------------------------
+# --- the shared half ----------------------------------------------------------------------------
 
 
 def test_a_module_used_twice_is_wrapped_once_and_everywhere():
@@ -149,7 +152,8 @@ def test_only_the_innermost_patch_is_merged():
     minillm.lora.merge(minillm.prune.merge(model))
     torch.testing.assert_close(model(x), expected)
     assert type(model[0]) is nn.Linear
-    with pytest.raises(ValueError, match="lora was merged into '0' after prune: unmerge lora first"):
+    with pytest.raises(ValueError,
+                       match="lora was merged into '0' after prune: unmerge lora first"):
         minillm.prune.unmerge(model)
     minillm.prune.unmerge(minillm.lora.unmerge(model))
     assert list(model[0].patches) == ["prune", "lora"] and model(x).equal(expected)
@@ -176,7 +180,8 @@ def test_files_that_do_not_fit_are_refused_and_change_nothing(tmp_path):
         minillm.lora.load(other, path)
     with pytest.raises(ValueError, match="'layers.0.self_attn.q_proj', which this model lacks"):
         minillm.lora.load(two(), path)
-    with pytest.raises(ValueError, match="not a file of adapters; it holds lora: use minillm.lora.load"):
+    with pytest.raises(ValueError,
+                       match="not a file of adapters; it holds lora: use minillm.lora.load"):
         minillm.adapters.load(build("llama"), path)
     with pytest.raises(ValueError, match="which .* lacks: unwrap it first"):
         minillm.lora.load(minillm.lora.wrap(build("llama"), ".*", r=2), path, replace=True)
@@ -197,7 +202,8 @@ def test_loading_over_what_is_there_replaces_it(tmp_path):
         nn.init.normal_(layer.patches["lora"].B)
     minillm.lora.save(model, tmp_path / "a")
     other = minillm.lora.wrap(build("llama"), r=2)
-    with pytest.raises(ValueError, match="has lora already, at 'layers.0.self_attn.q_proj'.*replace=True"):
+    with pytest.raises(ValueError,
+                       match="has lora already, at 'layers.0.self_attn.q_proj'.*replace=True"):
         minillm.lora.load(other, tmp_path / "a")
     minillm.lora.load(other, tmp_path / "a", replace=True)
     assert logits(other).equal(logits(model)) and [p for p in other.parameters() if p.requires_grad]
@@ -225,7 +231,8 @@ def test_show_tells_what_is_where():
     model = minillm.quant.wrap(build("llama"), r"layers\.[01]\..*")
     minillm.prompts.wrap(minillm.lora.wrap(model, ["q_proj"], r=2), length=2)
     text = minillm.show(model)
-    assert "0-1" in text and "[quant] + lora(r=2, alpha=16.0)" in text and "prompts(length=2" in text
+    assert ("0-1" in text and "[quant] + lora(r=2, alpha=16.0)" in text
+            and "prompts(length=2" in text)
     total = sum(p.numel() for p in model.parameters()) + sum(b.numel() for b in model.buffers())
     learn = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert f"{learn:,} of {total:,}" in text.splitlines()[0]

@@ -1,4 +1,5 @@
-"""A tied matrix in a format is stored once: the embedding and the head are two leaves over the same buffers."""
+"""A tied matrix in a format is stored once: the embedding and the head are two leaves
+over the same buffers."""
 
 import copy
 
@@ -10,7 +11,8 @@ import minillm
 from minillm.measure import report
 from minillm.quant import Integer
 
-BOTH = {"llama": ["embed_tokens", "lm_head"], "gpt2": ["embed_tokens", "lm_head"], "hf_llama": ["embed_tokens", "lm_head"],
+BOTH = {"llama": ["embed_tokens", "lm_head"], "gpt2": ["embed_tokens", "lm_head"],
+        "hf_llama": ["embed_tokens", "lm_head"],
         "hf_gpt2": ["wte", "lm_head"]}
 
 
@@ -18,11 +20,13 @@ def tied(kind):
     if kind != "llama":
         return build(kind)
     torch.manual_seed(1)
-    return minillm.Transformer(minillm.Config(24, 16, 3, 4, kv_heads=2, ffn=32, positions=32, tied=True)).eval()
+    return minillm.Transformer(minillm.Config(24, 16, 3, 4, kv_heads=2, ffn=32, positions=32,
+                                              tied=True)).eval()
 
 
 def forms(model):
-    return [site.module for site in minillm.registry.walk(model) if isinstance(site.module, Integer)]
+    return [site.module for site in minillm.registry.walk(model)
+            if isinstance(site.module, Integer)]
 
 
 @pytest.mark.parametrize("kind", BOTH)
@@ -33,7 +37,9 @@ def test_stored_once_through_everything(kind, options, tmp_path):
     assert torch.equal(one.weight, other.weight) and one.q.data_ptr() == other.q.data_ptr()
     apart = minillm.quant.wrap(minillm.untie(tied(kind)), BOTH[kind], **options)
     assert torch.equal(logits(model), logits(apart))
-    assert report.total_bytes(apart) - report.total_bytes(model) == sum(b.numel() * b.element_size() for b in one.buffers())
+    assert report.total_bytes(apart) - report.total_bytes(model) == sum(
+        b.numel() * b.element_size() for b in one.buffers()
+    )
     twin = copy.deepcopy(model).to(torch.bfloat16)
     a, b = forms(twin)
     assert a.q.data_ptr() == b.q.data_ptr() != one.q.data_ptr() and a.scale.dtype == torch.float32
@@ -49,12 +55,16 @@ def test_stored_once_through_everything(kind, options, tmp_path):
     dense = logits(model)
     minillm.quant.unwrap(model)
     assert torch.allclose(logits(model), dense, atol=1e-4)
-    weights = {id(p) for name, *_, p in minillm.registry.parameters(model) if name.endswith((BOTH[kind][0] + ".weight", "lm_head.weight"))}
+    weights = {id(p) for name, *_, p in minillm.registry.parameters(model)
+               if name.endswith((BOTH[kind][0] + ".weight", "lm_head.weight"))}
     assert len(weights) == 1 and minillm.registry.ties(model)
 
 
 def test_one_of_two_is_refused_and_untied_each_has_its_own():
-    with pytest.raises(ValueError, match="'lm_head' shares its matrix with embed_tokens: .*Name all of them as targets.*untie"):
+    with pytest.raises(
+        ValueError,
+        match="'lm_head' shares its matrix with embed_tokens: .*Name all of them as targets.*untie",
+    ):
         minillm.quant.wrap(tied("llama"), ["lm_head"])
     model = minillm.untie(minillm.quant.wrap(tied("llama"), BOTH["llama"]))
     one, other = forms(model)
@@ -67,11 +77,13 @@ def test_one_of_two_is_refused_and_untied_each_has_its_own():
 def test_freezing_and_learning_of_a_tied_format():
     model = minillm.quant.wrap(minillm.freeze.wrap(tied("llama"), ["lm_head"]), BOTH["llama"])
     minillm.quant.unwrap(model)
-    assert not model.embed_tokens.weight.requires_grad and model.embed_tokens.weight is model.lm_head.weight
+    assert (not model.embed_tokens.weight.requires_grad
+            and model.embed_tokens.weight is model.lm_head.weight)
     assert minillm.freeze.unwrap(model).embed_tokens.weight.requires_grad
 
 
 def test_decoding_with_both_in_integers():
-    one, two = (minillm.quant.wrap(model, lambda name, module: True) for model in (tied("llama"), minillm.untie(tied("llama"))))
+    one, two = (minillm.quant.wrap(model, lambda name, module: True)
+                for model in (tied("llama"), minillm.untie(tied("llama"))))
     ids = minillm.model.generate.generate(one, IDS, 5)
     assert torch.equal(ids, minillm.model.generate.generate(two, IDS, 5))

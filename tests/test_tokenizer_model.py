@@ -206,7 +206,7 @@ def test_added_tokens_beside_a_tokenizer_json_count(tmp_path):
     assert ours.encode("<tool>") == [1, 800, 2] and ours.vocab_size == 801
     config["added_tokens_decoder"] = {"7": added("<tool>")}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="'<tool>' has the id 7, and by tokenizer.json 800"):
+    with pytest.raises(ValueError, match="'<tool>' has the id 7, but in tokenizer.json it has 800"):
         tokenizers.load(tmp_path)
 
 

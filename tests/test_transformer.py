@@ -25,19 +25,22 @@ def test_rotation_keeps_lengths_and_depends_on_the_distance_alone():
     q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
 
     def product(i, j):
-        turn = [rotate(x, *rope_table(torch.tensor([[p]]), 8, 10000.0)) for x, p in ((q, i), (k, j))]
+        turn = [rotate(x, *rope_table(torch.tensor([[p]]), 8, 10000.0))
+                for x, p in ((q, i), (k, j))]
         return (turn[0] * turn[1]).sum()
 
     torch.testing.assert_close(product(3, 1), product(13, 11), rtol=1e-4, atol=1e-5)
     assert (product(3, 1) - product(4, 1)).abs() > 1e-3
     x = torch.randn(1, 2, 5, 8)
-    torch.testing.assert_close(rotate(x, *rope_table(torch.arange(5)[None], 8, 10000.0)).norm(dim=-1), x.norm(dim=-1))
+    turned = rotate(x, *rope_table(torch.arange(5)[None], 8, 10000.0))
+    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
 
 
 @pytest.mark.parametrize("call, message", [
     (lambda m: m(torch.tensor([[3, 24]])), "ids run from 3 to 24.*24 entries"),
     (lambda m: m(torch.tensor([[-1, 2]])), "ids run from -1 to 2"),
-    (lambda m: m(torch.zeros(1, 33, dtype=torch.long)), "33 tokens is beyond this model's 32 positions"),
+    (lambda m: m(torch.zeros(1, 33, dtype=torch.long)),
+     "33 tokens is beyond this model's 32 positions"),
     (lambda m: minillm.Config(24, 16, 2, 3, kv_heads=2), "heads=3"),
     (lambda m: minillm.Config(24, 16, 2, 2, activation="swish"), "activation='swish'.*silu"),
     (lambda m: minillm.Config(24, 18, 2, 6), "head_size=3 is odd"),
@@ -68,7 +71,8 @@ def test_recomputed_activations_give_the_same_gradients(kind):
         ids = torch.arange(12).view(2, 6)
         model.loss(ids, ids).backward()
         grads.append([p.grad for p in model.parameters() if p.requires_grad])
-    assert grads[0] and all(g is not None and torch.allclose(f, g, atol=1e-6) for f, g in zip(*grads))
+    assert (grads[0]
+            and all(g is not None and torch.allclose(f, g, atol=1e-6) for f, g in zip(*grads)))
 
 
 @families
@@ -110,32 +114,41 @@ def test_the_start_is_that_of_gpt2(kind):
     assert all((p != 3).all() for name, p in found.items() if p.dim() == 2 or name.endswith("bias"))
 
 
-LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=64)
 
 
 def test_scaled_positions_turn_as_their_formulas_say():
     plain = rope.frequencies(32, 1000.0)
     assert rope.frequencies(32, 1000.0, dict(rope_type="linear", factor=4.0)).equal(plain / 4)
     factors = [float(i) for i in range(1, 17)]
-    assert rope.frequencies(32, 1000.0, dict(rope_type="factors", factors=factors)).equal(plain / torch.tensor(factors))
+    assert rope.frequencies(32, 1000.0, dict(rope_type="factors", factors=factors)).equal(
+        plain / torch.tensor(factors)
+    )
     turns = 64 * plain / (2 * torch.pi)  # in the original context
     scaled = rope.frequencies(32, 1000.0, LLAMA3)
-    assert scaled[turns >= 4].equal(plain[turns >= 4]) and scaled[turns <= 1].equal(plain[turns <= 1] / 8)
+    assert (scaled[turns >= 4].equal(plain[turns >= 4])
+            and scaled[turns <= 1].equal(plain[turns <= 1] / 8))
     between = (turns > 1) & (turns < 4)
-    assert between.sum() > 2 and bool((scaled < plain)[between].all() and (scaled > plain / 8)[between].all())
+    assert (between.sum() > 2
+            and bool((scaled < plain)[between].all() and (scaled > plain / 8)[between].all()))
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(rope_scaling=dict(LLAMA3, factor=0)), "numbers above 0"), (dict(rope_scaling=dict(LLAMA3, factor=True)), "numbers above 0"),
+    (dict(rope_scaling=dict(LLAMA3, factor=0)), "numbers above 0"),
+    (dict(rope_scaling=dict(LLAMA3, factor=True)), "numbers above 0"),
     (dict(rope_scaling=dict(LLAMA3, low_freq_factor=4.0)), "not below high_freq_factor"),
     (dict(rope_scaling=dict(rope_type="linear", factor=[4.0])), "numbers above 0"),
     (dict(rope_scaling=dict(rope_type="linear", factor="4")), "numbers above 0"),
     (dict(rope_scaling=dict(rope_type="linear")), "has the fields"),
-    (dict(rope_scaling=dict(rope_type="yarn")), "known: linear, llama3, factors"), (dict(rope_scaling=4.0), "no known rope_type"),
+    (dict(rope_scaling=dict(rope_type="yarn")), "known: linear, llama3, factors"),
+    (dict(rope_scaling=4.0), "no known rope_type"),
     (dict(rope_scaling=dict(rope_type="linear", factor=float("inf"))), "numbers above 0"),
-    (dict(rope_scaling=dict(rope_type="factors", factors=[1.0])), "1 factors, and heads of 8 have 4 pairs"),
+    (dict(rope_scaling=dict(rope_type="factors", factors=[1.0])),
+     "1 factors, and heads of 8 have 4 pairs"),
     (dict(rope_scaling=dict(rope_type="factors", factors=3.0)), "numbers above 0"),
-    (dict(rope_scaling=LLAMA3, rope_base=None), "is for RoPE, and rope_base is None"), (dict(qk_norm=1), "qk_norm=1 is neither"),
+    (dict(rope_scaling=LLAMA3, rope_base=None), "is for RoPE, and rope_base is None"),
+    (dict(qk_norm=1), "qk_norm=1 is neither"),
 ])
 def test_a_scaling_that_means_nothing_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
@@ -147,7 +160,8 @@ def test_the_cache_holds_what_norms_and_scaling_made(options):
     model = minillm.Transformer(minillm.Config(24, 16, 2, 2, positions=128, **options)).eval()
     ids = torch.randint(24, (1, 100))
     cache = Cache(model.config, 1, 100)
-    parts = torch.cat([model(ids[:, :90], cache=cache), *(model(ids[:, i : i + 1], cache=cache) for i in range(90, 100))], 1)
+    parts = torch.cat([model(ids[:, :90], cache=cache),
+                       *(model(ids[:, i : i + 1], cache=cache) for i in range(90, 100))], 1)
     torch.testing.assert_close(parts, model(ids), rtol=1e-5, atol=1e-5)
 
 

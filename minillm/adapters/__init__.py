@@ -1,30 +1,34 @@
 """Bottleneck adapters: a small residual network after each sublayer of a frozen model.
 
-    h  ->  h + W_up f(W_down h + b_down) + b_up            Houlsby et al. 2019, arXiv 1902.00751, section 2.1
+    h  ->  h + W_up f(W_down h + b_down) + b_up
+                                            Houlsby et al. 2019, arXiv 1902.00751, section 2.1
 
-    code     paper                     shape            at birth
-    down     the projection to m       (m, d), (m,)     N(0, 1/d), 0
-    up       the projection back       (d, m), (d,)     0, 0: the adapter is the identity ("near-identity" in the paper)
-    f        the nonlinearity                           GELU (the paper leaves it open)
+    code            paper                  shape            at birth
+    down, b_down    the projection to m    (m, d), (m,)     N(0, 1/d), 0
+    up, b_up        the projection back    (d, m), (d,)     0, 0: the adapter is the identity
+                                                            ("near-identity" in the paper)
+    size            m
+    f               the nonlinearity                        GELU (the paper leaves it open)
 
-Cost: 2 m d + m + d parameters a sublayer; 2 m d multiplications a token more, also after
-training: because of f it is no change of a weight, and cannot be merged. The sublayers are
-the attention and the MLP of each block, as in the paper; `targets=["mlp"]` is the cheaper
-half that Pfeiffer et al. 2020 (arXiv 2005.00247) found to be nearly as good.
+Cost: 2 m d + m + d parameters a sublayer, and 2 m d multiplications a token, also after
+training: because of f the adapter is no change of a weight, and cannot be merged. The
+sublayers are the attention and the MLP of each block, as in the paper.
+`targets=["mlp"]` is the cheaper half that Pfeiffer et al. 2020 (arXiv 2005.00247) found
+to be nearly as good.
 
-A sublayer of a Hugging Face model may return a tuple, whose first item is the hidden state:
-that item alone is adapted. The `adapters` library patches each architecture's source file;
-here the patch rings the module, whatever it holds. Not included: training the layer norms
-beside the adapters, as the paper does (2 d more parameters for each norm).
+A sublayer of a Hugging Face model may return a tuple. Its first item is the hidden
+state, and only that item is adapted. The `adapters` library patches the source file of
+each architecture; here the patch wraps any module. Not included: training the layer
+norms together with the adapters, as the paper does (2 d more parameters for each norm).
 
 >>> from torch import nn; import torch, minillm
 >>> model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(2, 8)
 >>> before = model(x)
->>> torch.equal(minillm.adapters.wrap(model, ["0"], size=2)(x), before)   # nothing changes at birth
+>>> torch.equal(minillm.adapters.wrap(model, ["0"], size=2)(x), before)   # unchanged at birth
 True
->>> minillm.adapters.merge(model)
+>>> minillm.adapters.merge(model)                                        # doctest: +ELLIPSIS
 Traceback (most recent call last):
-minillm.registry.kinds.CannotMerge: adapters cannot be merged: what it computes is no change of a weight
+minillm.registry.kinds.CannotMerge: adapters cannot be merged: ...
 """
 
 import torch.nn.functional as F
@@ -54,7 +58,7 @@ class Bottleneck(Patch):
     @classmethod
     def accepts(cls, site):
         if any(isinstance(parent, nn.MultiheadAttention) for parent, _ in site.places):
-            return False  # its out_proj is never called: its weight is read, and would pass an adapter by
+            return False  # it reads out_proj.weight and never calls out_proj, nor its adapter
         if getattr(site.module.forward, "__func__", None) is nn.Module.forward:
             return False  # a container, such as a ModuleList: it is never called
         return site.leaf is None or not site.leaf.lookup
@@ -70,7 +74,8 @@ class Bottleneck(Patch):
         if h.shape[-1] != self.width:
             raise ValueError(f"width={self.width}: the output that this adapter changes has the "
                              f"width {h.shape[-1]}")
-        down, b_down, up, b_up = (p.to(h.dtype) for p in (self.down, self.b_down, self.up, self.b_up))
+        parameters = self.down, self.b_down, self.up, self.b_up
+        down, b_down, up, b_up = (p.to(h.dtype) for p in parameters)
         return h + F.linear(F.gelu(F.linear(h, down, b_down)), up, b_up)
 
     def extra_repr(self):
@@ -78,21 +83,25 @@ class Bottleneck(Patch):
 
 
 def wrap(model, targets=None, *, name=None, size=32, width=None):
-    """Put a bottleneck of `size` units after each sublayer that `targets` names; in place, returns the model.
+    """Put an adapter after each sublayer of `targets`; in place, returns the model.
 
-    By default the attention and the MLP of each block (see `registry.roles`); where a block has no MLP module (OPT,
-    nn.TransformerEncoder), the last leaf that lies in the block itself. `width` is the size of their output, found by
-    looking at the last leaf in each; give it where that is wrong. Only the adapters learn afterwards.
+    targets: by default the attention and the MLP of each block (see `registry.roles`);
+    where a block has no MLP module (OPT, nn.TransformerEncoder), the last leaf directly
+    in the block. name: by default "adapters". size: the units of the bottleneck, m.
+    width: the width of the sublayer's output, d, by default that of its last leaf; give
+    it where that is wrong. Only the adapters learn afterwards.
     """
     default = sublayers if targets is None else lambda model: None
-    return attach(Bottleneck, model, targets, default=default, what="sublayer", name=name, size=size, width=width)
+    return attach(Bottleneck, model, targets, default=default, what="sublayer", name=name,
+                  size=size, width=width)
 
 
 def sublayers(model):
-    """Whether a site is the attention or the MLP of a block."""
+    """A function of a site: whether it is the attention or the MLP of a block."""
     blocks = roles.parts(model).blocks if roles.lists(model) else [roles.alone(model)]
     found = [block.attention for block in blocks] + [block.mlp for block in blocks]
-    found += [block.loose[-1] for block in blocks if not block.mlp and block.attention and block.loose]
+    found += [block.loose[-1] for block in blocks
+              if not block.mlp and block.attention and block.loose]
     names = {site.name for site in found if site}
     return lambda site: site.name in names
 

@@ -1,29 +1,35 @@
-"""Calibration: the real inputs of each leaf, block after block, while the model is made small.
+"""Calibration: collect the real inputs of each leaf, block by block, and change it.
 
-    1. All examples run through the blocks once. The hidden state before the first block is kept,
-       and what each block gets beside it (masks, rotations).
+    1. All examples run through the blocks once. The hidden state before the first block
+       is kept, and the other arguments of each block (masks, rotations).
     2. For each block in turn:
-       a. Its leaves form groups that read one tensor: q, k, v; then o; then gate, up; then down.
-       b. For each group the examples run through the block, as far as the group. A statistic
-          of its input adds up, batch by batch. Then `change(site, statistic)` changes each leaf.
-       c. The examples run through the changed block: its output is the next block's input.
+       a. Its leaves form groups that read one tensor: q, k, v; then o; then gate, up;
+          then down.
+       b. For each group the examples run through the block, up to the group. A
+          statistic of its input adds up, batch by batch. Then `change(site, statistic)`
+          changes each leaf.
+       c. The examples run through the changed block: its output is the next block's
+          input.
 
-So each leaf is calibrated with what the changed leaves before it compute, as GPTQ's own code does
-with `--true-sequential` (Frantar et al. 2022, arXiv 2210.17323). One pass for all leaves of a block
-takes a third of the time, but calibrates o and down with inputs that they never get again.
+So each leaf is calibrated with the output of the changed leaves before it, as in GPTQ's
+own code with `--true-sequential` (Frantar et al. 2022, arXiv 2210.17323). One pass for
+all leaves of a block takes a third of the time, but it calibrates o and down with
+inputs that they do not get in the changed model.
 
-    statistic    what it keeps                                       shape
+    statistic    content                                             shape
     Gram         H = sum of x xᵀ over the tokens, for GPTQ           (in, in)
     Squares      sum of x² over the tokens, for Wanda                (in,)
 
-Memory: the hidden states of all tokens, and what one block computes for one batch. Time: about
-four forward passes. A leaf outside of the blocks (a head that is named) costs one more pass of the
-whole model for each group. So does every group of a model without blocks.
+Memory: the hidden states of all tokens, and the activations of one block for one batch.
+Time: about four forward passes. A group of leaves outside of the blocks (a head that is
+named) costs one more pass of the whole model. So does every group of a model without
+blocks.
 
-Padded places never count. The blocks have to pass on one hidden state; a model that changes it in
-between is an error. GPTQ's code gives the masks of the first block to all blocks. Here each block
-gets its own, for some layers have a sliding window and others have none. Not included: hidden
-states on disk or on another device.
+Padding never counts. Each block has to get the hidden state that the block before it
+returns; a model that changes it in between is an error. GPTQ's code gives the masks of
+the first block to all blocks. Here each block gets its own masks, because some layers
+have a sliding window and others have none. Not included: hidden states on disk or on
+another device.
 
 >>> import torch, minillm
 >>> model = minillm.Transformer(minillm.Config(vocab_size=50, width=8, layers=2, heads=2))
@@ -48,7 +54,7 @@ from minillm.registry import hidden_linears, prepare, roles, select, walk
 
 
 class Gram:
-    """H = sum of x xᵀ over the tokens x, at least float32."""
+    """H = sum of x xᵀ over the tokens x, in float32 or float64."""
 
     def __init__(self):
         self.count, self.H = 0, 0
@@ -60,7 +66,7 @@ class Gram:
 
 
 class Squares:
-    """The sum of x² over the tokens x, for each input, at least float32."""
+    """The sum of x² over the tokens x, for each input, in float32 or float64."""
 
     def __init__(self):
         self.count, self.sum = 0, 0
@@ -80,16 +86,17 @@ class Batch:
 
 
 def stream(model, examples, change, targets=None, *, statistic=Gram, batch_size=8, progress=True):
-    """Call change(site, statistic) for each leaf that `targets` names, as they are computed.
+    """Call change(site, statistic) for each leaf of `targets`, in computing order.
 
-    examples: a list of Examples or of lists of ids, or a tensor (n, t) of ids. change: what changes
-    the leaf in the model, or not; leaves with one input share one statistic. targets: see
-    `registry.select`; by default every linear leaf but the output head and tied matrices.
-    statistic: a class with `add` and `count`, as Gram. batch_size: examples in a forward pass.
-    progress: whether to show a bar.
+    examples: a list of Examples or of lists of ids, or a tensor (n, t) of ids. change:
+    a function that may change the leaf in the model; leaves with the same input share
+    one statistic. targets: see `registry.select`; by default every linear leaf but the
+    output head and tied matrices. statistic: a class with `add` and `count`, such as
+    Gram. batch_size: examples in a forward pass. progress: whether to show a bar.
 
-    The model is in eval mode meanwhile. ValueError, before any leaf is changed, for a leaf that no
-    example reaches, for blocks that are no chain, and for hidden states that are not finite.
+    Meanwhile the model is in eval mode. ValueError, before any leaf is changed, for a
+    leaf that no example reaches, for blocks that do not form a chain, and for hidden
+    states that are not finite.
     """
     sites, order = select(model, targets, linear, hidden_linears(model)), walk(model)
     for site in sites:
@@ -99,7 +106,7 @@ def stream(model, examples, change, targets=None, *, statistic=Gram, batch_size=
     blocks = roles.blocks(model) if roles.lists(model) else []
     inside = [[site for site in sites if f"{site.name}.".startswith(f"{block.name}.")]
               for block in blocks]
-    while inside and not inside[-1]:  # nothing is to be done in the last block
+    while inside and not inside[-1]:  # no leaf of the last block is chosen
         blocks, inside = blocks[:-1], inside[:-1]
     within = {site.name for group in inside for site in group}
     names = [site.name for site in order]
@@ -136,14 +143,19 @@ def stream(model, examples, change, targets=None, *, statistic=Gram, batch_size=
 
 
 def linear(site):
-    """Whether a site is a leaf whose input is vectors, and not ids."""
+    """Whether a site is a leaf whose inputs are vectors and not ids."""
     return site.leaf is not None and not site.leaf.lookup
 
 
 @contextlib.contextmanager
 def quiet(model):
-    """Eval mode, no gradients, nothing compiled; afterwards each module is in its mode again, new ones in that of their site."""
-    known, modes = {id(module) for module in model.modules()}, {site.name: site.module.training for site in walk(model)}
+    """Eval mode, no gradients, nothing compiled.
+
+    Afterwards each module is in its own mode again, and a new module in the mode of its
+    site.
+    """
+    known = {id(module) for module in model.modules()}
+    modes = {site.name: site.module.training for site in walk(model)}
     compiled = any(module._compiled_call_impl is not None for module in model.modules())
     stance = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
     try:
@@ -158,14 +170,14 @@ def quiet(model):
 
 
 def cut(model, examples, size):
-    """The examples as Batches; single rows where they are padded and the model takes no mask."""
+    """The examples as Batches; single rows for padded ones if the model takes no mask."""
     every = examples.tolist() if isinstance(examples, torch.Tensor) else examples
     if isinstance(every, (list, tuple)):
         every = [Example(list(e), list(e)) if isinstance(e, (list, tuple)) else e for e in every]
     check_examples(every)
     if not len(every):
         raise ValueError("there are no examples to calibrate with")
-    every = sorted(every, key=lambda example: len(example.ids))  # so that little is padded
+    every = sorted(every, key=lambda example: len(example.ids))  # for little padding
     device = next(model.parameters()).device
     masks = native(model) or "attention_mask" in arguments(model)
     for i in range(0, len(every), size):

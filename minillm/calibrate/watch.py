@@ -1,7 +1,8 @@
-"""What the leaves and the blocks of a model get: hooks that note it, and are gone afterwards.
+"""Temporary hooks that record the inputs of a model's leaves and blocks.
 
-A leaf's inputs are seen by a hook on the leaf, or on the Layer around it: a patch that changes the
-weight computes with it and never calls the leaf. Where a patch changes the input, the leaf sees it.
+The hook for a leaf's inputs is on the Layer around the leaf, where there is one: a
+patch that changes the weight computes with the weight and never calls the leaf. Where a
+patch changes the input, the hook is on the leaf itself.
 """
 
 import collections
@@ -11,15 +12,15 @@ import torch
 
 
 class Stop(Exception):
-    """What was wanted has been seen: the rest of the forward pass is not computed."""
+    """Raised by a hook that has its input, to skip the rest of the forward pass."""
 
 
-# --- what a leaf gets ---------------------------------------------------------------------------
+# --- the inputs of a leaf -------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def watching(*hooks):
-    """Hooks, given as functions that register one, while the context lasts."""
+    """A context with hooks. `hooks` are functions that register one hook each."""
     handles = []
     try:
         handles += [register() for register in hooks]
@@ -30,7 +31,7 @@ def watching(*hooks):
 
 
 def on_input(site, see):
-    """A function that registers a hook, which calls see(x) with each input x of a leaf."""
+    """A function that registers a hook: it calls see(x) for each input x of a leaf."""
     patches = site.layer.patches.values() if site.layer else ()
     changed = any(getattr(patch, "touches", None) == "input" for patch in patches)
     module = site.module if changed or not site.layer else site.layer
@@ -42,11 +43,11 @@ def on_input(site, see):
 
 
 def groups(run, batch, sites):
-    """[(sites that read one and the same tensor, whether each is called once)], as they are called.
+    """[(sites that read the same tensor, whether each is called once)], in call order.
 
-    A site that this batch does not reach (an expert) comes last, alone.
+    A site that this batch does not reach (an expert) comes last, in a group of its own.
     """
-    calls, found, last = [], [], None  # calls keeps the inputs, so no two of them share memory
+    calls, found, last = [], [], None  # `calls` keeps the inputs alive: none reuses memory
     notes = [on_input(site, lambda x, site=site: calls.append((site, x))) for site in sites]
     with watching(*notes):
         if sites:
@@ -64,7 +65,7 @@ def groups(run, batch, sites):
 
 
 def gather(run, batches, site, once, found):
-    """Add all inputs of a site to the statistic `found`; returns it."""
+    """Add all inputs of a site to the statistic `found` and return it."""
     for batch in batches:
         def see(x):
             found.add(tokens(x, batch.mask, site.name))
@@ -80,12 +81,12 @@ def gather(run, batches, site, once, found):
 
 
 def tokens(x, mask, name):
-    """x (b, t, in) -> (tokens, in) without what is padded, at least float32."""
+    """x (b, t, in) -> (tokens, in) without padding, in float32 or float64."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if mask is None:
         return x.flatten(0, -2)  # (b, t, in) -> (b * t, in)
     if x.shape[:-1] == (mask.numel(),):
-        mask = mask.flatten()  # OPT's blocks make one list of all tokens
+        mask = mask.flatten()  # OPT's blocks flatten (b, t) to (b * t)
     if x.shape[:-1] != mask.shape:
         raise ValueError(f"the input of {name!r} is {tuple(x.shape)} for a batch of "
                          f"{tuple(mask.shape)} tokens, which does not say what is padding: give "
@@ -93,14 +94,14 @@ def tokens(x, mask, name):
     return x[mask != 0]
 
 
-# --- what a block gets --------------------------------------------------------------------------
+# --- the inputs of a block ------------------------------------------------------------
 
 
 def enter(run, blocks, batches, sites):
-    """Note in each batch what the blocks get. ValueError where they cannot be run one by one."""
+    """Record the blocks' inputs in each batch; ValueError if they form no chain."""
     if len({id(block.module) for block in blocks}) < len(blocks):
-        raise ValueError(f"some of the blocks of {blocks[0].name.rpartition('.')[0]!r} are one and "
-                         "the same module, which has different inputs each time")
+        raise ValueError(f"some of the blocks of {blocks[0].name.rpartition('.')[0]!r} are the "
+                         "same module, which has different inputs each time")
     reached = set()
     notes = [on_input(site, lambda x, name=site.name: reached.add(name)) for site in sites]
     for batch in batches if blocks else ():
@@ -115,15 +116,15 @@ def enter(run, blocks, batches, sites):
 
 
 def doors(blocks, batch):
-    """Hooks that note in the batch what goes into each block, and stop behind the last."""
-    passed = [0, None]  # how many blocks the hidden state has passed; the state
+    """Hooks that record each block's input in the batch, and stop after the last."""
+    passed = [0, None]  # the number of blocks that have run; their hidden state
 
     def into(i, block):
         def hook(module, args, kwargs):
             x, *beside = apart(args, kwargs)
             if passed[0] != i or i and not torch.equal(x, passed[1]):
-                raise ValueError(f"what {block.name!r} gets is not what the block before it gives: "
-                                 "this model cannot be run block by block")
+                raise ValueError(f"the input of {block.name!r} is not the output of the block "
+                                 "before it: this model cannot be run block by block")
             batch.x = x if i == 0 else batch.x
             batch.beside.append(beside)
 
@@ -135,7 +136,7 @@ def doors(blocks, batch):
             passed[:] = passed[0] + 1, state(output)
             if passed[0] == len(blocks):
                 if not passed[1].isfinite().all():
-                    raise ValueError(f"what {block.name!r} gives holds nan or infinity")
+                    raise ValueError(f"the output of {block.name!r} holds nan or infinity")
                 raise Stop
 
         return lambda: standing(block).register_forward_hook(hook)
@@ -144,18 +145,18 @@ def doors(blocks, batch):
 
 
 def standing(block):
-    """The module that is in a block's place now."""
+    """The module that is now at a block's place."""
     parent, key = block.places[0]
     return getattr(parent, key)
 
 
 def state(output):
-    """The hidden state in what a block returns: itself, or the first of a tuple."""
+    """The hidden state in a block's output: all of it, or the first of a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
 
 def apart(args, kwargs):
-    """The hidden state of a block's arguments, and the others, without a cache of keys."""
+    """A block's arguments -> (hidden state, args, kwargs); None for a key/value cache."""
     kwargs = dict(kwargs)
     if args:
         x, *args = args

@@ -1,21 +1,25 @@
 """Layer freezing: train the top of the model, keep the rest as it was.
 
-    theta_i  learns  where i is not frozen            Howard & Ruder 2018, "ULMFiT", arXiv 1801.06146, section 3.3
+    theta_i learns where i is not frozen
+                                Howard & Ruder 2018, "ULMFiT", arXiv 1801.06146, section 3.3
 
-What a language model knows generally lies low, what a task needs lies high; the top layers alone get most of the way. It is
-the cheapest training of all in compute: the backward pass stops at the lowest layer that learns, so with the last 2 of 30
-blocks 2.8 N operations a token are left of 6.5 N (N: the model's parameters), and the activations of two blocks are all that
-is kept. In file size it is the dearest: all the weights of the layers that learnt.
+The low layers of a language model hold general knowledge, the high layers what a task
+needs, so training the top layers alone gives most of the gain. Of all methods it costs
+the least compute: the backward pass stops at the lowest layer that learns. With the
+last 2 of 30 blocks, 2.8 N operations a token are left of 6.5 N (N: the model's
+parameters), and only the activations of two blocks are kept. Its files are the largest:
+all weights of the layers that learnt.
 
-Freezing adds no module: it says which of the model's own parameters learn (their `requires_grad`). What another technique added
-is never frozen by it. transformers and peft leave this to the user's loop over `named_parameters`. A tied embedding
-counts as frozen if either of its names is.
-`gradual` unfreezes block by block while the model trains.
+Freezing adds no module. It sets which of the model's own parameters learn (their
+`requires_grad`), and never freezes the parameters of another technique. transformers
+and peft leave this to the user's loop over `named_parameters`. A tied embedding is
+frozen if either of its names is. `gradual` unfreezes block by block while the model
+trains.
 
 >>> import minillm
 >>> model = minillm.Transformer(minillm.Config(vocab_size=50, width=8, layers=4, heads=2))
 >>> names = [n for n, p in minillm.freeze.wrap(model, last=1).named_parameters() if p.requires_grad]
->>> sorted({".".join(n.split(".")[:2]) for n in names})                  # the last block and the final norm
+>>> sorted({".".join(n.split(".")[:2]) for n in names})           # the last block, the final norm
 ['layers.3', 'norm.weight']
 """
 
@@ -30,10 +34,12 @@ class Freeze(Claim):
 
 
 def wrap(model, targets=None, *, last=2):
-    """Freeze the modules that `targets` names (any modules; see `registry.select`), with all in them; returns the model.
+    """Freeze the modules that `targets` names; in place, returns the model.
 
-    By default all but the last `last` blocks, and what comes after the blocks (the final norm, an untied head).
-    ValueError where nothing would be left to learn, and where a part of it is frozen already.
+    targets: any modules, with the modules inside them; see `registry.select`. By
+    default the last `last` blocks learn, with the modules after the blocks (the final
+    norm, an untied head), and all else is frozen. ValueError where nothing would be
+    left to learn, and where a parameter is frozen already.
     """
     if targets is None:
         names = within(model, lowest(model, last)) | own(model)
@@ -41,29 +47,32 @@ def wrap(model, targets=None, *, last=2):
         names = within(model, select(model, targets, lambda site: True, None, "module"))
     already = sorted(stopped_by(model, "freeze") & names)
     if already:
-        raise ValueError(f"{already[0]!r} is frozen already: minillm.freeze.unwrap(model) first lets all of it learn again")
+        raise ValueError(f"{already[0]!r} is frozen already: minillm.freeze.unwrap(model) lets all "
+                         "parameters learn again")
     shared = {id(p) for name, *_, p in parameters(model) if name in names}
     if all(id(p) in shared for *_, p in parameters(model)):
-        raise ValueError(f"targets={targets!r} with last={last} freezes every parameter: nothing would be left to learn")
+        raise ValueError(f"targets={targets!r} with last={last} freezes every parameter: nothing "
+                         "would be left to learn")
     return say_of(model, Freeze, lambda name: name in names)
 
 
 def lowest(model, last):
-    """The Sites of all modules up to the last `last` blocks, but for what holds the blocks."""
+    """The Sites below the last `last` blocks, without the modules that hold blocks."""
     sites, blocks = walk(model), roles.blocks(model)
     n = len(blocks)
     if not 0 < last < n:
         name = blocks[0].name.rpartition(".")[0]
-        raise ValueError(f"last={last}: {name!r} has {n} blocks, so last lies between 1 and {n - 1}")
+        raise ValueError(f"last={last}: {name!r} has {n} blocks, so last is from 1 to {n - 1}")
     first = blocks[n - last].name
     below = sites[: [site.name for site in sites].index(first)]
     return [site for site in below if not first.startswith(f"{site.name}.")]
 
 
 def own(model):
-    """The names of the parameters that belong to what holds the blocks, and to no module in it.
+    """The names of the parameters that a module with the blocks in it owns directly.
 
-    A learned position or a class token of an ordinary model is one: it lies below the blocks.
+    A learned position or a class token of an ordinary model is one: it is below the
+    blocks.
     """
     first = roles.blocks(model)[0].name
     holders = [site.module for site in walk(model) if first.startswith(f"{site.name}.")]
@@ -73,13 +82,14 @@ def own(model):
 
 
 def within(model, sites):
-    """The names of all parameters in these sites, also where another module shares them."""
+    """The names of all parameters in these sites, also those that others share."""
     owners = {id(module) for site in sites for module in site.module.modules()}
     return {name for name, owner, *_ in slots(model) if id(owner) in owners}
 
 
 unwrap, merge, unmerge, save, load = verbs("freeze", Freeze, VERBS)
-method("freeze", wrap, does="trains the last blocks only", paper="Howard & Ruder 2018, arXiv 1801.06146",
+method("freeze", wrap, does="trains the last blocks only",
+       paper="Howard & Ruder 2018, arXiv 1801.06146",
        rates=dict(tiny=1.5e-3, smollm2=3e-4), small={"": dict(last=1), "two": dict(last=2)})
 
 from minillm.freeze import bitfit  # noqa: E402, F401

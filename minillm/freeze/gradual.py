@@ -2,25 +2,28 @@
 
     block L - k learns from step  t_k = k / L * until * steps  on, k = 0, ..., L - 1
 
-                             Howard & Ruder 2018, "ULMFiT", arXiv 1801.06146, section 3.3: one more
-                             block each epoch
+                             Howard & Ruder 2018, "ULMFiT", arXiv 1801.06146, section 3.3: one
+                             more block each epoch
 
-What the model knows generally lies low. At the start the gradient is large and knows the task
-badly, so it should not reach the low blocks yet. What comes after the blocks learns from the start,
-and what comes before them, the embedding, joins with the lowest block.
+The low blocks hold general knowledge. At the start the gradient is large and does not
+fit the task well, so it should not change the low blocks yet. The modules after the
+blocks learn from the start. The modules before them, such as the embedding, join with
+the lowest block.
 
     train(model, examples, ..., on_step=Unfreezing(until=0.5))
 
-What a technique added to a block, such as LoRA, waits with it. A head that shares its matrix with
-the embedding waits with the embedding. A block that waits has no gradient in that step, so AdamW neither moves nor decays it. Its own
-moments start when it joins. Cost: that of full fine-tuning; `freeze.wrap` is what saves compute. It
-follows from the step alone, so a training that was interrupted goes on bit for bit.
+The parameters of a technique in a block, such as LoRA, wait with the block. A head that
+shares its matrix with the embedding waits with the embedding. The gradient of a block
+that waits is dropped, so AdamW neither moves nor decays it, and its moments start when
+it joins. Cost: that of full fine-tuning; to save compute, use `freeze.wrap`. The
+schedule depends only on the step, so a training that was interrupted continues bit for
+bit.
 
 >>> import minillm
 >>> model = minillm.Transformer(minillm.Config(vocab_size=50, width=8, layers=4, heads=2))
 >>> for step in (0, 10, 20, 30):
-...     waiting = Unfreezing(until=0.5).waiting(model, step, 80)
-...     print(step, [site.name for site in waiting if site.name.startswith("layers.") and site.name.count(".") == 1])
+...     names = [site.name for site in Unfreezing(until=0.5).waiting(model, step, 80)]
+...     print(step, [name for name in names if name.startswith("layers.") and name.count(".") == 1])
 0 ['layers.0', 'layers.1', 'layers.2']
 10 ['layers.0', 'layers.1']
 20 ['layers.0']
@@ -45,7 +48,7 @@ class Unfreezing:
         options.real("until", self.until, lambda x: 0 < x <= 1, "a share of the steps, above 0")
 
     def settled(self, steps):
-        """The step from which on all blocks learn, whatever their number."""
+        """The step from which on all blocks learn, for any number of blocks."""
         return math.ceil(self.until * steps)
 
     def waiting(self, model, step, steps):

@@ -1,7 +1,7 @@
-"""DoRA: LoRA for the direction of each weight, and a number for its length.
+"""DoRA: LoRA for the direction of each row of a weight, and a number for its length.
 
-Full fine-tuning changes how long a row of W is, and where it points, almost independently of each
-other. LoRA changes both together. DoRA learns the two apart.
+Full fine-tuning changes the length and the direction of a row of W almost
+independently. LoRA changes both together. DoRA learns them apart.
 
     1. V  = W + s B A                          the direction, as LoRA changes it
     2. W' = m * V / ||V||                      each row has the length m
@@ -15,19 +15,20 @@ other. LoRA changes both together. DoRA learns the two apart.
 
 The paper writes W as (in, out), so its columns are our rows: one per output.
 
-||V|| is needed in every step, and V is a full matrix. But its norm needs no V:
+Every step needs ||V||. V is a full matrix, but its norm can be computed without it:
 
     ||V||^2 = ||W||^2 + 2 s B . (W A^T) + s^2 B . (B A A^T)        row by row
 
-where a product of two matrices of shape (out, r) is all that is made. So the output is
+where B, W A^T and B A A^T are (out, r). So the output is
 
     W' x + b = (m / ||V||) * (W x + s B A x) + b
 
-Cost: LoRA's, out more parameters a leaf, and one pass over W for the norm in each step. Merged,
-nothing. peft makes s B A and W + s B A, and takes the norm of that. Its dropout also drops the input
-of W, ours that of the branch alone; without dropout the two are equal.
+Cost: LoRA's, `out` more parameters a leaf, and one pass over W for the norm in each
+step. Merged, it costs nothing. peft computes s B A, adds W, and takes the norm of the
+sum. Its dropout also drops inputs of W, ours only inputs of the branch; without dropout
+the two are equal.
 
-Beneath a format W is made dense for the norm. Not included: embeddings.
+Over a format, W is made dense for the norm. Not included: embeddings.
 
 >>> from torch import nn; import torch, minillm
 >>> model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(2, 8)
@@ -38,7 +39,7 @@ True
 >>> with torch.no_grad():
 ...     _ = model[0].patches["dora"].B.normal_()
 >>> W, _ = model[0].dense()
->>> torch.allclose(W.norm(dim=1), model[0].patches["dora"].m)           # the length is m, whatever B is
+>>> torch.allclose(W.norm(dim=1), model[0].patches["dora"].m)           # the length is m for any B
 True
 """
 
@@ -66,7 +67,7 @@ class DoRA(LoRA):
 
     @torch.no_grad()
     def norm(self, W):
-        """||W + s B A|| of each row, (out,), in float32, as a constant."""
+        """||W + s B A|| of each row, (out,), in A's dtype, without a gradient."""
         W, A, B, s = W.to(self.A.dtype), self.A, self.B, self.scale
         squares = W.square().sum(1) + 2 * s * (B * (W @ A.T)).sum(1)  # each (out,)
         squares += s**2 * (B @ (A @ A.T) * B).sum(1)
@@ -86,16 +87,17 @@ class DoRA(LoRA):
 
 
 def wrap(model, targets=None, *, name=None, r=8, alpha=16.0, rank_stabilized=False, dropout=0.0):
-    """Put DoRA around the leaves that `targets` names (see `registry.select`); in place, returns the model.
+    """Put DoRA around the leaves that `targets` names; in place, returns the model.
 
-    By default every linear leaf but the output head and tied matrices. Only A, B and m learn
-    afterwards. name: what it is called, by default "dora". r: the rank, or the smaller side of a leaf
-    where that is less. alpha: s = alpha / r; rank_stabilized: s = alpha / sqrt(r). dropout: of the branch's
-    input, while training. ValueError for an r that is no rank of one of the leaves, an alpha that is
-    not above 0, and a dropout outside of 0 <= d < 1.
+    targets: see `registry.select`; by default every linear leaf but the output head and
+    tied matrices. Only A, B and m learn afterwards. name: by default "dora". r: the
+    rank; where a leaf's smaller side is less, that side. alpha: s = alpha / r;
+    rank_stabilized: s = alpha / sqrt(r). dropout: of the branch's input, in training.
+    ValueError for an r above both sides of a leaf, an alpha that is not above 0, and a
+    dropout outside of 0 <= d < 1.
     """
-    return attach(DoRA, model, targets, name=name, r=r, alpha=alpha, rank_stabilized=rank_stabilized,
-                  dropout=dropout)
+    return attach(DoRA, model, targets, name=name, r=r, alpha=alpha,
+                  rank_stabilized=rank_stabilized, dropout=dropout)
 
 
 register("dora", DoRA, family="lora")

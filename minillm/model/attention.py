@@ -1,4 +1,4 @@
-"""Attention: who sees whom, and softmax(q kᵀ / sqrt(d) + mask) v.
+"""Attention: which tokens see which, and softmax(q kᵀ / sqrt(d) + mask) v.
 
     document    the number of the text that a token belongs to; 0: padding
     position    how many tokens of its own document lie before it: 0, 1, 2, ...
@@ -6,15 +6,16 @@
     A token sees the tokens of its own document at its own position or before,
     and with a window w only the last w of them, itself included.
 
-This one rule, over documents and positions and never over columns, makes these right:
+This one rule uses documents and positions, never columns. So these are right without a
+case of their own:
 
     padding     it belongs to no text, so it has no place in a position or in a window
     packing     several texts in one row: each starts at position 0 and sees itself alone
-    cache       the keys of earlier calls keep the document and the position they had
+    cache       the keys of earlier calls keep their document and their position
 
-A batch of whole rows needs no mask at all, and gets none: torch's causal kernels are the
-fast way. The letters in the shapes: b batch, t tokens of this call, s tokens attended to,
-h heads, g key/value heads, d head size.
+A batch of whole rows gets no mask, because torch's causal kernels are faster. The
+letters in the shapes: b batch, t tokens of this call, s tokens attended to, h heads, g
+key/value heads, d head size.
 
 A packed row with one token of padding and two documents. With a window of 2 the third token
 of the first document no longer sees the first:
@@ -49,10 +50,11 @@ def count(documents, start=0):
 
 
 def visible(documents, positions, key_documents, key_positions, window=None):
-    """Which keys each token sees, (b, t, s), True where it does.
+    """Which keys each token sees: (b, t, s), True where it does.
 
-    documents, positions (b, t) are those of the tokens, the others (b, s) those of the keys. A
-    padding token sees other padding: nobody reads what it computes, but it must not be nan.
+    documents and positions (b, t) belong to the tokens, key_documents and key_positions
+    (b, s) to the keys. A padding token sees other padding: nothing uses its output, but
+    it must not be nan.
     """
     distance = positions[:, :, None] - key_positions[:, None]  # (b, t, s)
     sees = (documents[:, :, None] == key_documents[:, None]) & (distance >= 0)
@@ -60,7 +62,7 @@ def visible(documents, positions, key_documents, key_positions, window=None):
 
 
 def check_mask(ids, mask):
-    """ValueError for a mask that does not hold the documents (b, t) of these ids."""
+    """ValueError for a mask that is not the documents (b, t) of these ids."""
     same_shape(ids, mask=mask)
     if mask is not None and mask.is_floating_point():
         raise ValueError(f"mask is {mask.dtype}: give bool, True at tokens, or the documents "
@@ -68,13 +70,13 @@ def check_mask(ids, mask):
 
 
 def look(ids, mask, cache, limit, window=None, static=False):
-    """Where each token is and whom it sees: positions (b or 1, t), and a mask (b, 1, t, s) or None.
+    """Positions of the tokens (b or 1, t), and their mask (b, 1, t, s) or None.
 
-    ids (b, t); mask (b, t): the documents, None where every row is one whole text; cache: a Cache
-    that holds the tokens before these, or None. `static`: keys are all columns of the cache,
-    filled or not, so that their number is the same at each call. The mask is None where the
-    tokens of a row see each other causally, and nothing else. ValueError for a text that is longer
-    than `limit` tokens.
+    ids (b, t). mask (b, t): the documents, None where every row is one whole text.
+    cache: a Cache with the tokens before these, or None. static: the keys are all
+    columns of the cache, filled or not, so that their number is the same at each call.
+    The mask that is returned is None where plain causal attention is right. ValueError
+    for a text longer than `limit` tokens.
     """
     t, start = ids.shape[1], cache.filled if cache else 0
     documents = ids.new_ones(1, t) if mask is None else mask.long()
@@ -100,9 +102,9 @@ def look(ids, mask, cache, limit, window=None, static=False):
 def attend(q, k, v, mask=None):
     """softmax(q kᵀ / sqrt(d) + mask) v, written out; `fused` computes the same.
 
-    q (b, h, t, d), k and v (b, g, s, d), h a multiple of g -> (b, h, t, d). mask (b, 1, t, s):
-    True where a token sees a key; None: each sees itself and what comes before it, or, where there
-    is one token alone, every key.
+    q (b, h, t, d), k and v (b, g, s, d), h a multiple of g -> (b, h, t, d). mask (b, 1,
+    t, s): True where a token sees a key. None: each token sees itself and the tokens
+    before it; a single token (t = 1) sees every key.
     """
     t, s, share = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(share, 1) for x in (k, v))  # (b, g, s, d) -> (b, h, s, d)

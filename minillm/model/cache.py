@@ -1,18 +1,19 @@
-"""The key/value cache: what attention needs of the tokens so far, so that a step computes one.
+"""The key/value cache keeps what attention needs, so a step computes one token.
 
     memory    2 * layers * kv_heads * head_size numbers for each token of each row
 
-A token's keys and values do not change when others follow it: it sees only those before it.
+A token's keys and values do not change when other tokens follow, because it does not
+see them.
 """
 
 import torch
 
 
 class Cache:
-    """The keys and values of the tokens so far, for each layer (b, g, length, d), in place.
+    """The keys and values so far, (b, g, length, d) for each layer; filled in place.
 
-    `documents` and `positions` (b, length) say what each column holds (see `attention`); document
-    -1 is for a column that is not filled yet.
+    `documents` and `positions` (b, length) describe the token in each column (see
+    `attention`). A column that is not filled yet has document -1.
     """
 
     def __init__(self, config, batch, length, dtype=torch.float32, device=None):
@@ -22,12 +23,12 @@ class Cache:
         shape = (config.layers, batch, config.kv_heads, length, config.head_size)
         self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.filled = 0  # columns in use
-        self.mixed = False  # whether one of them holds padding, or a second document
+        self.mixed = False  # whether a column holds padding or a second document
         self.documents = torch.full((batch, length), -1, device=device)
         self.positions = torch.zeros_like(self.documents)
 
     def check(self, ids, config, dtype):
-        """ValueError unless the tokens ids (b, t) of such a model fit behind those in the cache."""
+        """ValueError unless the cache fits the model and has room for ids (b, t)."""
         layers, b, g, length, d = self.k.shape
         if ids.shape[0] != b:
             raise ValueError(f"the cache is for a batch of {b} rows, ids have {ids.shape[0]}")
@@ -43,7 +44,7 @@ class Cache:
                              f"make it with dtype={dtype}")
 
     def note(self, documents, positions, whole, static):
-        """Enter what the new columns hold; returns documents and positions (b, s) of all keys."""
+        """Record the new columns; returns documents and positions (b, s) of all keys."""
         end = self.filled + positions.shape[1]
         self.documents[:, self.filled : end] = documents
         self.positions[:, self.filled : end] = positions
@@ -52,7 +53,7 @@ class Cache:
         return self.documents[:, :end], self.positions[:, :end]
 
     def stores(self, t, static):
-        """For each layer what `write` takes for t new tokens: k, v (b, g, s, d) and where (t,)."""
+        """For each layer, yield the k, v (b, g, s, d) and where (t,) that `write` takes."""
         end = self.k.shape[3] if static else self.filled + t
         where = torch.arange(self.filled, self.filled + t, device=self.k.device)
         for i in range(len(self.k)):  # one at a time: autograd must see what is written before it
@@ -62,7 +63,8 @@ class Cache:
 def write(k, v, where, new_k, new_v):
     """Store the new keys and values (b, g, t, d) in the columns `where` (t,) of k, v (b, g, s, d).
 
-    Returns k and v. `where` is a tensor, so that one piece of compiled code serves every column.
-    Under autocast the new ones may have another dtype than the cache.
+    Returns k and v. `where` is a tensor, so that the same compiled code serves every
+    column. Under autocast the new keys and values may have another dtype than the
+    cache.
     """
     return k.index_copy_(2, where, new_k.to(k.dtype)), v.index_copy_(2, where, new_v.to(v.dtype))

@@ -1,4 +1,4 @@
-"""Generation: a token is chosen from the model's last logits, appended, and so on.
+"""Generation: choose a token from the model's last logits, append it, and repeat.
 
     temperature    p = softmax(logits / temperature); 0: greedy, the likeliest token
     top_k          only the k likeliest tokens          Fan et al. 2018, arXiv 1805.04833
@@ -7,9 +7,10 @@
     min_p          only those at least min_p times      Nguyen et al. 2024, arXiv 2407.01082
                    as likely as the likeliest
 
-The filters apply in this order, each to what the one before left over. A cache keeps the keys and
-values of the tokens so far, so each step computes the new token alone. Rows of different lengths
-are padded on the left, so that all of them end, and go on, in the same column.
+The filters apply in this order, each to the tokens that the one before kept. A cache
+keeps the keys and values of the tokens so far, so each step computes only the new
+token. Rows of different lengths are padded on the left, so that all rows end, and
+continue, in the same column.
 
 Not included: beam search, penalties for repetition, speculative decoding.
 
@@ -38,14 +39,15 @@ def generate(model, ids, max_new_tokens=64, *, temperature=0.0, top_k=None, top_
              stop=(), stream=None, mask=None, pad=None, generator=None):
     """Continue each row of ids; returns (b, t + new), where `new` is at most max_new_tokens.
 
-    ids: (b, t), or a list of b lists, which are padded on the left. `mask` (b, t) says where a
-    tensor is padded, also on the left: True at tokens.
+    ids: (b, t), or a list of b lists, which are padded on the left. mask (b, t): True
+    at the tokens of a tensor that is padded on the left, False at its padding.
     temperature, top_k, top_p, min_p: see the top of this page; temperature 0 is greedy.
-    stop: an id or several. A row ends after one of them, and is filled with `pad` (None: the first
-    of `stop`, or 0) until all rows have ended. `stream(tokens)` is called with each step's (b,)
-    tokens. The model computes in eval mode, and is in its own mode again afterwards, also after an
-    error. ValueError for an option that is out of range or that would be ignored, IndexError for
-    ids outside the vocabulary; both before anything is computed.
+    stop: an id or several. A row ends after one of them, and is filled with `pad`
+    (None: the first of `stop`, or 0) until all rows have ended. `stream(tokens)` is
+    called with each step's tokens (b,). The model computes in eval mode, and is in its
+    own mode again afterwards, also after an error. ValueError for an option that is out
+    of range or would have no effect, IndexError for ids outside the vocabulary, both
+    before anything is computed.
     """
     check_options(max_new_tokens, temperature, top_k, top_p, min_p)
     device, dtype = model.norm.weight.device, model.norm.weight.dtype
@@ -92,14 +94,15 @@ def sample(logits, temperature=0.0, top_k=None, top_p=None, min_p=None, generato
 def choices(logits, temperature, top_k=None, top_p=None, min_p=None):
     """What `sample` draws from: p (b, k), 0 where a filter drops a token, and the tokens (b, k).
 
-    The sum of p may be below 1. The tokens are None where p is of all of them, in their own order.
-    The likeliest token passes every filter, so one is always left.
+    The sum of p may be below 1. The tokens are None where p covers the whole
+    vocabulary, in its own order. The likeliest token passes every filter, so at least
+    one is left.
     """
     ids = None
     if top_k is not None or top_p is not None:  # both need the tokens in order, the likeliest first
         vocabulary = logits.shape[-1]
         logits, ids = logits.topk(min(top_k or vocabulary, vocabulary))  # (b, vocab) -> (b, k) each
-    logits = (logits - logits.amax(-1, keepdim=True)).double()  # 0 at most: never inf, however cold
+    logits = (logits - logits.amax(-1, keepdim=True)).double()  # <= 0: no inf at any temperature
     p = (logits / temperature).softmax(-1)
     if top_p is not None and top_p < 1:
         before = p.cumsum(-1) - p  # the share that the likelier tokens hold
@@ -123,7 +126,7 @@ def left_pad(rows, pad=0):
 
 @contextlib.contextmanager
 def evaluating(model):
-    """The model in eval mode (no dropout), then every module of it in the mode that it was in."""
+    """Eval mode (no dropout); afterwards each module has its own mode again."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -133,7 +136,7 @@ def evaluating(model):
             module.training = training
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------
 
 
 def whole_number(x):
@@ -141,7 +144,7 @@ def whole_number(x):
 
 
 def check_options(max_new_tokens=0, temperature=0.0, top_k=None, top_p=None, min_p=None):
-    """ValueError for an option of `generate` that is out of range, or that would be ignored."""
+    """ValueError for an option that is out of range or would have no effect."""
     filters = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
     real = {name: isinstance(x, numbers.Real) and not isinstance(x, bool)
             for name, x in (filters | {"temperature": temperature}).items()}
@@ -174,7 +177,7 @@ def check_stop(stop, pad, vocabulary):
 
 
 def check_prompt(ids, mask, pad, vocabulary):
-    """(ids (b, t), mask (b, t) of bool or None) from what `generate` takes, or an error."""
+    """(ids (b, t), mask (b, t) of bool or None) from generate's arguments, or an error."""
     if not isinstance(ids, torch.Tensor):
         if mask is not None:
             raise ValueError("mask= says where a tensor is padded; "
@@ -208,7 +211,7 @@ def check_ids(ids, vocabulary):
 
 
 def check_room(inputs, mask, max_new_tokens, positions):
-    """ValueError unless a prompt (b, t) and what follows it are within the model's positions."""
+    """ValueError unless the prompt (b, t) and its new tokens fit the positions."""
     t = inputs.shape[1] if mask is None else int(mask.sum(1).max()) if mask.numel() else 0
     if t == 0:
         raise ValueError("nothing to continue: the prompt is empty")

@@ -6,13 +6,14 @@ SmolLM2's head has 49,152 outputs: the float32 logits of 512 tokens are 96 MiB, 
 activations of several of its blocks. Three things keep them small:
 
 1. Only tokens whose label is learnt reach the head.
-2. The head sees `chunk` tokens at a time, and their logits are dropped before the next.
+2. The head takes `chunk` tokens at a time, and drops their logits before the next chunk.
 3. The gradient, dL/d logits = softmax(logits) - onehot(y), is taken in the forward pass, where the
    chunk's logits still exist. The backward pass only multiplies it by the gradient from above.
 
-So the head runs once, and not twice as under checkpointing. The price: the loss has a first
-derivative only, and the gradient is computed even where nobody asks for it afterwards (not under
-no_grad). The written-out version is F.cross_entropy(head(h).float(), y, reduction="sum").
+So the head runs once, and not twice as under checkpointing. The price: the loss has
+only a first derivative, and the gradient is computed even if the backward pass never
+runs (but not under no_grad). The plain version is F.cross_entropy(head(h).float(), y,
+reduction="sum").
 """
 
 import torch
@@ -20,9 +21,10 @@ import torch.nn.functional as F
 
 
 def learnt(labels, vocabulary):
-    """Of labels (b, t): which have a token before them and are learnt (b, t - 1), and these (n,).
+    """labels (b, t) -> (mask (b, t - 1) of the labels to learn, these labels (n,)).
 
-    ValueError where none is left, and for those outside the vocabulary.
+    The first label of a row has no token before it and is never learnt. ValueError
+    where no label is left, and for labels outside the vocabulary.
     """
     keep = labels[:, 1:] != -100
     y = labels[:, 1:][keep]
@@ -31,15 +33,16 @@ def learnt(labels, vocabulary):
                          "all are -100, or the sequences have fewer than two tokens")
     low, high = y.min().item(), y.max().item()
     if low < 0 or high >= vocabulary or y.is_floating_point():
-        raise ValueError(f"the labels run from {low} to {high}, but the vocabulary has {vocabulary} "
-                         "entries; -100 is for what is not learnt")
+        raise ValueError(f"the labels run from {low} to {high}, but the vocabulary has "
+                         f"{vocabulary} entries; -100 is for what is not learnt")
     return keep, y.long()
 
 
 def cross_entropy_sum(h, labels, head, chunk=256):
     """Sum over n of -log softmax(head(h))[label]: h (n, width), labels (n,) -> ().
 
-    `head` is any module (n, width) -> (n, vocab). The sum is float32, or float64 for float64.
+    `head` is any module (n, width) -> (n, vocab). The sum is float32, or float64 for a
+    float64 h.
     """
     parameters = [p for p in head.parameters() if p.requires_grad]
     if torch.is_grad_enabled() and (h.requires_grad or parameters):
@@ -49,7 +52,7 @@ def cross_entropy_sum(h, labels, head, chunk=256):
 
 
 def wide(x):
-    """x in float32, or in float64 if it is that already: sums need more than 16 bits."""
+    """x in float32; a float64 x stays as it is. Sums need more than 16 bits."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -79,7 +82,7 @@ class CrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if torch.is_grad_enabled():  # create_graph=True: what is saved is no function of h any more
+        if torch.is_grad_enabled():  # create_graph=True: the saved gradients are constants
             raise RuntimeError("the fused loss has no second derivative (create_graph=True): use "
                                "torch.nn.functional.cross_entropy on the model's logits instead")
         grad_h, *grads = (scaled(g, grad) for g in ctx.saved_tensors)

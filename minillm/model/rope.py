@@ -3,18 +3,19 @@
     pair i of a head turns by p * f_i at position p    f_i = base^(-2i/d)
                                                        Su et al. 2021, arXiv 2104.09864
 
-A model that has seen `original` positions knows no larger angles: scaling turns more slowly.
+A model that was trained on `original` positions knows no larger angles. Scaling turns
+more slowly.
 
     linear    f_i / factor                         Chen et al. 2023, arXiv 2306.15595
     llama3    f_i * (s_i + (1 - s_i) / factor)     Llama 3.1, arXiv 2407.21783
-              n_i = original * f_i / 2 pi          how often pair i turns in the original context
-              s_i = (n_i - low) / (high - low)     kept in 0 .. 1; at 1 f_i stays as it is
+              n_i = original * f_i / 2 pi          turns in the original context
+              s_i = (n_i - low) / (high - low)     clamped to 0 .. 1; 1: f_i as it is
             = f_i / (factor / (1 + s_i (factor - 1)))
-    factors   f_i / factors_i                      what a GGUF file keeps of llama3
+    factors   f_i / factors_i                      as GGUF files store llama3
 
-Letters in the shapes: b batch, h heads, t tokens, d head size.
-transformers has seven types, a function each; some change with the length of the text.
-Not included: YaRN, LongRoPE, dynamic NTK.
+Letters in the shapes: b batch, h heads, t tokens, d head size. transformers has seven
+types, one function for each; some depend on the length of the text. Not included: YaRN,
+LongRoPE, dynamic NTK.
 """
 
 import math
@@ -29,7 +30,7 @@ SCALINGS = {  # type: its fields, by the names that transformers gives them
 
 
 def frequencies(head_size, base, scaling=None, device=None):
-    """How fast each pair turns, (d/2,) of float32, in radians a token. scaling: see below."""
+    """How fast each pair turns, (d/2,) of float32, in radians a token."""
     f = base ** -(torch.arange(0, head_size, 2, device=device).float() / head_size)
     return f if scaling is None else f / divisors(f, scaling)
 
@@ -56,13 +57,13 @@ def rope_table(positions, head_size, base, scaling=None):
 
 
 def rotate(x, cos, sin):
-    """Turn the pairs (x_i, x_{i+d/2}) of x, (b, h, t, d)."""
+    """Turn the pairs (x_i, x_{i+d/2}) of x (b, h, t, d) by `rope_table`'s angles."""
     left, right = x.chunk(2, -1)
     return x * cos.to(x.dtype) + torch.cat([-right, left], -1) * sin.to(x.dtype)
 
 
 def check_scaling(scaling, head_size):
-    """ValueError unless `scaling` is None, or {"rope_type": a type of SCALINGS, and its fields}."""
+    """ValueError unless `scaling` is None, or a rope_type of SCALINGS with its fields."""
     if scaling is None:
         return
     kind = scaling.get("rope_type") if isinstance(scaling, dict) else None

@@ -1,121 +1,58 @@
-"""A decoder-only transformer: the GPT-2 and the Llama family, one by configuration.
+"""A decoder-only transformer: the GPT-2 and the Llama family, chosen by its Config.
 
-    x = embed(ids) [+ position]                        Vaswani et al. 2017 (arXiv 1706.03762), the decoder alone
-    x = x + attention(norm(x))     for each block      pre-norm, as GPT-2 (Radford et al. 2019) has it
-    x = x + mlp(norm(x))
+    x = embed(ids) [+ position]      Vaswani et al. 2017 (arXiv 1706.03762), the decoder alone
+    x = x + attention(norm(x))       in each block; pre-norm, as in GPT-2 (Radford et al. 2019)
+    x = x + mlp(norm(x))             in each block
     logits = head(norm(x))
 
-                     GPT-2                  Llama (Touvron et al. 2023, arXiv 2302.13971), Qwen2 and 3, SmolLM2
-    positions        learned, added to x    rotary (RoPE, Su et al. 2021, arXiv 2104.09864), applied to q and k
-    norm             LayerNorm              RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467)
-    mlp              W2 gelu(W1 x)          SwiGLU: W_down (silu(W_gate x) * W_up x) (Shazeer 2020, arXiv 2002.05202)
-    attention        as many k, v as q      grouped queries: `heads / kv_heads` queries share one k, v (arXiv 2305.13245)
+                 GPT-2                  Llama (Touvron et al. 2023, arXiv 2302.13971),
+                                        Qwen2 and 3, SmolLM2
+    positions    learned, added to x    rotary, applied to q and k
+                                        (RoPE, Su et al. 2021, arXiv 2104.09864)
+    norm         LayerNorm              RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467)
+    mlp          W2 gelu(W1 x)          SwiGLU: W_down (silu(W_gate x) * W_up x)
+                                        (Shazeer 2020, arXiv 2002.05202)
+    attention    as many k, v as q      grouped queries: `heads / kv_heads` queries share
+                                        one k, v (arXiv 2305.13245)
 
-Letters in the shapes: b batch, t tokens of this call, s tokens attended to, h heads, g key/value heads, d head size.
+Letters in the shapes: b batch, t tokens of this call, s tokens attended to, h heads,
+g key/value heads, d head size.
 
-Who sees whom is one rule, over documents and positions: see `attention`. A text is continued in
-`generate`, the cross-entropy is in `loss`.
+`config` has the Config, `attention` the one rule for which tokens see which, `generate`
+the continuation of a text, `loss` the cross-entropy.
 
-The leaves carry the names of the Hugging Face Llama (`q_proj` ... `down_proj`), in both families, so the targets of any LoRA
-recipe can be written here as they stand. transformers keeps a file for each architecture and lets them repeat each
-other, so that each can be read alone; here one page serves both, and the price is the few `if`s in the constructors.
-Not included: dropout, biases of attention by distance (ALiBi), mixtures of experts.
+In both families the leaves have the names of the Hugging Face Llama (`q_proj` ...
+`down_proj`), so the targets of any LoRA recipe work here unchanged. transformers has a
+file for each architecture and repeats code, so that each file can be read alone. Here
+one page serves both families, and the price is a few `if`s in the constructors. Not
+included: dropout, biases of attention by distance (ALiBi), mixtures of experts.
 """
 
 import contextlib
-import dataclasses
-import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from minillm.model.attention import check_mask, fused, look
 from minillm.model.cache import Cache, write  # noqa: F401
+from minillm.model.config import ACTIVATIONS, NORMS, Config  # noqa: F401
 from minillm.model.generate import generate, left_pad, sample  # noqa: F401
 from minillm.model.loss import cross_entropy_sum, learnt
-from minillm.model.rope import check_scaling, rope_table, rotate
+from minillm.model.rope import rope_table, rotate
 from minillm.ops import linear
 from minillm.registry import same_shape
 
-ACTIVATIONS = {
-    "silu": F.silu,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}
-NORMS = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
-
-
-@dataclasses.dataclass
-class Config:
-    """The shape of a Transformer. The defaults are the Llama family's; `Config.gpt2` has GPT-2's."""
-
-    vocab_size: int
-    width: int
-    layers: int
-    heads: int
-    kv_heads: int | None = None  # None: as many as heads
-    head_size: int | None = None  # None: width / heads
-    ffn: int | None = None  # None: 4 * width
-    positions: int = 2048  # the longest sequence
-    norm: str = "rms"
-    eps: float = 1e-5
-    activation: str = "silu"
-    gated: bool = True  # SwiGLU's gate
-    rope_base: float | None = 10000.0  # None: learned positions
-    rope_scaling: dict | None = None  # for contexts beyond the trained ones; see rope.py
-    window: int | None = None  # a token sees so many, itself included (Mistral's sliding window); None: all before it
-    qkv_bias: bool = False
-    out_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False  # the norm of q and of k in each head, before they turn (Qwen3)
-    tied: bool = True  # the head is the embedding
-
-    def __post_init__(self):
-        for field in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_size", "ffn", "positions", "window"):
-            value = getattr(self, field)
-            if not (type(value) is int and 1 <= value < 1 << 31 or value is None and getattr(Config, field, 0) is None):
-                raise ValueError(f"{field}={value!r} is not a whole number from 1")
-        for field in ("eps", "rope_base"):
-            value = getattr(self, field)
-            if not (isinstance(value, (int, float)) and 0 < value < math.inf or value is None and field == "rope_base"):
-                raise ValueError(f"{field}={value!r} is not a number above 0")
-        for field in ("gated", "qkv_bias", "out_bias", "mlp_bias", "qk_norm", "tied"):
-            if not isinstance(getattr(self, field), bool):
-                raise ValueError(f"{field}={getattr(self, field)!r} is neither true nor false")
-        self.kv_heads = self.kv_heads or self.heads
-        self.head_size = self.head_size or self.width // self.heads
-        self.ffn = self.ffn or 4 * self.width
-        if self.heads % self.kv_heads:
-            raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
-        if self.rope_base and self.head_size % 2:
-            raise ValueError(f"RoPE turns pairs: head_size={self.head_size} is odd")
-        if self.rope_scaling and not self.rope_base:
-            raise ValueError(f"rope_scaling={self.rope_scaling!r} is for RoPE, and rope_base is None")
-        check_scaling(self.rope_scaling, self.head_size)
-        for field, known in (("activation", ACTIVATIONS), ("norm", NORMS)):
-            if getattr(self, field) not in known:
-                raise ValueError(f"{field}={getattr(self, field)!r} is unknown; known: {', '.join(known)}")
-
-    @classmethod
-    def gpt2(cls, vocab_size, width, layers, heads, **others):
-        """The GPT-2 family: learned positions, LayerNorm, GELU, biases everywhere."""
-        family = dict(norm="layer", activation="gelu_tanh", gated=False, rope_base=None, positions=1024)
-        biases = dict(qkv_bias=True, out_bias=True, mlp_bias=True)
-        return cls(vocab_size, width, layers, heads, **{**family, **biases, **others})
-
 
 class Linear(nn.Linear):
-    """nn.Linear by `registry.linear`, which reads W at the speed of memory where a single row is computed in compiled code."""
+    """nn.Linear by `ops.linear`, which is faster for a single row in compiled code."""
 
     def forward(self, x):
         return linear(x, self.weight, self.bias)
 
 
 class Attention(nn.Module):
-    """softmax(q kᵀ / sqrt(d) + mask) v, in heads."""
+    """softmax(q kᵀ / sqrt(d) + mask) v in each head."""
 
     def __init__(self, c):
         super().__init__()
@@ -129,7 +66,8 @@ class Attention(nn.Module):
 
     def forward(self, x, rope=None, mask=None, cache=None):
         def in_heads(y):
-            return y.unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # (b, t, h*d) -> (b, h, t, d)
+            # (b, t, h*d) -> (b, h, t, d)
+            return y.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
 
         q, k, v = in_heads(self.q_proj(x)), in_heads(self.k_proj(x)), in_heads(self.v_proj(x))
         if self.q_norm is not None:
@@ -143,7 +81,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(act(up(x))), or with a gate down(act(gate(x)) * up(x))."""
+    """down(act(up(x))), or with a gate: down(act(gate(x)) * up(x))."""
 
     def __init__(self, c):
         super().__init__()
@@ -174,11 +112,12 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """ids (b, t) -> logits (b, t, vocab).
 
-    With `recompute` the blocks keep no activations for the backward pass, but compute them again.
+    With `recompute` the blocks keep no activations: the backward pass computes them
+    again.
     """
 
     recompute = compiled = False
-    source = ""  # the name or the path that `load` was given
+    source = ""  # the name or path given to `load`
 
     def __init__(self, config):
         super().__init__()
@@ -194,7 +133,11 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self):
-        """GPT-2's initialisation: N(0, 0.02), divided by sqrt(2 layers) where a block adds to the residual stream."""
+        """GPT-2's initialisation: N(0, 0.02), and 0 for biases.
+
+        Where a block adds to the residual stream, the 0.02 is divided by sqrt(2
+        layers).
+        """
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 end = name.endswith(("o_proj.weight", "down_proj.weight"))
@@ -209,26 +152,29 @@ class Transformer(nn.Module):
     def hidden(self, ids, mask=None, cache=None):
         """ids (b, t) of int64 -> hidden states before the head (b, t, width).
 
-        mask (b, t): the document of each token, 0 at padding; bool does for a single one (None: the
-        whole row is one). With a cache, ids are the tokens that follow those it holds. IndexError
-        for ids outside the vocabulary, ValueError for a text beyond the positions, and for a mask or
-        a cache that does not fit.
+        mask (b, t): the number of each token's document, 0 at padding; a bool mask
+        where a row has one document; None where the document is the whole row. With a
+        cache, ids are the tokens that follow those in the cache. IndexError for ids
+        outside the vocabulary. ValueError for a text longer than `positions`, and for a
+        mask or a cache that does not fit.
         """
         c = self.config
         check_mask(ids, mask)
         if cache is not None:
             cache.check(ids, c, self.norm.weight.dtype)
-        # Compiled code for one token wants keys of one length: all columns, filled or not.
+        # Compiled code for one token needs keys of one length: all columns, even empty.
         static = self.compiled and cache is not None and cache.filled > 0 and ids.shape[1] == 1
         x = self.embed(ids)  # (b, t) -> (b, t, width)
         positions, visible = look(ids, mask, cache, c.positions, c.window, static)
         if self.embed_positions is not None:
             x = x + self.embed_positions(positions)
-        rope = rope_table(positions, c.head_size, c.rope_base, c.rope_scaling) if c.rope_base else None
+        rope = None
+        if c.rope_base:
+            rope = rope_table(positions, c.head_size, c.rope_base, c.rope_scaling)
         return self.norm(self.blocks(x, rope, visible, cache, static))
 
     def embed(self, ids):
-        """ids (b, t) -> (b, t, width); IndexError, with their range, for ids that have no row."""
+        """ids (b, t) -> (b, t, width). An IndexError gives the range of the ids."""
         try:
             return self.embed_tokens(ids)
         except IndexError as error:
@@ -245,7 +191,7 @@ class Transformer(nn.Module):
                 else:
                     x = block(x, rope, visible)
             return x
-        once = self.compiled and not static  # a prompt: its length is new, so it runs uncompiled
+        once = self.compiled and not static  # a prompt runs uncompiled: its length is new
         with torch.compiler.set_stance("force_eager") if once else contextlib.nullcontext():
             for block, store in zip(self.layers, cache.stores(x.shape[1], static)):
                 x = block(x, rope, visible, store)
@@ -259,14 +205,15 @@ class Transformer(nn.Module):
     def loss(self, ids, labels, mask=None, reduction="mean"):
         """Cross-entropy in nats of predicting labels (b, t) from the ids before them -> ().
 
-        A label of -100 is not learnt. A label is in the column of its own id: the shift by one
-        happens here. "mean" divides by the number of labels learnt, "sum" does not divide. The
-        logits never exist whole: see `loss`. ValueError where no label is left, and for labels
-        outside the vocabulary.
+        A label of -100 is not learnt. A label is in the column of its own id: this
+        function shifts by one. "mean" divides by the number of labels learnt, "sum"
+        does not divide. The logits of all tokens are never in memory at once: see
+        `loss`. ValueError where no label is left, and for labels outside the
+        vocabulary.
         """
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction={reduction!r} is unknown; known: 'mean', 'sum'")
-        same_shape(ids, labels=labels)  # `hidden` looks at the mask
+        same_shape(ids, labels=labels)  # `hidden` checks the mask
         keep, y = learnt(labels, self.config.vocab_size)  # (b, t - 1), (n,)
         h = self.hidden(ids, mask)[:, :-1][keep]  # (n, width)
         total = cross_entropy_sum(h, y, self.lm_head)
@@ -275,18 +222,20 @@ class Transformer(nn.Module):
     generate = generate
 
     def __getstate__(self):
-        """A copy or a pickle is not compiled: torch leaves the code out, and this the flag."""
+        """A copy or a pickle is not compiled: torch omits the code, and we the flag."""
         return {key: value for key, value in super().__getstate__().items() if key != "compiled"}
 
 
 def compile(model):
-    """Have torch.compile make one block, and use it for all of them, and the head; in place, returns the model.
+    """Compile the blocks and the head with torch.compile; in place, returns the model.
 
-    A block is a function of its weights, so blocks of one structure share one piece of code: what compiles is 1/layers of the model.
-    Single tokens and training then run compiled; a prompt does not. Techniques may be attached before or after.
+    A block is a function of its weights, so blocks of one structure share one piece of
+    code, and torch compiles one block for all. Single tokens and training then run
+    compiled; a prompt does not. Techniques may be attached before or after.
     """
     if not isinstance(model, Transformer):
-        raise TypeError(f"compile is for minillm's Transformer, not {type(model).__name__}: torch.compile(model) takes any module")
+        raise TypeError(f"compile is for minillm's Transformer, not {type(model).__name__}: "
+                        "torch.compile(model) takes any module")
     for module in (*model.layers, model.lm_head):
         module.compile()
     model.compiled = True

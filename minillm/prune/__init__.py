@@ -9,16 +9,16 @@
     score     how much a weight matters             (out, in); here |W|
     pattern   which weights compete: `row`, `matrix`, `model`, `n_m(2, 4)`
 
-A mask is a Patch: the weight beneath stays whole, `unwrap` gives it back, and training goes
-on through the mask, so that what is pruned stays pruned (the paper's retraining; wrapping
-freezes nothing). `gradual` prunes step by step while the model trains. `merge` writes the
-zeros into the weight. Zeros alone save no memory and no time: that takes a sparse format
-(`minillm.sparse`) or the removal of whole rows.
+A mask is a Patch. The weight beneath stays whole, and `unwrap` gives it back. The model
+can train through the mask, and pruned weights stay pruned (the paper's retraining);
+wrapping freezes nothing. `gradual` prunes step by step while the model trains. `merge`
+writes the zeros into the weight. Zeros alone save no memory and no time: that takes a
+sparse format (`minillm.sparse`) or the removal of whole rows.
 
-Which weights to zero is the whole difference between pruning methods: one mask, with another score
-(`scores`) and another pattern (`patterns`). `wanda` multiplies |W| by the norm of the input.
-torch.nn.utils.prune recomputes weight_orig * weight_mask before each forward in a hook; here it is
-the patch's own formula.
+Pruning methods differ only in which weights they zero. They use one mask with another
+score (`scores`) and another pattern (`patterns`). `wanda` multiplies |W| by the norm of
+the input. torch.nn.utils.prune recomputes weight_orig * weight_mask in a hook before
+each forward; here the patch computes it.
 
 >>> from torch import nn; import torch, minillm
 >>> model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(2, 8)
@@ -37,6 +37,7 @@ from minillm.prune.patterns import GROUPS, matrix, n_m, row  # noqa: F401
 from minillm.prune.scores import Random, magnitude  # noqa: F401
 from minillm.registry import Patch, hidden_linears, select
 from minillm.registry.attach import attach
+from minillm.registry.sites import check_whole
 from minillm.registry.table import method
 from minillm.registry.verbs import verbs
 
@@ -56,11 +57,11 @@ class Mask(Patch):
         if not torch.is_grad_enabled():
             return below.compute(x, *self.fold(W, b))
         x = ops.in_autocast(x)
-        if W.requires_grad and below.depth > 0:  # made of W and what a patch beneath learns
+        if W.requires_grad and below.depth > 0:  # made of W and of a patch's parameters
             y = ops.remade(lambda x: ops.linear(x, self.fold(*below.dense())[0].to(x.dtype)), x)
         elif W.requires_grad:
             y = ops.masked_linear(x, W, self.mask)
-        else:  # W may be made from a format just now: keep neither it nor its product with the mask
+        else:  # a format may have made W for this call: keep neither it nor its masked product
             y = ops.remade_linear(x, lambda: self.fold(*below.dense())[0].to(x.dtype))
         return y if b is None else y + b.to(y.dtype)
 
@@ -74,13 +75,15 @@ class Mask(Patch):
 def wrap(model, targets=None, *, name=None, sparsity=0.5, score=magnitude, pattern=row, group=None):
     """Put a mask on the leaves that `targets` names; in place, returns the model.
 
-    targets: see `registry.select`; by default every linear leaf but the output head and tied
-    matrices. sparsity: the share of each group that becomes zero. score: a function of a Site that
-    gives numbers (out, in); the smallest go. pattern: `prune.row`, `prune.matrix`, `prune.model` or
-    `prune.n_m(2, 4)`. group: the pattern by its name, as files and the command line have it.
-    ValueError for a sparsity outside of 0 <= s < 1, and for a pattern that is unknown or does not
-    fit.
+    targets: see `registry.select`; by default every linear leaf but the output head and
+    tied matrices. name: what the masks are called, by default "prune". sparsity: the
+    share of each group that becomes zero. score: a function of a Site that gives
+    numbers (out, in); the smallest go. pattern: `prune.row`, `prune.matrix`,
+    `prune.model` or `prune.n_m(2, 4)`. group: the name of the pattern, as in files and
+    on the command line; it replaces `pattern`. ValueError for a sparsity outside of
+    0 <= s < 1, and for a pattern that is unknown or does not fit.
     """
+    check_whole(model, "wrap")
     options.share("sparsity", sparsity)
     pattern = patterns.given(pattern) if group is None else patterns.named(group)
     if not callable(score):

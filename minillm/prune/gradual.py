@@ -10,16 +10,17 @@
     end        t_n       as a share of all steps; the rest of the training repairs what was pruned
     every      Delta t   steps from one pruning to the next
 
-The cube prunes fast at first, when many weights are of no use, and slowly at the end. The mask of
-step t keeps the largest weights of each group, as `prune.wrap` does. A pruned weight gets no
-gradient, but AdamW still moves it beneath the mask: by what is left of its momentum, for some
-steps, and by the weight decay. It comes back if it is then larger than others that were kept.
+The cube prunes fast at first, when many weights are of no use, and slowly at the end.
+The mask of step t keeps the largest weights of each group, as `prune.wrap` does. A
+pruned weight gets no gradient, but AdamW still moves it beneath the mask: by its
+momentum, for some steps, and by the weight decay. The weight comes back if it is then
+larger than others that were kept.
 
     prune.wrap(model, sparsity=0.0)
     train(model, examples, ..., on_step=Gradual(sparsity=0.5))
 
-Cost: a ranking of all weights at every pruning. It follows from the step and the weights alone, so
-a training that was interrupted goes on bit for bit.
+Cost: a search for the smallest weights at every pruning. The masks depend only on the
+step and the weights, so a training that was interrupted continues bit for bit.
 
 >>> schedule = Gradual(sparsity=0.8, begin=0.0, end=1.0)
 >>> [round(schedule.at(t, 101), 3) for t in (0, 25, 50, 100)]
@@ -45,7 +46,7 @@ class Gradual:
     end: float = 0.75
     every: int = 10
 
-    changes = ("sparsity",)  # the options of a patch that it changes
+    changes = ("sparsity",)  # the options of the patches that this changes
 
     def __post_init__(self):
         exact = dict(sparsity=options.share("sparsity", self.sparsity),
@@ -61,11 +62,11 @@ class Gradual:
             object.__setattr__(self, name, value)  # it is frozen
 
     def settled(self, steps):
-        """The step of the last pruning: the model after it is as sparse as it was to be."""
+        """The step of the last pruning: from it on the model has the final sparsity."""
         return round(self.end * (steps - 1))
 
     def at(self, step, steps):
-        """The sparsity of a step, from the last pruning before it."""
+        """The sparsity at a step: that of the last pruning up to it."""
         begin, end = round(self.begin * (steps - 1)), self.settled(steps)
         if step >= end:
             return self.sparsity

@@ -1,9 +1,10 @@
-"""Scores: how much a weight matters. Those with the smallest scores go.
+"""Scores: how much each weight matters. The weights with the smallest scores go.
 
-A score is called with a Site and gives numbers (out, in). Wanda's needs inputs: see `wanda`.
+A score is called with a Site and gives numbers (out, in). Wanda's needs inputs: see
+`wanda`.
 
     magnitude    |W|                                        Han et al. 2015, arXiv 1506.02626
-    Random       chance: what any other score has to beat
+    Random       random numbers: the baseline for every other score
 
 >>> from torch import nn; import minillm
 >>> site = minillm.registry.walk(nn.Sequential(nn.Linear(4, 3)))[0]
@@ -19,11 +20,11 @@ import torch
 
 class Magnitude:
     def __call__(self, site, below=None):
-        """|W| (out, in), as all patches leave it, or those beneath the technique `below`."""
+        """|W| (out, in) with the changes of all patches, or those beneath `below`."""
         scores = site.dense(below)[0].detach().abs().contiguous()
         if scores.numel() and scores.amax().isnan():
-            raise ValueError(f"the weight of {site.name!r} holds nan: how large it is, prune "
-                             "cannot say")
+            raise ValueError(f"the weight of {site.name!r} holds nan, which has no magnitude: "
+                             "prune cannot rank it")
         return scores
 
     def __repr__(self):
@@ -35,7 +36,7 @@ magnitude = Magnitude()
 
 @dataclasses.dataclass(frozen=True)
 class Random:
-    """Numbers that follow from the seed and the site's name."""
+    """Random numbers from 0 to 1 that depend only on the seed and the site's name."""
 
     seed: int = 0
 

@@ -1,4 +1,4 @@
-"""Wanda: a weight goes if it is small and its input is small.
+"""Wanda: zero the weights whose magnitude, times the norm of their input, is smallest.
 
     S_ij = |W_ij| ||X_j||₂      the smallest of each row go
                                              Sun et al. 2023, arXiv 2306.11695, eq. 1
@@ -6,15 +6,17 @@
     code       paper      shape
     W          W          (out, in)
     norms      ||X_j||₂   (in,), over all calibration tokens
-    pattern               `row` is the paper's comparison group, `n_m(2, 4)` its section 4.3
+    pattern               `row`, the paper's comparison group, or `n_m(2, 4)`, section 4.3
 
-Language models have a few inputs that are a hundred times larger than the others, and a small
-weight on one of them matters more than a large one elsewhere. Nothing is trained, and no weight is
-changed: the result is a mask as `prune.wrap` makes it, and its file is a file of `prune`.
+Language models have a few inputs that are a hundred times larger than the others. A
+small weight on one of them matters more than a large weight elsewhere. No weight is
+trained or changed: the result is a mask as from `prune.wrap`, and its file is a file of
+`prune`.
 
-Each leaf is masked with the inputs that the masked leaves before it give (see `calibrate`). So the
-whole model cannot be one group. The paper's code takes one pass for all leaves of a block, which is
-faster: there o and down are scored with the inputs that the dense leaves before them give.
+Each leaf is scored with the inputs that the masked leaves before it compute (see
+`calibrate`). So the whole model cannot be one group. The paper's code takes one pass
+for all leaves of a block, which is faster: there o and down are scored with the inputs
+that the dense leaves before them compute.
 
 Cost: as many forward passes as `calibrate` says, and one sum of squares for each input.
 
@@ -34,17 +36,18 @@ from minillm.registry.names import check_name
 from minillm.registry.table import method
 
 
-def wrap(model, examples, targets=None, *, name=None, sparsity=0.5, pattern=patterns.row, batch_size=8,
-         progress=True):
+def wrap(model, examples, targets=None, *, name=None, sparsity=0.5, pattern=patterns.row,
+         batch_size=8, progress=True):
     """Put Wanda's masks on the leaves that `targets` names; in place, returns the model.
 
-    examples: texts to calibrate with, as `calibrate.stream` takes them; the paper uses 128 of 2048
-    tokens. targets: see `registry.select`; by default every linear leaf but the output head and
-    tied matrices. name: of the masks. sparsity: the share of zeros. pattern: `prune.row`, `prune.matrix` or
-    `prune.n_m(2, 4)`. batch_size: examples in a forward pass. progress: whether to show a bar.
+    examples: texts to calibrate with, as `calibrate.stream` takes them; the paper uses
+    128 of 2048 tokens. targets: see `registry.select`; by default every linear leaf but
+    the output head and tied matrices. name: what the masks are called. sparsity: the
+    share of zeros. pattern: `prune.row`, `prune.matrix` or `prune.n_m(2, 4)`.
+    batch_size: examples in a forward pass. progress: whether to show a bar.
 
-    ValueError, before any leaf is changed, where prune.wrap or `calibrate.stream` has one. If it is
-    interrupted, the leaves up to there are masked.
+    ValueError, before any leaf is changed, where prune.wrap or `calibrate.stream` has
+    one. After an interruption, the leaves that were done keep their masks.
     """
     options.share("sparsity", sparsity)
     name = check_name(name, Mask.kind, model)
@@ -71,7 +74,7 @@ def wrap(model, examples, targets=None, *, name=None, sparsity=0.5, pattern=patt
     return model
 
 
-method("wanda", wrap, kind="prune", does="zeroes what is small and has a small input",
+method("wanda", wrap, kind="prune", does="zeroes small weights with small inputs",
        paper="Sun et al. 2023, arXiv 2306.11695",
        small={"": {}, "2:4": dict(pattern=patterns.n_m(2, 4)),
               "matrix": dict(sparsity=0.25, pattern=patterns.matrix)})

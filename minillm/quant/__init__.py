@@ -11,28 +11,28 @@
     scale    s; theirs is 1/s   (out, groups)                float32, also after a cast of the model
     zero                        (out, groups)                uint8, with zero_point=True
 
-`grid` has the same for any number of bits, for groups and for zero points, and says why 127 and
-not 128.
+`grid` has these steps for any number of bits, for groups and for zero points, and says
+why the largest code is 127 and not 128.
 
-Since s belongs to a row, it moves out of the sum: W x ~ s * (q x). The dense W is not made,
-and training keeps neither it nor q in floats for the backward pass, which turns q into
-floats again (see `ops`). Rounding moves a weight by at most s / 2, which is 1/254 of the
-largest weight of its row: the row's largest weight sets the error of all others, and that
-is why one scale a row is used and not one a matrix. With 4 bits it is 1/15, and most rows
-have a weight that is far larger than the others. So with few bits 32 or 64 neighbours share
-a scale, and W x is a sum over groups: s stays inside.
+Since s belongs to a row, it moves out of the sum: W x ~ s * (q x). The dense W is not
+made. Training keeps q as integers, and the backward pass turns q into floats again (see
+`ops`). Rounding moves a weight by at most s / 2, which is 1/254 of the largest weight
+of its row. So the largest weight sets the error of all others, and each row has a scale
+of its own. With 4 bits the share is 1/15, and most rows have a weight that is far
+larger than the others. So with few bits 32 or 64 neighbours share a scale, W x is a sum
+over groups, and s stays inside the sum.
 
-q x is up to 127 times larger than W x, and the largest float16 is 65,504: so where x is
+q x is up to 127 times larger than W x, and the largest float16 is 65,504, so where x is
 float16 the sum is taken in float32. bfloat16 has the range of float32, and q fits its 8
-bits exactly: its sums stay in bfloat16, which costs no more error than a dense bfloat16
-matrix has.
+bits exactly. So with bfloat16 the sum stays in bfloat16, and its error is no larger
+than with a dense bfloat16 matrix.
 
-Cost: 1 byte a weight and one scale a row: a quarter of float32. 4 bits in groups of 64 take
-0.5 + 0.0625 bytes. The model computes in its own float type; on a CPU a token is faster
-where reading the weights is what takes the time, once the conversion is fused (see
-`benchmarks/`, and `ops.row_of_codes` for scales by row). LLM.int8() also quantizes x, row
-by row, and leaves the columns of x with outliers in 16 bits; bitsandbytes does this on
-CUDA. Not included: that, and calibration.
+Cost: 1 byte a weight and one scale a row: a quarter of float32. 4 bits in groups of 64
+take 0.5 + 0.0625 bytes. The model computes in its own float type. On a CPU a token is
+faster where reading the weights takes most of the time, once the conversion is fused
+(see `benchmarks/`, and `ops.row_of_codes` for scales by row). LLM.int8() also quantizes
+x, row by row, and keeps the columns of x with outliers in 16 bits; bitsandbytes does
+this on CUDA. Not included: that, and calibration.
 
 >>> from torch import nn; import torch, minillm
 >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
@@ -102,10 +102,11 @@ class Integer(Coded, Format):
 def wrap(model, targets=None, *, bits=8, group=None, zero_point=False):
     """Store the leaves that `targets` names (see `registry.select`) as integers; returns the model.
 
-    By default every linear leaf but the output head and tied matrices. bits: 2 to 8; a code takes
-    2, 4 or 8. group: so many neighbours in a row share a scale (None: the whole row). zero_point:
-    the codes begin at the least weight, and not as far below 0 as above. ValueError where the
-    weights of a row fill no whole number of groups and of bytes.
+    By default every linear leaf but the output head and tied matrices. bits: 2 to 8; a
+    code is stored in 2, 4 or 8. group: how many neighbours in a row share a scale
+    (None: the whole row). zero_point: the codes run from the least weight (or 0) to the
+    largest, and not as far below 0 as above it. ValueError where the weights of a row
+    fill no whole number of groups and of bytes.
     """
     return attach(Integer, model, targets, bits=bits, group=group, zero_point=zero_point)
 

@@ -1,18 +1,18 @@
-"""What the formats over a grid share: codes in bytes, a scale for each group, three readings.
+"""The common part of the formats over a grid: codes in bytes, scales, and three reads.
 
     dense()      the whole matrix, for merges and for code that reads `.weight`
-    lookup       an embedding makes the rows that it reads, and no others
-    product      x Wᵀ with a W that is made for it, and again for its backward (see `ops`)
+    lookup       only the rows that an embedding reads
+    product      x Wᵀ; W is made for it, and again for its backward (see `ops`)
 
-A subclass has a `grid` (see `grid`), and `width`, the bits that a code takes in its byte.
+A subclass has a `grid` (see `grid`), and `width`, the bits that a code takes in a byte.
 
     buffer       shape                                                dtype
     q            codes (n, m), packed to (n, m * width / 8)           uint8, or int8
     scale        (n, groups)                                          float32, also after a cast
     zero         (n, groups), where the grid has a zero point         uint8
 
-n counts the rows of the matrix: the output channels, or the tokens of an embedding. A group lies in
-one row.
+n counts the rows of the matrix: the output channels, or the tokens of an embedding. A
+group lies in one row.
 """
 
 import torch
@@ -23,7 +23,7 @@ from minillm.quant.grid import pack, unpack
 
 
 def width_of(bits):
-    """The bits that a code takes in its byte: 2, 4 or 8."""
+    """The bits that a code takes in a byte: 2, 4 or 8."""
     return next(width for width in (2, 4, 8) if width >= bits)
 
 
@@ -36,7 +36,7 @@ def check_rows(site, bits, group):
 
 
 class Coded:
-    """The half of a Format that follows from its grid; the other half is `registry.Format`."""
+    """The part of a Format that follows from its grid; `registry.Format` is the rest."""
 
     float32 = ("scale",)
 
@@ -54,12 +54,13 @@ class Coded:
         W = (W.T if self.leaf.lookup else W).float()
         scale, zero = self.grid.fit(W)
         if not torch.isfinite(scale).all():
-            raise ValueError(f"a weight of a ({', '.join(map(str, W.shape))}) matrix is beyond float32, "
-                             f"in which {self.kind} keeps its scales")
+            shape = ", ".join(map(str, W.shape))
+            raise ValueError(f"a weight of a ({shape}) matrix is beyond float32, in which "
+                             f"{self.kind} keeps its scales")
         self.keep(self.grid.round(W, scale, zero), scale, zero)
 
     def keep(self, q, scale, zero=None):
-        """Store codes (n, m) and their scales and zeros (n, groups), whoever chose them."""
+        """Store codes (n, m) and their scales and zeros (n, groups)."""
         self.scale = scale
         plain = self.q.dtype == torch.int8
         self.q = q.to(torch.int8) if plain else pack(q - self.grid.ends[0], self.width)
@@ -67,14 +68,14 @@ class Coded:
             self.zero = zero.to(torch.uint8)
 
     def codes(self, pick=lambda t: t, dtype=torch.float32):
-        """The codes (n, m) of the rows that `pick` takes, in floats, which hold them exactly."""
+        """The codes (n, m) of the rows that `pick` takes; floats hold them exactly."""
         q = pick(self.q)
         if q.dtype == torch.int8:
             return q.to(dtype)
         return unpack(q, self.width).to(dtype) + self.grid.ends[0]
 
     def rows(self, pick=lambda t: t):
-        """The numbers (n, m) that the codes mean, of the rows that `pick` takes."""
+        """The weights (n, m) of the codes, in the rows that `pick` takes."""
         zero = pick(self.zero).float() if "zero" in self._buffers else None
         return self.grid.dense(self.codes(pick), pick(self.scale), zero)
 
@@ -83,13 +84,13 @@ class Coded:
         return W.T if self.leaf.lookup else W
 
     def rounding(self):
-        """The distances of `half_steps`, and 0 in a group of zeros."""
+        """How far each weight may be from its code, (out, in); 0 in a group of zeros."""
         W = self.grid.groups(self.rows())  # (n, groups, group)
         half = torch.where(W.any(-1, keepdim=True), self.half_steps(), 0.0).expand_as(W).flatten(1)
         return half.T if self.leaf.lookup else half  # (out, in)
 
     def half_steps(self):
-        """How far a weight may be from its code: (n, groups, 1), or (n, groups, group)."""
+        """How far a weight may be from its code, (n, groups, 1) or (n, groups, group)."""
         return self.scale[..., None] / 2
 
     def check(self, where):

@@ -1,4 +1,4 @@
-"""GPTQ: round one column after another; the columns that are left repair the error.
+"""GPTQ: round one column after another; the remaining columns compensate for the error.
 
     minimize |W X - Q X|² over the Q on the grid            H = X Xᵀ, summed over the tokens
 
@@ -15,26 +15,29 @@
     H       H = 2 X Xᵀ                 (in, in); the factor 2 changes nothing
     U       Cholesky(H^-1)ᵀ            (in, in)
     damp    lambda, 1%                 added to H's diagonal, as a share of its mean
-    block   B                          so many columns are repaired at once, then all others
+    block   B                          columns of a block; it updates the later ones at its end
     order   `--act-order` of its code  columns with large inputs first
 
-Row j of U is what the optimal repair needs (Optimal Brain Surgeon) once the columns before j are
-fixed. So no inverse is updated on the way. All rows take the columns in one order, so a column is
-one vector operation.
+Row j of U gives the optimal update (Optimal Brain Surgeon) once the columns before j
+are fixed, so no inverse has to be updated. All rows take the columns in the same order,
+so a column is one vector operation.
 
-The result is `quant`'s Integer, and its file is a file of quant. A group's scale is fitted when its
-first column comes up, to the weights as they are by then. With `order` the columns of a group come
-up at different times, so all scales are fitted at the start.
+The result is `quant`'s Integer, and its file is a file of quant. A group's scale is
+fitted just before its first column is rounded, to the updated weights. With `order` the
+columns of a group are rounded at different times, so all scales are fitted at the
+start.
 
-`order` is not in the paper. It rounds what matters most while many columns are left to repair it,
-and is the default: on SmolLM2, with 4 bits and a scale for each row, GPTQ closes 73% of the gap
-between rounding and the dense model with it, and 51% without (`benchmarks/compress.py`).
+`order` is not in the paper. It rounds the columns that matter most first, while many
+others are left to compensate. It is the default: on SmolLM2, with 4 bits and a scale
+for each row, GPTQ closes 73% of the gap between rounding and the dense model with it,
+and 51% without (`benchmarks/compress.py`).
 
-Cost: in² operations for each token, and two Cholesky factors and an inverse (in, in) for each
-input. The paper's code sets a weight to 0 if its input is always 0; here it is rounded to the
-nearest, for another text may use it. An H without a Cholesky factor is damped ten times as much,
-until it has one, and else is an error: nothing is rounded to the nearest in silence. Not included:
-a scale below the largest weight (clipping), and other grids than Integer's.
+Cost: in² operations for each token, and two Cholesky factors and an inverse (in, in)
+for each input. The paper's code sets a weight to 0 if its input is always 0. Here it is
+rounded to the nearest code, because another text may use it. An H without a Cholesky
+factor is damped ten times as much, up to seven times; then it is an error, and no leaf
+falls back to plain rounding. Not included: a scale below the largest weight (clipping),
+and other grids than Integer's.
 
 >>> from torch import nn; import torch, minillm
 >>> model = minillm.Transformer(minillm.Config(vocab_size=50, width=32, layers=1, heads=2))
@@ -58,15 +61,16 @@ def wrap(model, examples, targets=None, *, bits=4, group=None, zero_point=False,
          damp=0.01, block=128, batch_size=8, progress=True):
     """Store the leaves that `targets` names as integers that fit their inputs; returns the model.
 
-    examples: texts to calibrate with, as `calibrate.stream` takes them; the paper uses 128 of 2048
-    tokens. targets: see `registry.select`; by default every linear leaf but the output head and
-    tied matrices. bits, group, zero_point: the grid, see `quant.wrap`. order: columns with large
-    inputs first; False: as they are, as in the paper. damp: a share above 0. block: columns that
-    are repaired at once; it changes the time alone. batch_size: examples in a forward pass.
-    progress: whether to show a bar.
+    examples: texts to calibrate with, as `calibrate.stream` takes them; the paper uses
+    128 of 2048 tokens. targets: see `registry.select`; by default every linear leaf but
+    the output head and tied matrices. bits, group, zero_point: the grid, see
+    `quant.wrap`. order: columns with large inputs first; False: in their own order, as
+    in the paper. damp: a share above 0. block: columns of a block; it changes only the
+    time. batch_size: examples in a forward pass. progress: whether to show a bar.
 
-    ValueError, before any leaf is changed, where quant.wrap or `calibrate.stream` has one. If it is
-    interrupted, the leaves up to there are stored, and `quant.unwrap` gives them back rounded.
+    ValueError, before any leaf is changed, where quant.wrap or `calibrate.stream` has
+    one. After an interruption, the leaves that were done stay integers; `quant.unwrap`
+    makes them floats again, rounded.
     """
     settings = dict(bits=bits, group=group, zero_point=zero_point)
     options.flag("order", order), options.positive("damp", damp), options.whole("block", block)
@@ -76,7 +80,7 @@ def wrap(model, examples, targets=None, *, bits=4, group=None, zero_point=False,
     for site in sites:
         Integer(site, **settings)
 
-    factors = {}  # of the last statistic: leaves with one input share it
+    factors = {}  # of the last statistic; leaves with the same input share it
 
     def change(site, gram):
         if gram not in factors:
@@ -99,7 +103,7 @@ def factor(H, damp, order, name):
     H = H.double()
     places = H.diagonal().argsort(descending=True, stable=True) if order else torch.arange(len(H))
     H = H[places][:, places]
-    mean = H.diagonal().mean().item() or 1.0  # 0: every input is 0, and all is rounded as it is
+    mean = H.diagonal().mean().item() or 1.0  # 0: every input is 0, so this is plain rounding
     for times in range(8):
         damped = H + damp * 10**times * mean * torch.eye(len(H), dtype=H.dtype, device=H.device)
         L, wrong = torch.linalg.cholesky_ex(damped)
@@ -137,7 +141,7 @@ def solve(W, U, places, grid, order, block):
     return codes[:, places.argsort()], scale, zero
 
 
-method("gptq", wrap, kind="quant", does="rounds column by column; those that are left repair it",
+method("gptq", wrap, kind="quant", does="rounds column by column; the remaining columns compensate",
        paper="Frantar et al. 2022, arXiv 2210.17323",
        small={"": dict(bits=4), "group": dict(bits=3, group=4, zero_point=True),
               "paper": dict(bits=4, group=8, order=False)})

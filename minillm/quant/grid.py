@@ -1,30 +1,30 @@
-"""The grid: which real numbers a code of a few bits stands for.
+"""The grid: the real number of each code of a few bits.
 
     symmetric      w ~ s q              q from -2^(b-1) to 2^(b-1) - 1; with 8 bits from -127
     zero point     w ~ s (q - z)        q and z from 0 to 2^b - 1
 
     code       meaning                                  shape
     bits       b
-    group      how many neighbours in a row share s     (None: the whole row)
-    scale      s, the distance of two codes             (n, groups)
+    group      number of neighbours that share s        (None: the whole row)
+    scale      s, the distance of two levels            (n, groups)
     zero       z, the code of the number 0              (n, groups); None where symmetric
 
-`fit` chooses scale and zero for a matrix, `round` gives the codes, `dense` the matrix that the
-codes mean. A Format stores the codes. Quantization-aware training rounds with the same three
-functions, and a solver such as GPTQ changes the order of rounding and nothing else.
+`fit` chooses scale and zero for a matrix, `round` gives the codes, and `dense` the
+matrix of the codes. A Format stores the codes. Quantization-aware training rounds with
+the same three functions. A solver such as GPTQ changes only the order of rounding.
 
-`Levels` has the same three functions for numbers that lie anywhere, as those of NF4 do:
+`Levels` has the same three functions for levels at any distance, such as those of NF4:
 
     levels         w ~ s l[q]           q from 0 to the number of levels - 1
 
-- 0 is always on the grid, for a pruned weight has to stay 0.
-- s is the least for which no weight is beyond the ends: max |w| / 127 with 8 bits. The code -128
-  would gain 0.4% of range on one side, and then -q would not be a code for every q. With 4 bits the
-  sixteenth code is 6% of all, so there -8 is used.
+- 0 is always on the grid, because a pruned weight has to stay 0.
+- s is the least scale for which no weight is beyond the ends: max |w| / 127 with 8
+  bits. The code -128 would gain 0.4% of range on one side, and then -q would not be a
+  code for every q. With 4 bits the sixteenth code is 6% of all, so there -8 is used.
 - The zero point is an integer. A real z fits a little better, but then no code means 0.
 
-torchao calls these grids SYMMETRIC_NO_CLIPPING_ERR and ASYMMETRIC; the second half of Jacob et al.
-2018, arXiv 1712.05877, section 2.1, is the zero point.
+torchao calls these grids SYMMETRIC_NO_CLIPPING_ERR and ASYMMETRIC. The zero point is
+from Jacob et al. 2018, arXiv 1712.05877, section 2.1.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ def in_groups(W, group):
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """A map between numbers and codes. ValueError for bits outside 2 to 8 and a group below 2."""
+    """A grid of equal steps. ValueError for bits outside 2 to 8 and a group below 2."""
 
     bits: int = 8
     group: int | None = None
@@ -66,7 +66,7 @@ class Grid:
         return in_groups(W, self.group)
 
     def fit(self, W):
-        """(scale, zero) for W (n, m): the finest grid that has no weight beyond its ends."""
+        """(scale, zero) for W (n, m): the finest grid that reaches every weight."""
         low, high = self.ends
         W = self.groups(W)
         least, most = W.amin(-1).clamp(max=0), W.amax(-1).clamp(min=0)  # (n, groups)
@@ -78,19 +78,19 @@ class Grid:
         return scale, (-least / scale).round() if self.zero_point else None
 
     def round(self, W, scale, zero=None):
-        """The codes (n, m) of a matrix W (n, m), whole numbers in its dtype."""
+        """The codes (n, m) of W (n, m): whole numbers, in the dtype of W."""
         q = (self.groups(W) / scale[..., None]).round()
         return (q if zero is None else q + zero[..., None]).clamp(*self.ends).flatten(1)
 
     def dense(self, q, scale, zero=None):
-        """The matrix (n, m) that the codes q (n, m) stand for, in the dtype of q and scale."""
+        """The matrix (n, m) of the codes q (n, m), in the dtype of q and scale."""
         q = self.groups(q)
         return ((q if zero is None else q - zero[..., None]) * scale[..., None]).flatten(1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Levels:
-    """A grid of given levels: rising numbers, 0 among them, of which the largest magnitude is 1.
+    """A grid of given levels: rising numbers with 0 among them and largest magnitude 1.
 
     levels: numbers, or a tensor (k,), which is not checked. ValueError for other levels.
     """
@@ -123,19 +123,19 @@ class Levels:
         return scale.where(scale > 0, 1.0), None  # a group of zeros stays one
 
     def round(self, W, scale, zero=None):
-        """The codes (n, m) of the levels nearest to W (n, m), in its dtype; of two the lower."""
+        """The codes (n, m) of the levels nearest to W (n, m), in its dtype; lower in a tie."""
         levels = self.on(W)
-        between = (levels[1:] + levels[:-1]) / 2  # a code for each number that lies below w / s
+        between = (levels[1:] + levels[:-1]) / 2  # the code is the number of these below w / s
         w = (self.groups(W) / scale[..., None]).contiguous()
         return torch.bucketize(w, between).flatten(1).to(W.dtype)
 
     def dense(self, q, scale, zero=None):
-        """The matrix (n, m) that the codes q (n, m) mean, in the dtype of scale."""
+        """The matrix (n, m) of the codes q (n, m), in the dtype of scale."""
         return (self.groups(self.on(scale)[q.long()]) * scale[..., None]).flatten(1)
 
 
 def check_levels(levels):
-    """ValueError unless the levels rise, with 0 among them, and the largest magnitude is 1."""
+    """ValueError unless the levels rise, contain 0, and have largest magnitude 1."""
     levels = list(levels)
     rise = all(a < b for a, b in zip(levels, levels[1:]))
     if not rise or 0 not in levels or max(map(abs, levels)) != 1 or len(levels) > 256:
@@ -146,8 +146,8 @@ def check_levels(levels):
 def pack(codes, bits):
     """Codes from 0 to 2^bits - 1, (n, m), in bytes: (n, m * bits / 8) of uint8; bits: 2, 4 or 8.
 
-    Byte i holds the codes i, i + k, i + 2 k, ... (k bytes a row), the first in its lowest bits. So
-    a part of the row is one shift of all its bytes.
+    Byte i holds the codes i, i + k, i + 2 k, ... (k bytes a row), the first in its
+    lowest bits. So one shift of all bytes gives a contiguous part of the row.
     """
     parts = codes.to(torch.uint8).chunk(8 // bits, 1)  # each (n, k)
     packed = torch.zeros_like(parts[0])
@@ -157,7 +157,7 @@ def pack(codes, bits):
 
 
 def unpack(packed, bits):
-    """What `pack` packed: (n, k) of uint8 -> (n, k * 8 / bits)."""
+    """The inverse of `pack`: (n, k) of uint8 -> (n, k * 8 / bits)."""
     if bits == 8:
         return packed
     return torch.cat([packed >> i & (2**bits - 1) for i in range(0, 8, bits)], 1)

@@ -1,4 +1,4 @@
-"""NF4: sixteen levels, spaced as a normal distribution is, and a scale for each 64 weights.
+"""NF4: sixteen levels at quantiles of the normal distribution, one scale per 64 weights.
 
     1. s = max |w|               for each block of 64 neighbours in a row
     2. q = the code of the level that is nearest to w / s         0 to 15, two a byte
@@ -11,26 +11,28 @@
     levels    q_j                (16,)                               float32, also after a cast
     group     blocksize
 
-The weights of a trained matrix are near to normal, so most lie near 0, and equal steps waste
-codes on the few far ones. NF4 puts each sixteenth of a normal distribution at a level of its own:
+The weights of a trained matrix are nearly normal, so most are near 0, and equal steps
+waste codes on the few large ones. NF4 gives each sixteenth of a normal distribution a
+level of its own:
 
     l = Q(p) / Q(0.9677)    Q: the quantiles of N(0, 1)
     8 levels above 0:       p from 0.9677 to 0.5 in 9 even steps, without the last
     7 levels below 0:       -Q(p), p from 0.9677 to 0.5 in 8 even steps, without the last
     and 0 itself, so that a zero stays one
 
-0.9677 = 1 - (1/30 + 1/32) / 2: half of the share that one of 15, and of 16, equal parts has lies
-beyond the last level. LEVELS has the sixteen numbers as bitsandbytes publishes them.
+0.9677 = 1 - (1/30 + 1/32) / 2. Beyond the last level lies half of an equal part: 1/30
+where there are 15 parts, 1/32 where there are 16, and the mean of both here. LEVELS has
+the sixteen numbers as bitsandbytes publishes them.
 
-Cost: 4 bits a weight and 32 / 64 for the scale, 4.5 in all. A product makes the matrix in the
-model's float type, and makes it again in the backward pass. LoRA over NF4 is QLoRA:
+Cost: 4 bits a weight and 32 / 64 for the scale, 4.5 in all. A product makes the matrix
+in the model's float type, and the backward pass makes it again. LoRA over NF4 is QLoRA:
 
     minillm.lora.wrap(minillm.quant.nf4.wrap(model))
 
-bitsandbytes counts its blocks through the whole matrix and puts two neighbours in a byte, the
-first in the high bits; here a block ends with its row, and a byte holds the codes i and i + in / 2.
-The codes are the same. Not included: QLoRA's second quantization, of the scales to 8 bits (0.37
-bits a weight less), and its paged optimizer.
+bitsandbytes counts its blocks through the whole matrix and puts two neighbours in a
+byte, the first in the high bits. Here a block ends with its row, and a byte holds the
+codes i and i + in / 2. The codes are the same. Not included: QLoRA's quantization of
+the scales to 8 bits (0.37 bits a weight less), and its paged optimizer.
 
 >>> from torch import nn; import torch, minillm
 >>> model = nn.Sequential(nn.Linear(128, 8, bias=False))
@@ -78,7 +80,7 @@ class Codebook(Coded, Format):
         return Levels(self.levels, self.group)
 
     def half_steps(self):
-        """Half of the wider gap beside a code's level."""
+        """Half of the wider gap beside each code's level, (n, groups, group)."""
         gaps = self.levels.diff() / 2
         wider = torch.maximum(torch.cat([gaps, gaps[-1:]]), torch.cat([gaps[:1], gaps]))  # (16,)
         return self.grid.groups(wider[self.codes().long()]) * self.scale[..., None]
@@ -94,9 +96,9 @@ class Codebook(Coded, Format):
 def wrap(model, targets=None, *, group=64):
     """Store the leaves that `targets` names (see `registry.select`) as NF4; returns the model.
 
-    By default every linear leaf but the output head and tied matrices. group: so many neighbours
-    in a row share a scale (None: the whole row). ValueError where the weights of a row fill no
-    whole number of groups and of bytes.
+    By default every linear leaf but the output head and tied matrices. group: how many
+    neighbours in a row share a scale (None: the whole row). ValueError where the
+    weights of a row fill no whole number of groups and of bytes.
     """
     return attach(Codebook, model, targets, fill=fill, group=group)
 
@@ -109,6 +111,6 @@ def fill(form, site, levels=LEVELS):
 
 register("nf4", Codebook, family="quant")
 method("nf4", wrap,
-       does="stores weights as 4-bit codes of 16 levels, spaced as a normal distribution is",
+       does="stores weights as 4-bit codes of 16 levels at quantiles of the normal distribution",
        paper="Dettmers et al. 2023, arXiv 2305.14314",
        small={"": dict(group=8), "row": dict(group=None)})

@@ -1,4 +1,4 @@
-"""Quantization-aware training (QAT): the model trains with weights that are rounded already.
+"""Quantization-aware training (QAT): the model trains with its weights rounded.
 
     forward     y = x Qᵀ,  Q = dense(round(W))    Jacob et al. 2018, arXiv 1712.05877, section 3
     backward    dW = dyᵀ x,  dx = dy Q            as if round changed nothing ("straight-through",
@@ -6,23 +6,20 @@
 
     code     meaning                                   shape
     W        the weight, which stays float and learns  (out, in)
-    Q        what the grid has nearest to W            (out, in)
+    Q        the matrix on the grid nearest to W       (out, in)
     grid     codes, scales, zero points: see `grid`
 
-The gradient of rounding is 0 almost everywhere, so nothing would learn by it. The straight-through
-gradient moves W by what would have helped Q. Small steps add up in W until a code changes. At 8
-bits rounding loses next to nothing anyway; from 4 bits down training with it pays.
+Rounding has the gradient 0 almost everywhere, so W gets that of Q. Small steps of W add
+up until a code changes. At 8 bits rounding loses little; from 4 bits down QAT pays.
 
-`convert` uses the functions of the same grid, so what is stored is bit for bit what training saw. A
-fake-quantization has nothing to learn itself and freezes nothing, as a mask: the model learns
-through it. LoRA beneath it learns too, in W + s BA, rounded as a whole: merge LoRA, then convert.
+`convert` rounds with the same grid, so it stores bit for bit what training computed
+with. A FakeQuant has no parameters and freezes nothing, like a mask. With LoRA beneath
+it, W + s B A is rounded as a whole: merge LoRA, then convert.
 
-Cost: W is rounded once more in the backward pass, and no Q is kept for it. In compiled code
-rounding is one pass over W.
-
-The scales follow W at each step, and get no gradient (LSQ, arXiv 1902.08153, learns them). torchao's
-`QATConfig` swaps the linear layer's class twice, to prepare and to convert. Not included: rounded
-activations (Jacob et al. average their ranges), and a delayed start (wrap when it is to begin).
+Cost: the backward pass rounds W again. In compiled code rounding is one pass over W.
+The scales are fitted to W at each step, without a gradient (LSQ, arXiv 1902.08153,
+learns them). torchao's `QATConfig` swaps the linear layer's class twice. Not included:
+rounded activations (Jacob et al. average their ranges), a delayed start (wrap later).
 
 >>> from torch import nn; import torch, minillm
 >>> model, x = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(2, 16)
@@ -57,7 +54,7 @@ class FakeQuant(Patch):
         levels = None if levels is None else tuple(levels)
         if levels is not None and (bits, zero_point, len(levels)) != (4, False, 16):
             raise ValueError(f"bits={bits}, zero_point={zero_point} and {len(levels)} levels: "
-                             "levels are 16, for bits=4 without a zero point")
+                             "give 16 levels, with bits=4 and without a zero point")
         self.grid = Grid(bits, group, zero_point) if levels is None else Levels(levels, group)
         check_rows(site, bits, group)
         self.bits, self.group, self.zero_point, self.levels = bits, group, zero_point, levels
@@ -74,7 +71,7 @@ class FakeQuant(Patch):
         x = ops.in_autocast(x)
         if W.requires_grad and below.depth == 0:
             y = ops.straight_linear(x, W, self.rounded)
-        elif W.requires_grad:  # made of W and what a patch beneath learns
+        elif W.requires_grad:  # made of W and of a patch's parameters
             y = ops.remade(lambda x: ops.linear(x, self.fold(*below.dense())[0].to(x.dtype)), x)
         else:
             y = ops.remade_linear(x, lambda: self.fold(*below.dense())[0].to(x.dtype))
@@ -82,12 +79,12 @@ class FakeQuant(Patch):
 
     def fold(self, W, b):
         Q = self.rounded(W)
-        if self.padding is not None:  # the token whose row does not learn
+        if self.padding is not None:  # this token's row does not learn
             W = W.index_fill(1, torch.tensor(self.padding, device=W.device), 0)
         return ops.straight(W, Q), b
 
     def rounded(self, W):
-        """Q (out, in), of no gradient: in float32 as the Format has it, then in the dtype of W."""
+        """Q (out, in), no gradient: rounded in float32 like the Format, then cast."""
         rows = (W.T if self.lookup else W).detach().float()
         numbers = self.grid.fit(rows)
         Q = self.grid.dense(self.grid.round(rows, *numbers), *numbers).to(W.dtype)
@@ -99,30 +96,30 @@ class FakeQuant(Patch):
             return name in names
 
         if self.levels is None:
-            return attach(Integer, model, chosen, bits=self.bits, group=self.group, zero_point=self.zero_point)
-        return attach(Codebook, model, chosen, group=self.group, fill=lambda form, site: fill(form, site, self.levels))
+            return attach(Integer, model, chosen, bits=self.bits, group=self.group,
+                          zero_point=self.zero_point)
+        return attach(Codebook, model, chosen, group=self.group,
+                      fill=lambda form, site: fill(form, site, self.levels))
 
     def extra_repr(self):
         return f"bits={self.bits}, group={self.group}, zero_point={self.zero_point}"
 
 
 def wrap(model, targets=None, *, name=None, bits=4, group=None, zero_point=False, levels=None):
-    """Round the leaves that `targets` names (see `registry.select`) in training; returns the model.
+    """Round the leaves that `targets` names in training; in place, returns the model.
 
-    By default every linear leaf but the output head and tied matrices. bits, group, zero_point: as
-    `quant.wrap` has them. levels: 16 numbers instead, such as `quant.nf4.LEVELS` (with group=64).
-    ValueError for what the format could not store.
+    targets, bits, group, zero_point: as in `quant.wrap`. levels: 16 numbers, such as
+    `quant.nf4.LEVELS` with group=64. ValueError for what the format cannot store.
     """
-    return attach(FakeQuant, model, targets, name=name, bits=bits, group=group, zero_point=zero_point,
-                  levels=levels)
+    return attach(FakeQuant, model, targets, name=name, bits=bits, group=group,
+                  zero_point=zero_point, levels=levels)
 
 
 def convert(model):
-    """Store each leaf with the codes that training rounded it to; in place, returns the model.
+    """Store each leaf with the codes that training used; in place, returns the model.
 
-    The format is `quant`'s Integer, or NF4's Codebook where `levels` were given; the
-    fake-quantization is gone. ValueError, before anything changes, where there is none, where a
-    patch lies beneath it, and where the leaf is tied or in a format already.
+    The format is Integer, or Codebook with `levels`. ValueError, before any change:
+    no FakeQuant, a patch beneath it, or a leaf that is tied or in a format.
     """
     plan = {}
     for site in walk(model):
@@ -132,8 +129,8 @@ def convert(model):
                 continue
             if i:
                 beneath = patches[i - 1].name
-                raise ValueError(f"{site.name!r} has {beneath} beneath the fake-quantization, which "
-                                 f"rounds the two as one: merge or unwrap {beneath} first")
+                raise ValueError(f"{site.name!r} has {beneath} beneath the fake-quantization, "
+                                 f"which rounds its result: merge or unwrap {beneath} first")
             check_formats(Integer if patch.levels is None else Codebook, model, [site])
             plan.setdefault(str(patch.config()), (patch, set()))[1].add(site.name)
     if not plan:
@@ -147,6 +144,6 @@ def convert(model):
 
 
 register("qat", FakeQuant, family="quant")
-method("qat", wrap, does="trains with weights that are rounded already, to store them so",
+method("qat", wrap, does="trains with rounded weights, to store them rounded",
        paper="Jacob et al. 2018, arXiv 1712.05877",
        small={"": dict(group=8), "three": dict(bits=3, zero_point=True)})

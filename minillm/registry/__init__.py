@@ -1,15 +1,15 @@
-"""Where the techniques meet. Read `layer` first.
+"""The one mechanism that all techniques share. Read `layer` first.
 
     leaf         a module with one weight matrix
-    layer        Layer: the one idea
+    layer        Layer: a base and the patches around it
     kinds        Patch and Format, from which every technique is made
     sites        the places of a model's tree
-    targets      which of them a technique wraps
-    table        the techniques that there are
-    batch        what they add to a batch
+    targets      which sites a technique wraps
+    table        all kinds and methods
+    batch        what techniques add to a batch
     learning     which of the model's own parameters learn
     names        which adapters take part
-    attach       how a patch or a format takes its place
+    attach       how a patch or a format is put into the model
     verbs        unwrap, merge, unmerge
     store        save, load; with `learned` and `fingerprint`
 """
@@ -26,8 +26,8 @@ from minillm.registry.table import (
 from minillm.registry.targets import computed, hidden_linears, hint, select
 
 __all__ = [
-    "Below", "CannotMerge", "Format", "KINDS", "LEAVES", "Layer", "Leaf", "METHODS", "Patch", "Site",
-    "attached", "computed", "dense", "formats_of", "hidden_linears", "hint", "kept", "layers",
-    "leaf", "method", "parameters", "patches_of", "prepare", "register", "rows", "same_shape", "select",
-    "techniques", "ties", "untie", "use", "walk",
+    "Below", "CannotMerge", "Format", "KINDS", "LEAVES", "Layer", "Leaf", "METHODS", "Patch",
+    "Site", "attached", "computed", "dense", "formats_of", "hidden_linears", "hint", "kept",
+    "layers", "leaf", "method", "parameters", "patches_of", "prepare", "register", "rows",
+    "same_shape", "select", "techniques", "ties", "untie", "use", "walk",
 ]

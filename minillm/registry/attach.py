@@ -1,4 +1,4 @@
-"""How a Patch or a Format takes its place in the model: every check first, then the change."""
+"""How a Patch or a Format is put into the model: all checks come before the first change."""
 
 import torch
 
@@ -9,21 +9,24 @@ from minillm.registry.layer import Layer
 from minillm.registry.learning import came, say
 from minillm.registry.names import check_name, follow, names_of, taking_part, version
 from minillm.registry.past import Aside, past
-from minillm.registry.sites import ties
+from minillm.registry.sites import check_whole, ties
 from minillm.registry.targets import hidden_linears, select
 
 
-def attach(cls, model, targets=None, default=hidden_linears, what="leaf", name=None, fill=None, **options):
-    """Wrap what `targets` names (see `registry.select`) with cls(site, **options).
+def attach(
+    cls, model, targets=None, default=hidden_linears, what="leaf", name=None, fill=None, **options
+):
+    """Wrap the sites that `targets` names (see `registry.select`) with cls(site, **options).
 
-    In place; returns the model. name: of the new patch, by default its kind. fill: what fills the new
-    Patch or Format, called with it and its site; by default its own `fill`.
+    In place; returns the model. name: the name of the new patch, by default its kind.
+    fill: a function (new, site) that fills the new Patch or Format instead of its own `fill`.
     """
     def make(site):
         new = cls(site, **options)
         (fill or cls.fill)(new, site)
         return new
 
+    check_whole(model, "wrap")
     sites = select(model, targets, cls.accepts, default(model), what)
     if issubclass(cls, Format):
         check_formats(cls, model, sites)
@@ -37,23 +40,26 @@ def attach(cls, model, targets=None, default=hidden_linears, what="leaf", name=N
 
 
 def check_free(site, name, kind):
-    """ValueError where a patch of this name lies around the site."""
+    """ValueError if a patch of this name is around the site already."""
     if site.layer and name in site.layer.patches:
-        again = "" if name != kind else f", or give the new one a name: wrap(model, name={kind + '-2'!r})"
-        raise ValueError(f"{site.name!r} is already wrapped with {name}: unwrap or merge it first{again}")
+        again = ("" if name != kind
+                 else f", or give the new one a name: wrap(model, name={kind + '-2'!r})")
+        raise ValueError(f"{site.name!r} is already wrapped with {name}: "
+                         f"unwrap or merge it first{again}")
 
 
 def surround(model, name, pairs, over):
-    """Put each patch around its site, in place of one of its own name; returns the model.
+    """Put each patch around its site, or in place of one of the same name; returns the model.
 
-    over: the names over which the patches were filled, or trained.
+    pairs: [(site, patch)]; over: the names over which the patches were filled or trained.
     """
     follow(model)
     before = frozenset(names_of(model))
     for _, patch in pairs:
         patch.name = name
     tied = ties(model)
-    for site, base in [(site, remainder(site, patch, tied)) for site, patch in pairs if patch.start]:
+    bases = [(site, remainder(site, patch, tied)) for site, patch in pairs if patch.start]
+    for site, base in bases:
         put(site, base)
     for site, patch in pairs:
         patch.before, patch.over = before - {name}, frozenset(over)
@@ -65,27 +71,31 @@ def surround(model, name, pairs, over):
 
 
 def check_formats(cls, model, sites):
-    """ValueError for the first leaf that the format cannot store."""
+    """ValueError for the first leaf that cannot be stored in the format."""
     tied = ties(model)
     for site in sites:
         if isinstance(site.module, Format):
-            raise ValueError(f"{site.name!r} is already stored as {site.module.kind}: minillm."
-                             f"{site.module.family}.unwrap(model) first gives its dense weight back")
+            raise ValueError(f"{site.name!r} is already stored as {site.module.kind}: "
+                             f"minillm.{site.module.family}.unwrap(model) first gives its dense "
+                             "weight back")
         if left := sorted({*tied.get(site.name, ())} - {one.name for one in sites}):
-            raise ValueError(f"{site.name!r} shares its matrix with {', '.join(left)}: stored as {cls.kind} it would be a second "
-                             "matrix. Name all of them as targets to have it stored once, or give each its own with "
+            raise ValueError(f"{site.name!r} shares its matrix with {', '.join(left)}: stored as "
+                             f"{cls.kind} it would be a second matrix. Name all of them as targets "
+                             "to have it stored once, or give each its own with "
                              "minillm.untie(model)")
         if not torch.isfinite(site.module.weight).all():
-            raise ValueError(f"the weight of {site.name!r} holds nan or infinity, which {cls.kind} cannot store")
+            raise ValueError(f"the weight of {site.name!r} holds nan or infinity, which {cls.kind} "
+                             "cannot store")
 
 
 def store(model, sites, make):
-    """Replace leaves by the Format that `make` gives for each site; in place, returns the model.
+    """Replace each site's leaf by the Format make(site); in place, returns the model.
 
-    The emptied leaf waits in it as `shell`, for unwrap. Leaves that share their matrix share the buffers.
+    The Format keeps the emptied leaf as `shell`, for unwrap. Leaves that share their matrix
+    share the buffers.
     """
     tied, first = ties(model), {}
-    for site, new in [(site, make(site)) for site in sites]:  # none is replaced before all are made
+    for site, new in [(site, make(site)) for site in sites]:  # make all before replacing any
         old = site.module
         group = frozenset({site.name, *tied.get(site.name, ())})
         share(first.setdefault(group, new), new)
@@ -98,22 +108,24 @@ def store(model, sites, make):
                 say(old, key, p)
             old.weight = None
             new.shell = Aside(old)
-        new.says = old.says  # of the weight too, which is no parameter for now
+        new.says = old.says  # with the Say of the weight, which is no parameter now
         put(site, new.train(old.training))
         name = new.name
     return came(model, name) if sites else model
 
 
 def share(first, other):
-    """Let `other` hold the buffers of `first`, as they are: the table itself, so that a cast or a copy keeps them one."""
-    shapes = [{key: (b.shape, b.dtype) for key, b in form._buffers.items()} for form in (first, other)]
+    """Let `other` use the dict of buffers of `first` itself: a cast or a copy keeps them shared."""
+    shapes = [{key: (b.shape, b.dtype) for key, b in form._buffers.items()}
+              for form in (first, other)]
     if shapes[0] != shapes[1]:
-        raise ValueError(f"leaves that share a matrix keep it in {first.kind} in different shapes: minillm.untie(model) first")
+        raise ValueError(f"leaves that share a matrix have different shapes as {first.kind}: "
+                         "minillm.untie(model) first")
     other._buffers = first._buffers
 
 
 def put(site, base):
-    """Make `base` the site's module: in its Layer, or in the model where there is none left to hold a patch."""
+    """Make `base` the site's module, in its Layer; without patches, in the Layer's place."""
     if site.layer is not None and len(site.layer.patches):
         site.layer.base = base
     else:

@@ -1,4 +1,4 @@
-"""New bases for old ones: what a merge makes, what a format gives back, what a patch leaves when it takes its part."""
+"""New bases: of a merge, of an unwrapped format, and of a patch that starts with a part of W."""
 
 import copy
 
@@ -11,11 +11,13 @@ from minillm.registry.past import Past, past
 
 
 def storage(module):
-    return module.kind if isinstance(module, Format) else str(module.weight.dtype).removeprefix("torch.")
+    if isinstance(module, Format):
+        return module.kind
+    return str(module.weight.dtype).removeprefix("torch.")
 
 
 def twin(base):
-    """A leaf of its own over the same tensors: what is set on it does not change `base`."""
+    """A copy of a leaf over the same tensors: setting a tensor on it does not change `base`."""
     new = copy.copy(base)
     for table in ("_parameters", "_buffers", "_modules"):
         new.__dict__[table] = dict(base.__dict__[table])
@@ -23,7 +25,7 @@ def twin(base):
 
 
 def apart(new, base):
-    """A twin with parameters of its own: what trains it from now on leaves `base` alone; returns it."""
+    """Give the twin `new` parameters of its own: training it does not change `base`; returns it."""
     for key, p in new._parameters.items():
         if p is not None and p is base._parameters.get(key):
             new._parameters[key] = nn.Parameter(p.detach().clone(), p.requires_grad)
@@ -31,13 +33,14 @@ def apart(new, base):
 
 
 def rebased(base, W, b):
-    """A twin of the leaf `base`, in its own format and dtype, that holds W (out, in) and b instead."""
+    """A twin of the leaf `base`, in the same format and dtype, that holds W (out, in) and b."""
     new, dtype = twin(base), dense(base)[0].dtype
     if isinstance(new, Format):
         new.pack(W)
     else:
         W = W.T if leaf(base).transposed else W
-        new.weight = nn.Parameter(W.to(dtype).contiguous(), requires_grad=base.weight.requires_grad)
+        W = W.to(dtype).contiguous()
+        new.weight = nn.Parameter(W, requires_grad=base.weight.requires_grad)
     if b is not None and b is not base.bias:
         new.bias = nn.Parameter(b.to(dtype))
     return new
@@ -45,7 +48,10 @@ def rebased(base, W, b):
 
 @torch.no_grad()
 def fold_in(site, patch, base, keep, tolerance):
-    """(a new base with the patch folded in, the rounding as a share of the change); `base` stays as it is."""
+    """(a new base with the patch folded in, its rounding error as a share of the change).
+
+    `base` is not changed. ValueError if the rounding error is more than `tolerance`.
+    """
     W, b = dense(base) if site.leaf else (None, None)
     W = W.to(torch.promote_types(W.dtype, torch.float32)) if site.leaf else None
     wanted, bias = patch.fold(W, b)
@@ -54,12 +60,14 @@ def fold_in(site, patch, base, keep, tolerance):
     new = apart(new, base)
     if changed and isinstance(new, Format):
         new.pays(site.name)
-    error, change = (dense(new)[0].to(W.dtype) - wanted).norm().item(), (wanted - W).norm().item()
+    error = (dense(new)[0].to(W.dtype) - wanted).norm().item()
+    change = (wanted - W).norm().item()
     if error > tolerance * change + 1e-6 * wanted.norm().item():
-        raise ValueError(f"merging {patch.name} into {site.name!r} ({storage(new)}) would lose it: the rounding is "
-                         f"{error / change:.2f} of the change, more than tolerance={tolerance}. Merge into a dense base (unwrap "
-                         "the format first), or keep the patch")
-    new._modules.pop("past", None)  # the copy's: of the merges before this one
+        raise ValueError(f"merging {patch.name} into {site.name!r} ({storage(new)}) would lose it: "
+                         f"the rounding is {error / change:.2f} of the change, more than "
+                         f"tolerance={tolerance}. Merge into a dense base (unwrap the format "
+                         "first), or keep the patch")
+    new._modules.pop("past", None)  # the twin copied it from the base: the merges before this one
     if keep:
         names = list(site.layer.patches)
         new.past = Past(patch, base, names[: names.index(patch.name)])
@@ -68,25 +76,33 @@ def fold_in(site, patch, base, keep, tolerance):
 
 @torch.no_grad()
 def remainder(site, patch, tied):
-    """The base without the part of it that the patch starts with; it keeps the base of before, for unwrap."""
+    """The base without the part with which the patch starts.
+
+    Its `past` keeps the old base, for unwrap.
+    """
     if isinstance(site.module, Format):
-        raise ValueError(f"{site.name!r} is stored as {site.module.kind}, and {patch.name} takes a part out of the dense weight: "
-                         f"minillm.{site.module.family}.unwrap(model) first, and store it again afterwards")
+        family = site.module.family
+        raise ValueError(f"{site.name!r} is stored as {site.module.kind}, and {patch.name} takes a "
+                         f"part out of the dense weight: minillm.{family}.unwrap(model) first, and "
+                         "store it again afterwards")
     others = site.layer.patches.values() if site.layer else ()
     wrong = [one.name for one in others if one.touches == "weight" and not one.additive]
     if wrong or site.name in tied:
-        what = f"{wrong[0]} lies around it" if wrong else f"it is that of {', '.join(tied[site.name])} too"
-        raise ValueError(f"{patch.name} takes a part out of the weight of {site.name!r}, and {what}: unwrap or untie that first")
-    base = apart(rebased(site.module, patch.residual(dense(site.module)[0]), site.module.bias), site.module)
+        what = (f"{wrong[0]} lies around it" if wrong
+                else f"{', '.join(tied[site.name])} shares that weight")
+        raise ValueError(f"{patch.name} takes a part out of the weight of {site.name!r}, and "
+                         f"{what}: unwrap or untie that first")
+    left = patch.residual(dense(site.module)[0])
+    base = apart(rebased(site.module, left, site.module.bias), site.module)
     base._modules.pop("past", None)
     base.past = Past(patch, site.module, born=True)
     return base
 
 
 def refill(stored):
-    """The leaf that a Format had replaced, with the dense weight in it.
+    """The leaf that a Format had replaced, with the Format's dense weight in it.
 
-    A merge into the Format stays a merge into the leaf, and can be undone.
+    A merge into the Format becomes a merge into the leaf, and can still be undone.
     """
     if record := past(stored):
         beneath = refill(record.base)
@@ -99,8 +115,9 @@ def refill(stored):
 
 
 def fill(shell, stored):
-    """Give the emptied leaf the weight, the bias and the notes of the Format; returns the leaf."""
-    shell.weight = nn.Parameter(stored.weight.detach().contiguous(), requires_grad=stored.says["weight"].last)
+    """Give the emptied leaf the weight, the bias and the Says of the Format; returns the leaf."""
+    learns = stored.says["weight"].last
+    shell.weight = nn.Parameter(stored.weight.detach().contiguous(), requires_grad=learns)
     if stored.bias is not None:
         shell.bias = stored.bias
     shell.says = stored.says
@@ -108,9 +125,9 @@ def fill(shell, stored):
 
 
 def restored(now, base):
-    """The base of an earlier time, in the place of `now`: its parameters learn as those do."""
+    """The earlier `base`, for the place of `now`: its parameters learn as those of `now` do."""
     if "says" in now.__dict__:
-        base.says = now.says  # with what was said meanwhile
+        base.says = now.says  # with what was said in the meantime
     for key, p in base.named_parameters(recurse=False):
         if (new := now._parameters.get(key)) is not None:
             p.requires_grad_(new.requires_grad)

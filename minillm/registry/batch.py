@@ -4,16 +4,18 @@ from minillm.registry.sites import layers
 
 
 def same_shape(ids, **others):
-    """ValueError for what is there and has another shape than ids (b, t)."""
+    """ValueError if one of `others` is not None and differs from ids (b, t) in shape."""
     for name, rows in others.items():
         if rows is not None and rows.shape != ids.shape:
-            raise ValueError(f"{name} {tuple(rows.shape)} and ids {tuple(ids.shape)} differ in shape")
+            raise ValueError(f"{name} {tuple(rows.shape)} and ids {tuple(ids.shape)} "
+                             "differ in shape")
 
 
 def prepare(model, ids, labels=None, mask=None):
-    """The batch with what the attached techniques add to it (soft prompts put their placeholders in front).
+    """(ids, labels, mask) with what the attached techniques add to the batch.
 
-    ids, labels, mask: each (b, t); ValueError where they differ in shape.
+    A soft prompt puts its placeholders in front. ids, labels, mask: each (b, t), labels and mask
+    may be None; ValueError if their shapes differ.
     """
     same_shape(ids, labels=labels, mask=mask)
     for layer in layers(model).values():

@@ -3,8 +3,8 @@
     freeze    forbids some, and the others learn
     BitFit    claims some, and nothing else learns
 
-What they say is kept on the modules that own the parameters (see `learning`). Their file holds the
-names, and the parameters that were left to learn.
+The modules that own the parameters keep what these techniques say (see `learning`). Their file
+holds the names, and the parameters that were left to learn.
 """
 
 from minillm.registry.kinds import CannotMerge
@@ -21,7 +21,7 @@ from minillm.registry.table import KINDS, attached
 
 
 class Claim:
-    """What a technique says of some parameters. A subclass says whether it claims or forbids them."""
+    """A technique that claims or forbids parameters of the model: a subclass sets which."""
 
     kind = family = ""
     not_neutral = ""
@@ -34,22 +34,26 @@ class Claim:
 
 
 def say_of(model, cls, which):
-    """Claim or forbid the parameters whose name `which` says yes to; in place, returns the model."""
+    """Claim or forbid the parameters where which(name) is true; in place, returns the model."""
     follow(model)
     return note(model, cls.kind, which, cls.claim)
 
 
 def here(family, model, name=None):
-    """The kinds of the family that have a say in the model, or the one that has this name."""
+    """The kinds of the family, or the one of this name, that claim or forbid parameters here."""
     found = [cls for kind, cls in KINDS.items() if cls.family == family and name in (None, kind)]
     return [cls for cls in found if cls.kind in noted(model)]
 
 
 def unwrap(family, model, name=None):
-    """Forget what was said: what learns is then up to the others, and to you; in place, returns the model."""
+    """Forget what the technique claims or forbids; in place, returns the model.
+
+    Then the other techniques and the user's `requires_grad` decide what learns.
+    """
     found = here(family, model, name)
     if not found:
-        raise ValueError(f"nothing is frozen in this model by {name or family}; attached: {attached(model)}")
+        raise ValueError(f"nothing is frozen in this model by {name or family}; "
+                         f"attached: {attached(model)}")
     follow(model)
     for cls in found:
         gone(model, cls.kind)
@@ -57,45 +61,50 @@ def unwrap(family, model, name=None):
 
 
 def merge(family, model, name=None, **_):
-    """CannotMerge: there is nothing beside the model's own parameters."""
+    """CannotMerge: these techniques add nothing to the model's own parameters."""
     raise CannotMerge(f"{name or family} cannot be merged: what it trained is the model itself")
 
 
 def save(family, model, path, name=None, *, force=False):
-    """Write the parameters that were left to learn, and the names of the others, to a safetensors file.
+    """Write the parameters that were left to learn, and the names of those claimed or forbidden.
 
-    name: which one, where several of the family have a say. A weight that a format stores by now is
-    written dense. FileExistsError as for every technique's `save`.
+    It writes a safetensors file. name: which one, if several of the family are attached. A weight
+    that a format stores by now is written dense. FileExistsError as for every technique's `save`.
     """
     found = here(family, model, name)
     if not found:
-        raise ValueError(f"nothing is frozen in this model by {name or family}: wrap it first; attached: {attached(model)}")
+        raise ValueError(f"nothing is frozen in this model by {name or family}: wrap it first; "
+                         f"attached: {attached(model)}")
     if len(found) > 1:
         names = ", ".join(repr(cls.kind) for cls in found)
-        raise ValueError(f"the model has {names}, and a file holds one: save(model, path, name={found[0].kind!r})")
+        raise ValueError(f"the model has {names}, and a file holds one: "
+                         f"save(model, path, name={found[0].kind!r})")
     (cls,) = found
     names = cls.named(model) if cls.claim else frozen(model)
-    write(path, family, cls.kind, cls.kind, model, {}, held_by(model, cls.kind), dict(buffers(model)), force,
-          frozen=sorted(names))
+    own, kept = held_by(model, cls.kind), dict(buffers(model))
+    write(path, family, cls.kind, cls.kind, model, {}, own, kept, force, frozen=sorted(names))
 
 
 def load(family, model, path, name=None, *, replace=False, any_base=False):
-    """Copy the parameters of the file into the model, and let those alone learn; in place, returns the model.
+    """Copy the parameters of the file into the model, and let only those learn.
 
-    ValueError where the technique has its say here already, unless `replace`; where the file was made
-    for another model, unless `any_base`.
+    In place; returns the model. ValueError if the technique is attached already, unless
+    `replace`; or if the file was made for another model, unless `any_base`.
     """
     tensors, metadata = opened(path, family)
     cls = kind_of(metadata, path)
     if name not in (None, cls.kind):
         raise ValueError(f"name={name!r}: {path} holds {cls.kind}, which has no other name")
     if cls.named(model) and not replace:
-        raise ValueError(f"the model has {cls.kind} already, and {path} would take its place: unwrap it first, or say replace=True")
+        raise ValueError(f"the model has {cls.kind} already, and {path} would take its place: "
+                         "unwrap it first, or say replace=True")
     _, own, kept = sorted_out(tensors, {}, path)
-    named, shared = set(map(str, field(metadata, "frozen", path, list))), field(metadata, "shared", path)
+    named = set(map(str, field(metadata, "frozen", path, list)))
+    shared = field(metadata, "shared", path)
     missing = named - {slot for slot, *_ in slots(model)}
     if missing:
-        raise ValueError(f"{path} {'claims' if cls.claim else 'freezes'} {sorted(missing)[0]!r}, which this model lacks "
+        does = "claims" if cls.claim else "freezes"
+        raise ValueError(f"{path} {does} {sorted(missing)[0]!r}, which this model lacks "
                          f"({len(missing)} such)")
     check_learned(model, own, kept, shared, path)
     check_base(model, metadata, path, any_base)

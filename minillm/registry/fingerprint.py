@@ -1,20 +1,20 @@
 """Which model a file belongs to: samples of the weights that the file itself does not hold.
 
-An adapter is a change of one base model. Loaded onto another model of the same shapes it computes
-nonsense, and no shape betrays it. So every file that a technique or the training loop writes carries
-the model's configuration, the names of its parameters, and four values of each weight that the file
-relies on. Reading the file compares them.
+An adapter is a change of one base model. Loaded onto another model of the same shapes, it computes
+nonsense, and no shape shows it. So every file of a technique or of the training loop holds the
+model's configuration, the names of its parameters, and four values of each weight that the file
+relies on. Loading the file compares them.
 
     same dtype         the values must be equal, bit for bit
     another dtype      they must agree within the coarser dtype's rounding (a cast keeps the model)
-    another format     they must agree within what the rounding of both formats may change (an
-                       adapter that was trained over int8 belongs to the dense model as well)
+    another format     they must agree within the rounding of both formats (an adapter that was
+                       trained over int8 also belongs to the dense model)
     what learns        is not compared: the file holds it
 
-An adapter that was trained over another adapter is nothing without that one. So the file also
-carries four values of each tensor of the techniques beneath it.
+An adapter that was trained over another adapter is useless without it. So the file also holds
+four values of each tensor of the techniques beneath it.
 
-A hash of all weights would see a single changed value too. It would also refuse the same model in
+A hash of all weights would also see a single changed value. But it would refuse the same model in
 bfloat16, and take a second for each gigabyte.
 """
 
@@ -50,21 +50,21 @@ ASIDE = re.compile(
 def of(model, without=None):
     """A dict for JSON: the model's name, its configuration, and samples of its weights.
 
-    The weights are its own parameters, and what a Format stores. Of those in `without` there is
-    the name alone. By default these are the ones that learn, for whoever asks saves them.
+    The weights are the model's own parameters, and what a Format stores. Those in `without` have
+    only their name in it. By default these are the ones that learn, because the caller saves them.
     """
     every = own(model)
     without = {name for name, p in every.items() if p.requires_grad} if without is None else without
     every |= originals(model)
     samples = {name: sample(p) for name, p in every.items() if name not in without}
-    stored = {name: form for name, form in formats(model) if name not in without}
-    return dict(model=name_of(model), config=settings(model), samples=samples,
-                stored={name: sample_stored(form) for name, form in stored.items()},
-                others=sorted({name for name, *_ in slots(model)} - samples.keys() - stored.keys()))
+    stored = {name: sample_stored(form) for name, form in formats(model) if name not in without}
+    others = sorted({name for name, *_ in slots(model)} - samples.keys() - stored.keys())
+    return dict(model=name_of(model), config=settings(model), samples=samples, stored=stored,
+                others=others)
 
 
 def own(model):
-    """{name: parameter} of the model's own dense parameters; a tied one once, under its first name."""
+    """{name: parameter} of the model's own dense parameters; a tied one once, by its first name."""
     first = {}
     for name, _, _, p in parameters(model):
         first.setdefault(id(p), (name, p))
@@ -72,7 +72,7 @@ def own(model):
 
 
 def originals(model):
-    """{name: weight} of the leaves that a patch has changed when it came: as they were before."""
+    """{name: weight} of the leaves that a patch changed when it came, as they were before."""
     olds = {f"{site.name}.weight": before_birth(site.module) for site in walk(model) if site.leaf}
     return {name: old.weight for name, old in olds.items() if old is not None}
 
@@ -99,10 +99,10 @@ def sample(p):
 def sample_stored(form):
     """[dtype, shape, values, format, distances] of what a Format stores.
 
-    A distance says how far a value may be from what was packed; None: nothing is known.
+    A distance is how far a value may be from the one that was packed; None if nothing is known.
     """
     off = form.rounding().expand(form.shape)  # (out, in)
-    _, _, distances = sample(off.T if form.leaf.transposed else off)  # in the places of the values
+    _, _, distances = sample(off.T if form.leaf.transposed else off)  # at the places of the values
     return [
         *sample(form.weight),
         form.called(),
@@ -122,9 +122,9 @@ def patches(model, names):
 
 
 def settings(model):
-    """{field: value} of the configuration, for JSON; {} where the model has none that is known.
+    """{field: value} of the configuration, for JSON; {} if the model has none of a known type.
 
-    Known are dataclasses, and what has a `to_dict`, as the configurations of transformers have.
+    Known are dataclasses, and objects with a `to_dict`, as in transformers.
     """
     config = getattr(model, "config", None)
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
@@ -138,8 +138,9 @@ def settings(model):
 
 
 def name_of(model):
-    """What to call the model in an error: where it was loaded from, else its class."""
-    told = getattr(model, "source", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
+    """The model's name for an error: where it was loaded from, else its class."""
+    config = getattr(model, "config", None)
+    told = getattr(model, "source", None) or getattr(config, "_name_or_path", None)
     return str(told or type(model).__name__)
 
 
@@ -147,15 +148,16 @@ def name_of(model):
 
 
 def differs(model, then):
-    """A sentence that names both models, if the fingerprint `then` is not this model's; else None.
+    """A sentence that names both models if the fingerprint `then` is not this model's; else None.
 
-    ValueError where `then` is no fingerprint. What a file of an earlier minillm lacks is not
+    ValueError if `then` is no fingerprint. What a file of an earlier minillm lacks is not
     compared.
     """
     try:
         theirs, called, config, names = parsed(then)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise ValueError(f"the fingerprint of its model is not whole ({type(error).__name__}: {error})") from error
+        raise ValueError(f"the fingerprint of its model is not whole "
+                         f"({type(error).__name__}: {error})") from error
     both = f"it was made for {called!r} {{}}this model is {name_of(model)!r}{{}}: "
     mine = settings(model)
     odd = [key for key in mine if key in config and not alike(mine[key], config[key])]
@@ -163,7 +165,8 @@ def differs(model, then):
         its, here = (", ".join(f"{key}={known[key]!r}" for key in odd) for known in (config, mine))
         return both.format(f"with {its}, ", f" with {here}").removesuffix(": ")
     here = {name for name, *_ in slots(model)}
-    more, fewer = sorted(here - names) if names else [], sorted((names | theirs.keys()) - here)
+    more = sorted(here - names) if names else []
+    fewer = sorted((names | theirs.keys()) - here)
     if more or fewer:
         number, what, first = (
             (len(fewer), "lacks", fewer[0]) if fewer else (len(more), "has also", more[0])
@@ -184,10 +187,10 @@ def differs(model, then):
 
 
 def match(model, needs):
-    """({name in `needs` (see `patches`): name here}, a sentence if the model lacks one, else None).
+    """({name in `needs`: name here}, a sentence if the model lacks one, else None).
 
-    What has the name here is looked at first, then all others: an adapter may be loaded under another
-    name. ValueError where `needs` is no such dict.
+    needs: as `patches` returns them. The same name is tried first, then all others, because an
+    adapter may be loaded under another name. ValueError if `needs` is no such dict.
     """
     here, found = patches(model, all_names(model)), {}
     for name, sites in needs.items():
@@ -195,7 +198,8 @@ def match(model, needs):
         try:
             fits = [one for one in order if same(here[one], sites)]
         except (AttributeError, TypeError, ValueError, LookupError) as error:
-            raise ValueError(f"what it says of the {name} beneath it is not whole ({error})") from error
+            raise ValueError(f"what it says of the {name} beneath it is not whole "
+                             f"({error})") from error
         if not fits:
             has = f"another one ({digest(here[name])})" if name in here else "none"
             return found, f"it was made over {name} ({digest(sites)}), and this model has {has}"
@@ -204,7 +208,7 @@ def match(model, needs):
 
 
 def same(ours, theirs):
-    """Whether two entries of `patches` can be of one adapter, up to a cast."""
+    """Whether two entries of `patches` can belong to one adapter, up to a cast."""
     return ours.keys() == theirs.keys() and all(
         tensors.keys() == ours[where].keys()
         and all(agree_cast(ours[where][key], entry) for key, entry in tensors.items())
@@ -217,14 +221,15 @@ def all_names(model):
 
 
 def agree_cast(ours, theirs):
-    """Whether two samples of a patch's tensor can be of one tensor, up to a cast."""
-    if ours[0] != theirs[0] and not all(getattr(torch, s[0]).is_floating_point for s in (ours, theirs)):
+    """Whether two samples of a patch's tensor can belong to one tensor, up to a cast."""
+    floats = all(getattr(torch, s[0]).is_floating_point for s in (ours, theirs))
+    if ours[0] != theirs[0] and not floats:
         return False
     return agree([*ours, "", [0.0] * SAMPLES], [*theirs, "", [0.0] * SAMPLES])
 
 
 def parsed(then):
-    """({weight: its sample, as `sample_stored` has it}, the model's name, its settings, names)."""
+    """({weight: sample as from `sample_stored`}, the model's name, its settings, all names)."""
     theirs = {name: [*entry, "", [0.0] * SAMPLES] for name, entry in then["samples"].items()}
     theirs |= then.get("stored", {})
     for name, (dtype, shape, values, form, off) in theirs.items():
@@ -244,7 +249,7 @@ def parsed(then):
 
 
 def alike(a, b):
-    """Whether two settings are equal; single precision, as in a GGUF, does not change a number."""
+    """Whether two settings are equal. Numbers may differ by rounding to float32, as GGUF does."""
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a)
     if isinstance(a, float) and isinstance(b, float):
@@ -253,11 +258,9 @@ def alike(a, b):
 
 
 def agree(ours, theirs):
-    """Whether two samples can be of one weight, up to a cast and to the rounding of formats."""
-    (dtype, shape, values, form, off), (other_dtype, other_shape, others, other_form, other_off) = (
-        ours,
-        theirs,
-    )
+    """Whether two samples can belong to one weight, up to a cast and the rounding of formats."""
+    dtype, shape, values, form, off = ours
+    other_dtype, other_shape, others, other_form, other_off = theirs
     if shape != other_shape or len(values) != len(others):
         return False
     if (dtype, form) == (other_dtype, other_form):

@@ -1,18 +1,21 @@
-"""The hooks of a module that is replaced in the tree: they go to what stands in its place.
+"""The hooks of a module that is replaced in the tree: the new module takes them.
 
 A user registers a hook on a leaf, and expects it to see what the leaf computes. A Layer or a Format
-that takes the leaf's place takes its tables of hooks too, as they are: so the handle that torch gave
-the user removes the hook wherever it is by then.
+that replaces the leaf takes the leaf's tables of hooks themselves. So the handle that torch gave
+the user still removes the hook.
 """
 
 import collections
 
-TABLES = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
-          "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks")
+TABLES = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks",
+    "_backward_pre_hooks",
+)
 
 
 def take_hooks(new, old):
-    """Move the hooks of `old` to `new`, which has none that are to be kept."""
+    """Move the hooks of `old` to `new`; the hooks of `new` are dropped."""
     for table in TABLES:
         new.__dict__[table] = old.__dict__[table]
         old.__dict__[table] = collections.OrderedDict()
@@ -23,4 +26,4 @@ def take_hooks(new, old):
 
 
 def no_shortcut(layer, inputs):
-    """Changes nothing: that the Layer has a hook is what counts."""
+    """Does nothing: it is enough that the Layer has a hook (see Layer.__init__)."""

@@ -1,27 +1,27 @@
-"""Where the techniques meet: a format replaces how a leaf stores its weight, a patch wraps what the leaf computes.
+"""How techniques combine: a format stores a leaf's weight, a patch wraps what the leaf computes.
 
-A *leaf* is a module with one weight matrix W (out, in). A technique that touches a leaf is one of two things:
+A *leaf* is a module with one weight matrix W (out, in). A technique touches it in one of two ways:
 
-    Format    how W is stored          pack(W) to buffers, dense() back     int8, CSR, ...
-    Patch     what is computed around  forward(below, x), fold(W, b)        LoRA, a pruning mask, ...
+    Format    how W is stored             pack(W) to buffers, dense() back    int8, CSR, ...
+    Patch     what is computed around it  forward(below, x), fold(W, b)       LoRA, a mask, ...
 
-    Layer(base, patches)               base: the leaf, in whatever format; patches: innermost first
+    Layer(base, patches)                  base: the leaf, in any format; patches: innermost first
 
-The two commute, because a patch sees only `below`: `below(x)` is the output beneath it, `below.dense()`
-the weight beneath it. A patch may also wrap a sublayer (an attention, an MLP), which has an output but
-no matrix.
+The two commute, because a patch sees only `below`: `below(x)` is the output beneath it, and
+`below.dense()` the weight beneath it. A patch may also wrap a sublayer (an attention, an MLP),
+which has an output but no matrix.
 
-Each patch has a name, and says what it changes: the weight, the input, the output. A change of the
-weight lies inside a change of the input, and that inside a change of the output. Among equals the
-order is that of the `wrap` calls.
+Each patch has a name and declares what it changes: the weight, the input, the output or the token
+ids. From the inside to the outside, patches lie in this order; those that change the same thing
+lie in the order of the `wrap` calls.
 
-The module tree is the only state. A technique that is wrapped is a module in the tree. A *site* is a
-place in the tree under the name that the model's author gave it: `walk` skips the `Layer`s and never
-enters a `Patch`, so an adapter's own matrices are never wrapped, and files written with one set of
-techniques attached are read with another.
+The module tree is the only state: a technique that is attached is a module in the tree. A *site*
+is a place in the tree under the name that the model's author gave it. `walk` skips the `Layer`s
+and never enters a `Patch`. So an adapter's own matrices are never wrapped, and a file written
+with one set of techniques attached can be read with another.
 
-peft keeps a tuner class over the model, a config object and dictionaries of active adapters for each
-layer, and dispatches through five files. Here the named patches of a leaf are one ModuleDict.
+peft keeps a tuner class over the model, a config object and dictionaries of active adapters for
+each layer, and dispatches through five files. Here the named patches of a leaf are one ModuleDict.
 """
 
 from torch import nn
@@ -33,14 +33,15 @@ from minillm.registry.leaf import kept
 
 
 class Layer(nn.Module):
-    """`base` (a leaf or a sublayer) and the patches around it, innermost first, by name."""
+    """`base` (a leaf or a sublayer) and the named patches around it, innermost first."""
 
     def __init__(self, base):
         super().__init__()
         self.base = base
         self.patches = nn.ModuleDict()
         take_hooks(self, base)  # a hook on the leaf sees what the site computes
-        # In eval nn.TransformerEncoderLayer reads its modules' weights and calls none of them, unless one has a hook.
+        # nn.TransformerEncoderLayer in eval reads its modules' weights and calls none of them,
+        # unless one has a hook.
         self.register_forward_pre_hook(no_shortcut)
         self.training = base.training
 
@@ -48,12 +49,16 @@ class Layer(nn.Module):
         return Below(self, len(self.patches))(*args, **kwargs)
 
     def add(self, patch, place=None):
-        """Put the patch around what is there, or at a place among the patches, counted from the inside."""
+        """Put the patch outside the others, or at `place` among them, counted from the inside.
+
+        The order of TOUCHES comes first. A patch of the same name is replaced.
+        """
         names = [name for name in self.patches if name != patch.name]
         names.insert(len(names) if place is None else place, patch.name)
         every = dict(self.patches) | {patch.name: patch.train(self.base.training)}
         self.patches.clear()
-        for name in sorted(names, key=lambda name: TOUCHES.index(every[name].touches)):  # a stable sort
+        # a stable sort: patches that touch the same thing keep their order
+        for name in sorted(names, key=lambda name: TOUCHES.index(every[name].touches)):
             self.patches[name] = every[name]
 
     def stack(self):
@@ -61,14 +66,14 @@ class Layer(nn.Module):
         return [patch for patch in self.patches.values() if patch.active]
 
     def dense(self):
-        """The folded (W, b): what a plain leaf would hold to compute the same."""
+        """The folded (W, b): what a plain leaf would hold to compute the same output."""
         return folded(self.base, self.stack())
 
     @property
     def weight(self):
-        """The folded weight as the base would keep it, for code that reads `.weight` (nn.MultiheadAttention does).
+        """The folded weight, in the base's layout, for code that reads `.weight`.
 
-        What is done to ids, as by a soft prompt, is no part of it.
+        nn.MultiheadAttention reads it. A patch of the ids (a soft prompt) is not folded in.
         """
         kind = leaf(self.base)
         if kind is None:
@@ -79,23 +84,25 @@ class Layer(nn.Module):
         try:
             W, _ = folded(self.base, changes)
         except CannotMerge as error:
-            raise CannotMerge(f"the model reads the weight of a leaf instead of calling it, and {error}. nn.TransformerEncoder "
-                              "reads it for padded rows in eval: set its use_nested_tensor = False") from error
+            raise CannotMerge(f"the model reads the weight of a leaf instead of calling it, and "
+                              f"{error}. nn.TransformerEncoder reads it for padded rows in eval: "
+                              "set its use_nested_tensor = False") from error
         return W.T if kind.transposed else W
 
     @property
     def bias(self):
         return self.base.bias if leaf(self.base) is None else self.dense()[1]
 
-    def __getattr__(self, name):  # `in_features`, `layer_idx`, ...: what the base has, the Layer has
+    def __getattr__(self, name):  # the Layer has what the base has: `in_features`, `layer_idx`, ...
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("base"), name)
 
-    def __setattr__(self, name, value):  # and what is set on the Layer, the base gets
+    def __setattr__(self, name, value):  # and what is set on the Layer is set on the base
         base = self.__dict__.get("_modules", {}).get("base")
-        own = base is None or name in self.__dict__ or name in self._modules or hasattr(type(self), name)
+        own = (base is None or name in self.__dict__ or name in self._modules
+               or hasattr(type(self), name))
         if name in ("weight", "bias") or not own and hasattr(base, name):
             setattr(base, name, value)
         else:
@@ -118,11 +125,12 @@ class Below:
         return list(self.layer.patches.values())[: self.depth]
 
     def dense(self):
-        """(W, b), W (out, in), with the changes of the weight that lie beneath."""
-        return folded(self.layer.base, [patch for patch in self.patches() if patch.active and patch.touches == "weight"])
+        """(W, b), W (out, in): the base's, with the patches of the weight beneath folded in."""
+        changes = [patch for patch in self.patches() if patch.active and patch.touches == "weight"]
+        return folded(self.layer.base, changes)
 
     def compute(self, x, W, b=None):
-        """What the leaf would compute with another matrix W (out', in) and bias b."""
+        """The output of the leaf with another matrix W (out', in) and bias b (out',)."""
         return leaf(self.layer.base).compute(x, W, b)
 
 
@@ -131,20 +139,22 @@ def folded(base, patches):
     W, b = dense(base)
     for patch in patches:
         if patch.random:
-            raise ValueError(f"{patch.name} has a dropout that no folded weight has, and what is around it (a mask, "
-                             f"nn.MultiheadAttention) computes with the folded weight: wrap {patch.name} with dropout=0")
+            raise ValueError(f"{patch.name} has a dropout that no folded weight has, and what is "
+                             "around it (a mask, nn.MultiheadAttention) computes with the folded "
+                             f"weight: wrap {patch.name} with dropout=0")
         if patch.rows is not None:
-            raise ValueError(f"{patch.name} is not in all rows of this batch (see minillm.rows), and what is around it computes with "
-                             "one folded weight")
+            raise ValueError(f"{patch.name} is not in all rows of this batch (see minillm.rows), "
+                             "and what is around it computes with one folded weight")
         W, b = patch.fold(W, b)
     return W, b
 
 
 def leaf(module):
-    """The Leaf that says how `module` keeps its matrix; None for other modules.
+    """How the leaf `module` keeps its matrix, as a Leaf; None if `module` is no leaf.
 
-    `module` is a leaf, a Format or a Layer over one. A module whose weight is computed from other
-    parameters (weight_norm, torch.nn.utils.prune) is no leaf: what is written to it is lost.
+    A Format, and a Layer over a leaf, count as leaves. A module whose weight is computed from
+    other parameters (weight_norm, torch.nn.utils.prune) is none: what is written to its weight
+    is lost. Nor is a lazy module that has no weight yet.
     """
     if isinstance(module, Layer):
         return leaf(module.base)

@@ -1,4 +1,4 @@
-"""What a leaf is: a module with one weight matrix W (out, in), and how each class keeps it."""
+"""A leaf is a module with one weight matrix W (out, in). This file says how each class keeps it."""
 
 import dataclasses
 
@@ -9,19 +9,22 @@ from minillm.ops import linear
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """How a leaf keeps its matrix. A lookup multiplies by one-hot vectors: its W is (width, vocabulary)."""
+    """How a leaf keeps its matrix.
 
-    transposed: bool  # `.weight` is Wᵀ
-    lookup: bool  # the input is ids
+    An embedding is a leaf too: it multiplies one-hot vectors by W (width, vocabulary).
+    """
+
+    transposed: bool  # whether `.weight` is Wᵀ (in, out)
+    lookup: bool  # whether the input is ids
 
     def compute(self, x, W, b=None):
-        """The leaf's own computation with the matrix W (out, in) and the bias b (out,)."""
+        """The output of the leaf with the matrix W (out, in) and the bias b (out,) or None."""
         if not self.lookup:
             return linear(x, W, b)
         return F.embedding(x, W.T) if b is None else F.embedding(x, W.T) + b
 
 
-LEAVES = {  # a subclass is a leaf as long as it keeps the forward of the class that is named here
+LEAVES = {  # a subclass is a leaf too, if it keeps the forward of the class named here
     "torch.nn.modules.linear.Linear": Leaf(transposed=False, lookup=False),
     "minillm.model.transformer.Linear": Leaf(transposed=False, lookup=False),
     "transformers.pytorch_utils.Conv1D": Leaf(transposed=True, lookup=False),
@@ -30,9 +33,14 @@ LEAVES = {  # a subclass is a leaf as long as it keeps the forward of the class 
 
 
 def kept(module):
-    """The Leaf of a module whose class is in LEAVES, wherever its weight comes from; or None."""
+    """The Leaf of a module whose class is in LEAVES; else None.
+
+    It does not ask where the weight comes from: see `layer.leaf`. An embedding with `max_norm`
+    is no leaf.
+    """
     for cls in type(module).__mro__:
         kind = LEAVES.get(f"{cls.__module__}.{cls.__qualname__}")
-        if kind and type(module).forward is cls.forward and getattr(module, "max_norm", None) is None:
+        same = kind and type(module).forward is cls.forward
+        if same and getattr(module, "max_norm", None) is None:
             return kind
     return None

@@ -1,7 +1,7 @@
-"""What training changed of the model itself, as a technique's file keeps it.
+"""The model's own parameters and buffers in a technique's file: what training changed of the model.
 
-These are parameters and buffers. A file holds them under their author's names, a tied parameter
-once. They are checked before the model is touched, and then copied into it.
+A file holds them under their author's names, a tied parameter once. They are checked before the
+model changes, and then copied into it.
 """
 
 import torch
@@ -28,9 +28,9 @@ def shapes(tensors):
 
 
 def check_learned(model, tensors, kept, shared, path):
-    """ValueError where a learned parameter or a buffer of a file is not one of this model's.
+    """ValueError if a learned parameter or a buffer of a file does not fit one of this model's.
 
-    The same for `shared`, {learned parameter: its other names}.
+    shared: {learned parameter: its other names}; these must fit too.
     """
     ours = {name: tuple(p.shape) for name, _, _, p in parameters(model)}
     ours |= {
@@ -57,7 +57,7 @@ def check_learned(model, tensors, kept, shared, path):
 
 
 def check_shared(model, tensors, shared, path):
-    """ValueError where a learned parameter cannot have the other names that the file gives it."""
+    """ValueError if a learned parameter cannot have the other names that the file gives it."""
     ties = {}
     for name, _, _, p in parameters(model):
         ties.setdefault(id(p), set()).add(name)
@@ -84,9 +84,9 @@ def check_shared(model, tensors, shared, path):
 
 @torch.no_grad()
 def put_back(model, tensors, kept, shared, technique):
-    """Copy learned parameters and the buffers `kept` into the model, and note which technique brought them.
+    """Copy learned parameters and the buffers `kept` into the model, and note their technique.
 
-    A tied parameter goes to all the names that it had; a Format packs anew what has changed.
+    A tied parameter is copied to all its names in the file. A Format packs a weight that changed.
     """
     here = dict(buffers(model))
     for name, t in kept.items():
@@ -106,7 +106,7 @@ def put_back(model, tensors, kept, shared, technique):
 
 
 def let_learn(model, names):
-    """Parameters that learned together with the patches of a file learn again, as if the user said so."""
+    """Let parameters that learned with the patches of a file learn again, as if the user set it."""
     for name, p, one in said(model):
         if name in names and p is not None:
             p.requires_grad_(True)

@@ -1,22 +1,22 @@
-"""Which of the model's own parameters learn: what is said of each, and one rule.
+"""Which of the model's own parameters learn: what is said of each parameter, and one rule.
 
-    a technique claims     the parameters that it trains: its own (LoRA), or some of the model's (BitFit)
+    a technique claims     what it trains: its own parameters (LoRA), some of the model's (BitFit)
     a technique forbids    some of the model's (freeze), and never what another technique added
     the user sets          `requires_grad`
 
 A parameter of the model learns if nothing forbids it, and if something claims it or nothing claims
-anything. What the user sets while techniques have a say is kept, until a technique names that very
-parameter. Where no technique has a say, the user's `requires_grad` is what holds.
+anything. What the user sets while techniques claim or forbid is kept, until a technique names that
+very parameter. Without such techniques, the user's `requires_grad` decides.
 
-`settle` computes this anew at the end of each verb, so the order of the verbs does not matter. What is
-said of a parameter is kept on the module that owns it, as `says`: it goes with the module into a copy
-and into a pickle. A tied parameter has a Say for each of its names, and all of them count. The weight
-that a Format stores is no parameter meanwhile. Its Say waits on the Format.
+`settle` applies the rule at the end of each verb, so the order of the verbs does not matter. The
+module that owns a parameter keeps what is said of it, as a Say in `says`: it goes with the module
+into a copy and into a pickle. A tied parameter has a Say for each of its names, and all of them
+count. The weight that a Format stores is no parameter meanwhile: the Format keeps its Say.
 
-What learned beside a mask and is stopped later, by LoRA for example, still belongs into the mask's
-file. So a Say also notes the version of a parameter (torch counts every change in place, but those
-through `.data`) when a technique comes, and whether it has changed by the time at which it stops
-learning.
+Some parameters learn beside a mask and are stopped later, by LoRA for example. They still belong in
+the mask's file. So when a technique comes, a Say notes the version of its parameter, and when the
+parameter is stopped, whether it has changed since. (torch's version counts every change in place,
+except those through `.data`.)
 """
 
 import dataclasses
@@ -33,17 +33,17 @@ CHANGED = -1  # no version
 class Say:
     """What is said of one parameter."""
 
-    user: bool  # what the user set
-    last: bool  # what the last `settle` computed
-    firm: bool = False  # whether the user set it while techniques had a say
+    user: bool  # whether the user lets it learn
+    last: bool  # whether it learned after the last `settle`
+    firm: bool = False  # whether the user set it while techniques claimed or forbade something
     claims: set = dataclasses.field(default_factory=set)  # the names that claim it
-    forbids: set = dataclasses.field(default_factory=set)
-    since: dict = dataclasses.field(default_factory=dict)  # {name: version when it came, or CHANGED}
-    brought: str = ""  # the name of the technique whose file the value is from
+    forbids: set = dataclasses.field(default_factory=set)  # the names that forbid it
+    since: dict = dataclasses.field(default_factory=dict)  # {name: version, or CHANGED}
+    brought: str = ""  # the name of the technique from whose file the value is
 
 
 def slots(model):
-    """[(name, owner, key, parameter)] of the model's own parameters; None for a weight that a Format stores."""
+    """[(name, owner, key, parameter)] of the model's own; None for a weight stored in a Format."""
     sites = walk(model)
     stored = [(f"{site.name}.weight", site.module, "weight", None)
               for site in sites if isinstance(site.module, Format)]
@@ -51,10 +51,10 @@ def slots(model):
 
 
 def buffers(model):
-    """[(name, buffer)] of what training changes without a gradient: BatchNorm's running mean.
+    """[(name, buffer)] of the model's own persistent buffers, under their author's names.
 
-    These are the model's own persistent buffers, under their author's names. The buffers of a
-    technique never change.
+    Training changes them without a gradient: BatchNorm's running mean. The buffers of a technique
+    are not among them, for they never change.
     """
     model = bare(model)
     owners = [("", model.base if isinstance(model, Layer) else model)]
@@ -72,7 +72,7 @@ def buffers(model):
 
 
 def say(owner, key, p=None):
-    """The Say of a parameter of `owner`. p: the parameter, None while a Format stores it."""
+    """The Say of a parameter of `owner`. p: the parameter; None while a Format stores it."""
     says = owner.__dict__.setdefault("says", {})
     if key not in says:
         says[key] = Say(p.requires_grad, p.requires_grad)
@@ -88,16 +88,17 @@ def settle(model):
     """Compute which of the model's own parameters learn; returns the model."""
     every, groups = said(model), {}
     for i, (name, p, one) in enumerate(every):
-        if p is not None and p.requires_grad != one.last:  # since the last time the user has set it
+        if p is not None and p.requires_grad != one.last:  # the user has set it since the last time
             one.user, one.firm = p.requires_grad, True
         groups.setdefault(i if p is None else id(p), (p, []))[1].append(one)
-    claimed = any(one.claims for *_, one in every) or any(claims(patch) for patch in patches(model))
+    claimed = (any(one.claims for *_, one in every)
+               or any(claims(patch) for patch in patches(model)))
     busy = claimed or any(one.forbids for *_, one in every)
     for p, says in groups.values():
         learns = decided(says, claimed)
         if p is not None and p.requires_grad and not learns:
             note_changes(p, says)
-            p.grad = None  # an optimizer that was made before would take one more step
+            p.grad = None  # else an existing optimizer would take one more step
         if p is not None and p.requires_grad != learns:
             p.requires_grad_(learns)
         for one in says:
@@ -108,7 +109,7 @@ def settle(model):
 
 
 def decided(says, claimed):
-    """Whether a parameter learns. says: one Say for each of its names; claimed: whether anything is."""
+    """Whether a parameter learns. says: a Say for each name; claimed: whether any is claimed."""
     firm = [one.user for one in says if one.firm]
     if firm:
         return firm[0]
@@ -125,7 +126,7 @@ def note_changes(p, says):
 
 
 def version(p):
-    """Which tensor it is, and how often it was changed in place: another one may have any values."""
+    """The tensor and the number of its changes in place; a new tensor may have any values."""
     return id(p), p._version
 
 
@@ -139,17 +140,17 @@ def claims(patch):
 
 
 def note(model, name, which, claim):
-    """Claim (or forbid) the parameters whose name `which` says yes to; returns the model."""
-    settle(model)  # what the user has set until now was said earlier
+    """Claim (or forbid) the parameters where which(name) is true; returns the model."""
+    settle(model)  # records what the user has set until now, as said earlier
     for slot, _, one in said(model):
         if which(slot):
             (one.claims if claim else one.forbids).add(name)
-            one.firm = False  # this is said later than what the user set
+            one.firm = False  # the user's setting was earlier than this
     return settle(model)
 
 
 def came(model, name):
-    """Note that a technique has come: what changes from now on changes beside it; returns the model."""
+    """Note that a technique has come, with the parameters' versions; returns the model."""
     for _, p, one in said(model):
         if p is not None:
             one.since.setdefault(name, version(p))
@@ -173,8 +174,9 @@ def noted(model):
 
 
 def changed_beside(model, name):
-    """{parameter's name: parameter} of what learned beside a technique before another one stopped it."""
-    return {slot: p for slot, p, one in said(model) if p is not None and one.since.get(name) == CHANGED}
+    """{name: parameter} of what learned beside a technique before another one stopped it."""
+    return {slot: p for slot, p, one in said(model)
+            if p is not None and one.since.get(name) == CHANGED}
 
 
 def stopped_by(model, name):
@@ -188,23 +190,23 @@ def claimed_by(model, name):
 
 
 def frozen(model, name="freeze"):
-    """The names of the parameters that `freeze` forbids, without what the user has let learn again."""
+    """The names that `freeze` forbids, without those that the user has let learn again."""
     again = {slot for slot, p, _ in said(model) if p is not None and p.requires_grad}
     return stopped_by(model, name) - again
 
 
 def left_to_learn(model):
-    """{name: tensor} of what `freeze`, where it is attached, left to learn; {} where it is not.
+    """{name: tensor} of the parameters that `freeze` left to learn; {} if it is not attached.
 
-    A tied parameter counts as stopped if either of its names is; one that the user has let learn
-    again does not. The weight that a Format stores is given dense, in the layout of its leaf.
+    A tied parameter counts as stopped if one of its names is, unless the user has let it learn
+    again. The weight that a Format stores is dense, in the layout of its leaf.
     """
     stopped = frozen(model)
     return of_names(model, lambda names: not names & stopped) if stopped else {}
 
 
 def held_by(model, name):
-    """{name: tensor} of the model's own parameters that are in the file of `name`, which claims or forbids."""
+    """{name: tensor} of the model's own parameters that the file of the technique `name` holds."""
     if stopped_by(model, name):
         return left_to_learn(model)
     claimed = claimed_by(model, name)
@@ -212,8 +214,9 @@ def held_by(model, name):
 
 
 def of_names(model, which):
-    """{first name: tensor} of the parameters for whose set of names `which` says yes, as their leaf keeps them."""
+    """{first name: tensor} of the parameters where which(set of names) is true, in leaf layout."""
     every = {}
     for name, owner, _, p in slots(model):
         every.setdefault(id(owner if p is None else p), (owner, p, []))[2].append(name)
-    return {names[0]: owner.weight if p is None else p for owner, p, names in every.values() if which(set(names))}
+    return {names[0]: owner.weight if p is None else p
+            for owner, p, names in every.values() if which(set(names))}

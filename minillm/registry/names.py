@@ -1,12 +1,12 @@
-"""The names of adapters: which of them take part, and over which of them each one was trained.
+"""The names of adapters: which of them take part, and over which others each one was trained.
 
     minillm.lora.wrap(model, name="sql"); minillm.lora.wrap(model, name="chat")
     minillm.use(model, "sql")              # the model with the first alone
 
-An adapter that was trained over another one is nothing without it. So each patch keeps the names that
-the model had `before` it, and those `over` which it was filled or trained: of the former, the ones
-that were active while its parameters changed. `follow` brings this up to date before anything changes
-which adapters take part.
+An adapter that was trained over another one is useless without it. So each patch keeps two sets of
+names: `before`, all that the model had when it came, and `over`, those of them over which it was
+filled or trained. Trained over means: active while the patch's parameters changed. `follow` updates
+`over` before anything changes which adapters take part.
 """
 
 import contextlib
@@ -21,33 +21,39 @@ from minillm.registry.learning import noted, patches
 
 
 def check_name(name, kind, model):
-    """The name of a new patch, by default its kind; ValueError for one that cannot be, or is another kind's here."""
+    """The name of a new patch, by default its kind.
+
+    ValueError if it is not a possible name, or if a patch of another kind has it in this model.
+    """
     name = kind if name is None else name
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name):
-        raise ValueError(f"name={name!r}: a name has letters, digits, - and _, and is no word that torch keeps for itself")
+    possible = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-]+", name)
+    if not possible or hasattr(nn.ModuleDict(), name):
+        raise ValueError(f"name={name!r}: a name has letters, digits, - and _, and is no word that "
+                         "torch keeps for itself")
     for patch in patches(model):
         if patch.name == name and patch.kind != kind:
-            raise ValueError(f"name={name!r} is the name of a {patch.kind} in this model: choose another one for {kind}")
+            raise ValueError(f"name={name!r} is the name of a {patch.kind} in this model: "
+                             f"choose another one for {kind}")
     return name
 
 
 def version(patch):
-    """What changes when the patch's parameters do."""
+    """A value that changes when the patch's parameters do."""
     return tuple(learning.version(p) for p in patch.parameters())
 
 
 def names_of(model):
-    """The names of all techniques in the model but the formats, which have none of their own."""
+    """The names of all techniques in the model but the formats, which are named by their kind."""
     return {patch.name for patch in patches(model)} | noted(model)
 
 
 def taking_part(model):
-    """The names of the techniques that change what the model computes now, or what learns; formats have none."""
+    """The names of the patches that are active and of the techniques that claim or forbid."""
     return {patch.name for patch in patches(model) if patch.active} | noted(model)
 
 
 def follow(model):
-    """Note of each patch that has changed since the last time over which names it did."""
+    """Update `over` of each patch whose parameters have changed since the last time."""
     now = taking_part(model)
     for patch in patches(model):
         if patch.version != version(patch):
@@ -61,18 +67,21 @@ def adapters(model, names):
     for name in names:
         if name not in known:
             close = difflib.get_close_matches(str(name), known) or known
-            raise ValueError(f"no adapter is called {name!r}; "
-                             + (f"there are: {', '.join(map(repr, close))}" if known else "the model has none"))
+            there = f"there are: {', '.join(map(repr, close))}" if known else "the model has none"
+            raise ValueError(f"no adapter is called {name!r}; {there}")
     return found
 
 
 @contextlib.contextmanager
 def rows(model, names):
-    """Within it, each row of a batch has its own adapter: `with minillm.rows(model, ["sql", "chat", None]): ...`
+    """A context in which each row of a batch has its own adapter.
 
-    names: for each row a name, a list of names that add up, or None. An adapter computes for all rows,
-    and what it adds to others is left out; the model beneath is computed once. ValueError for a name
-    that no adapter here has. A batch of another size is an error, and so is a mask around the adapters.
+        with minillm.rows(model, ["sql", "chat", None]): ...
+
+    names: for each row a name, a list of names whose adapters add up, or None. An adapter computes
+    for all rows, and its output is used in its own rows; the model beneath is computed once.
+    ValueError for a name that no adapter here has. In the model's call, a batch of another size is
+    an error, and so is a mask around the adapters.
     """
     asked = [[one] if isinstance(one, str) else list(one or ()) for one in names]
     found = adapters(model, [name for one in asked for name in one])
@@ -93,9 +102,9 @@ def rows(model, names):
 def use(model, *names):
     """Let the adapters with these names take part, and no others; in place, returns the model.
 
-    An adapter is a patch with parameters of its own: masks stay. Several on one leaf add up in the
-    order of their `wrap`. The parameters of one that takes no part get no gradient. A compiled model
-    compiles once for each set of names. ValueError for a name that no adapter here has.
+    An adapter is a patch with parameters of its own, so masks stay. Several adapters on one leaf
+    add up in the order of their `wrap`. The parameters of one that takes no part get no gradient.
+    A compiled model compiles once for each set of names. ValueError for a name that no adapter has.
     """
     found = adapters(model, names)
     follow(model)

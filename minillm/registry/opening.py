@@ -1,4 +1,7 @@
-"""Reading a technique's file: what it holds, and whether it fits the model. Nothing is unpickled, and the model is not touched."""
+"""Reads a technique's file and checks whether it fits the model, which stays untouched.
+
+Nothing is unpickled.
+"""
 
 import json
 import pathlib
@@ -19,10 +22,12 @@ LEARNED, BUFFER = "learned:", "buffer:"
 
 def kind_of(metadata, path):
     """The class of the kind that a file holds."""
-    kind = metadata.get("kind", metadata["technique"])  # a file of an earlier minillm has the base kind
+    # a file of an earlier minillm has no "kind": it holds the kind named like the family
+    kind = metadata.get("kind", metadata["technique"])
     if kind not in KINDS or KINDS[kind].family != metadata["technique"]:
         known = [name for name, cls in KINDS.items() if cls.family == metadata["technique"]]
-        raise ValueError(f"{path} holds the kind {kind!r}, which this minillm lacks; known: {', '.join(known)}")
+        raise ValueError(f"{path} holds the kind {kind!r}, which this minillm lacks; "
+                         f"known: {', '.join(known)}")
     return KINDS[kind]
 
 
@@ -31,7 +36,8 @@ def opened(path, family):
     tensors, metadata = read(path)
     holds = metadata.get("technique")
     if holds != family:
-        remedy = f"it holds {holds}: use minillm.{holds}.load" if holds else "it names no technique: did minillm write it?"
+        remedy = (f"it holds {holds}: use minillm.{holds}.load" if holds
+                  else "it names no technique: did minillm write it?")
         raise ValueError(f"{path} is not a file of {family}; {remedy}")
     return tensors, metadata
 
@@ -39,7 +45,8 @@ def opened(path, family):
 def read(path):
     """(tensors, metadata) of a safetensors file. Nothing is unpickled.
 
-    ValueError for any other file. OSError, which names the path, for a directory or no file.
+    ValueError for any other file. OSError, which names the path, for a directory or a missing
+    file.
     """
     if pathlib.Path(path).is_dir():
         raise IsADirectoryError(
@@ -50,7 +57,8 @@ def read(path):
         with safetensors.safe_open(path, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); other formats are not opened") from error
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); "
+                         "other formats are not opened") from error
     except OSError as error:
         if str(path) in str(error):
             raise
@@ -58,33 +66,36 @@ def read(path):
 
 
 def holds(path):
-    """(technique, name) of what a file holds; (None, None) where no technique of minillm wrote it."""
+    """(technique, name) of a file; (None, None) if no technique of minillm wrote it."""
     metadata = read(path)[1]
     family = metadata.get("technique")
     return family, metadata.get("name", family)
 
 
 def field(metadata, key, path, kind=dict):
-    """A JSON field of the metadata."""
+    """A JSON field of the metadata; ValueError if it is missing, or of another type than `kind`."""
     try:
         value = json.loads(metadata[key])
         if not isinstance(value, kind):
             raise ValueError(f"{key} is {type(value).__name__}")
     except (KeyError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} does not say where its tensors belong ({type(error).__name__}: {error})") from error
+        raise ValueError(f"{path} does not say where its tensors belong "
+                         f"({type(error).__name__}: {error})") from error
     return value
 
 
 def check_free(family, name, model, configs, path, replace):
-    """ValueError where one of this name is attached already, and is not to be replaced as a whole."""
+    """ValueError if `name` is attached already, unless the file replaces all of it."""
     here = [site.name for site, _ in patches_of(family, model, name)]
     here += [site.name for site in formats_of(family, model, name)]
     if here and not replace:
-        raise ValueError(f"the model has {name} already, at {here[0]!r} ({len(here)} such), and {path} would take "
-                         f"its place: unwrap or merge it first, load it under another name=, or say replace=True")
+        raise ValueError(f"the model has {name} already, at {here[0]!r} ({len(here)} such), and "
+                         f"{path} would take its place: unwrap or merge it first, load it under "
+                         f"another name=, or say replace=True")
     extra = [where for where in here if where not in configs]
     if extra:
-        raise ValueError(f"the model has {name} at {extra[0]!r} ({len(extra)} such), which {path} lacks: unwrap it first")
+        raise ValueError(f"the model has {name} at {extra[0]!r} ({len(extra)} such), which "
+                         f"{path} lacks: unwrap it first")
 
 
 def sorted_out(tensors, configs, path):
@@ -103,14 +114,19 @@ def sorted_out(tensors, configs, path):
 
 
 def remake(cls, site, config, tensors, where):
-    """The Patch or Format that a file holds for a site, which is not touched."""
+    """A new Patch or Format for a site, from a file's settings and tensors.
+
+    The site stays untouched. ValueError, which begins with `where`, if they do not fit it.
+    """
     most = max([1 << 16, *(t.numel() for t in tensors.values())])
-    if any(type(value) is int and value > most for value in config.values()):  # ask for memory only where the file has as much
+    # a size in the settings may ask only for as much memory as the file holds
+    if any(type(value) is int and value > most for value in config.values()):
         raise ValueError(f"{where}: the settings do not fit the tensors: {config}")
     try:
         new = cls(site, **config)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {cls.kind} does not take the settings {config} ({error})") from error
+        raise ValueError(f"{where}: {cls.kind} does not take the settings {config} "
+                         f"({error})") from error
     if isinstance(new, Format):
         new.take(tensors, where)
         return new
@@ -119,63 +135,73 @@ def remake(cls, site, config, tensors, where):
             raise ValueError(f"{where}: {key} holds nan or infinity")
     ours, theirs = (shapes(d) for d in (new.state_dict(), tensors))
     if ours != theirs:
-        raise ValueError(f"{where} does not fit this model, which needs {ours}; the file has {theirs}")
+        raise ValueError(f"{where} does not fit this model, which needs {ours}; "
+                         f"the file has {theirs}")
     new.load_state_dict(tensors)
     return new
 
 
 def check_base(model, metadata, path, any_base=False):
-    """The names, as they are here, over which the file's technique was trained.
+    """The names in this model of the techniques over which the file's technique was trained.
 
-    ValueError where the file was made for another model, unless any model will do. Another model is also
-    one that lacks an adapter over which this one was trained.
+    ValueError if the file was made for another model, unless `any_base`. A model that lacks an
+    adapter over which the file's was trained is also another model.
     """
     try:
         then = field(metadata, "base", path)
         needs = field(metadata, "over", path) if "over" in metadata else {}
-        claiming = {name for name, sites in needs.items() if not sites}  # freeze and its like add nothing
+        # freeze and BitFit add no tensors, so nothing but the name can match
+        claiming = {name for name, sites in needs.items() if not sites}
         difference = fingerprint.differs(model, then)
-        found, lack = fingerprint.match(model, {name: needs[name] for name in needs.keys() - claiming})
+        adding = {name: needs[name] for name in needs.keys() - claiming}
+        found, lack = fingerprint.match(model, adding)
     except ValueError as error:
         if any_base:
             return frozenset()
-        raise ValueError(f"{path}: {error}; any_base=True loads it all the same".replace(f"{path}: {path}", f"{path}")) from error
+        message = f"{path}: {error}; any_base=True loads it all the same"
+        raise ValueError(message.replace(f"{path}: {path}", f"{path}")) from error
     over = frozenset(found.values()) | claiming
     missing = sorted(claiming - noted(model))
     if difference and missing:
-        difference += f". It was made over {missing[0]}: load the file of {missing[0]} first"
+        first = missing[0]
+        difference += f". It was made over {first}: load the file of {first} first"
     if lack:
-        difference = f"{lack}. Load the file of each technique in the order in which they were wrapped"
+        difference = (f"{lack}. Load the file of each technique in the order in which they were "
+                      "wrapped")
     if difference and not any_base:
-        raise ValueError(f"{path} belongs to another model: {difference}; any_base=True loads it all the same")
+        raise ValueError(f"{path} belongs to another model: {difference}; "
+                         "any_base=True loads it all the same")
     return over
 
 
 def check_beside(model, name, metadata, path, own, made, any_base=False):
-    """ValueError where the file would change what other techniques rely on, or have trained.
+    """ValueError if the file would change what other techniques rely on or have trained.
 
-    These are the ones that are attached here and were not where the file was written. own: learned
-    parameters of the file; made: {site: new Patch or Format}.
+    The others are those attached to the model now that were not when the file was written.
+    own: learned parameters of the file; made: {site: new Patch or Format}.
     """
     others = (names_of(model) | {one.brought for *_, one in said(model) if one.brought}) - {name}
     others -= set(field(metadata, "beside", path, list)) if "beside" in metadata else others
     if any_base or not others:
         return
     here = {slot: p for slot, p, _ in said(model) if p is not None}
-    here |= {f"{site.name}.weight": site.module.weight for site in walk(model) if isinstance(site.module, Format)}
-    changed = [slot for slot, t in own.items() if not torch.equal(t.to(here[slot]), here[slot])]
+    here |= {f"{site.name}.weight": site.module.weight
+             for site in walk(model) if isinstance(site.module, Format)}
+    changed = [slot for slot, t in own.items()
+               if not torch.equal(t.to(here[slot]), here[slot])]
     for site in walk(model):
         new = made.get(site.name)
         if isinstance(new, Format) and not within_rounding(new, site):
             changed.append(f"{site.name}.weight")
     if changed:
-        raise ValueError(f"{path} was made without {', '.join(sorted(others))}, which this model has, and it would change "
-                         f"{changed[0]!r} beneath it ({len(changed)} such): load it first, or alone; any_base=True loads it all the same")
+        raise ValueError(f"{path} was made without {', '.join(sorted(others))}, which this model "
+                         f"has, and would change {changed[0]!r} beneath ({len(changed)} such): "
+                         "load the file first, or alone; any_base=True loads it all the same")
 
 
 @torch.no_grad()
 def within_rounding(form, site):
-    """Whether a Format may store what the site holds now."""
+    """Whether the Format's rounding explains its distance from what the site holds now."""
     W, now = form.dense().float(), site.stored()[0].float()
     eps = torch.finfo(form.dtype).eps
     return bool(((W - now).abs() <= form.rounding() * 1.001 + 4 * eps * now.abs()).all())

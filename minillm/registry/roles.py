@@ -1,4 +1,4 @@
-"""The parts of any model by their role: its blocks, and what each block is made of.
+"""The parts of any model by their role: its blocks, and the parts of each block.
 
     embedding                       ids -> vectors
     blocks                          the layers that the vectors pass one after another
@@ -8,14 +8,14 @@
 
 It knows minillm's Transformer, Hugging Face's GPT-2, Llama, Qwen2, Mistral, Mixtral, GPT-NeoX,
 GPT-Neo and OPT, and most models that are built like them. It returns Sites, under their author's
-names. Freezing, adapters and calibration ask here, and none of them guesses.
+names. Freezing, adapters and calibration all use it.
 
-- The blocks are the members of a ModuleList. A list within a block (the experts of a mixture) is
-  none, nor is a list called `experts`. A list of bare leaves is one where there is no other list.
+- The blocks are the members of a ModuleList. A list within a block (the experts of a mixture) does
+  not count, nor does a list called `experts`. A list of bare leaves counts if there is no other.
 - Two lists of blocks (the encoder and the decoder of T5) are an error that names both.
-- The attention and the MLP have one of the usual names, nearest to the block: GPT-Neo's
-  `attn.attention` is a part of its attention `attn`.
-- OPT has no MLP module: its two matrices lie in the block itself. `loose` has such leaves.
+- The attention and the MLP are the modules with one of the usual names, nearest to the block:
+  GPT-Neo's `attn.attention` is a part of its attention `attn`.
+- OPT has no MLP module: its two matrices lie in the block itself. `loose` lists such leaves.
 
 >>> import minillm
 >>> model = minillm.Transformer(minillm.Config(vocab_size=50, width=8, layers=2, heads=2))
@@ -37,7 +37,7 @@ from minillm.registry.sites import Site, walk
 
 ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
-NORM = re.compile("Norm(1d|2d|3d)?$|Norm[A-Z]")  # the class of a norm ends so: LlamaRMSNorm
+NORM = re.compile("Norm(1d|2d|3d)?$|Norm[A-Z]")  # the class names of norms: LlamaRMSNorm
 
 
 @dataclasses.dataclass
@@ -58,7 +58,7 @@ class Parts:
 
 
 def parts(model):
-    """The Parts of a model. ValueError where it is not clear which modules the blocks are."""
+    """The Parts of a model. ValueError if it is not clear which modules are the blocks."""
     sites = walk(model)
     inside = block_sites(model, sites)
     return Parts(embedding=asked(model, "get_input_embeddings", sites) or first(
@@ -69,12 +69,12 @@ def parts(model):
 
 
 def blocks(model):
-    """[Site] of the blocks, in order; ValueError where it is not clear which modules they are."""
+    """[Site] of the blocks, in order; ValueError if it is not clear which modules they are."""
     return block_sites(model, walk(model))
 
 
 def alone(model):
-    """A model without a list of blocks, as a Block."""
+    """A model without a list of blocks, as a single Block."""
     return block_of(None, walk(model))
 
 
@@ -98,7 +98,7 @@ def block_sites(model, sites):
 
 
 def block_lists(sites):
-    """The outermost ModuleLists that may hold blocks; of these, those of more than bare leaves."""
+    """The outermost ModuleLists that may hold blocks; lists of bare leaves only if all are."""
     every = [site for site in sites if isinstance(site.module, nn.ModuleList) and len(site.module)]
     every = [site for site in every if not re.search(r"(^|[._])experts?$", site.name)]
     outer = [site for site in every
@@ -113,7 +113,7 @@ def under(site, other):
 
 
 def holds_leaves(site, sites):
-    """Whether the members of a list are made of linear leaves, and are none themselves."""
+    """Whether the members of a list contain linear leaves, and are none themselves."""
     depth = site.name.count(".") + 2
     return any(one.leaf and not one.leaf.lookup and under(one, site)
                and one.name.count(".") >= depth for one in sites)
@@ -139,7 +139,7 @@ def is_norm(site):
 
 
 def asked(model, method, sites):
-    """The site of what the model's own method returns (Hugging Face's have it); or None."""
+    """The site of the module that the model's method returns (Hugging Face's have it); or None."""
     try:
         module = getattr(model, method, lambda: None)()
     except NotImplementedError:
@@ -149,7 +149,7 @@ def asked(model, method, sites):
 
 
 def last_leaf(sites, inside):
-    """The last linear leaf behind the blocks, or None."""
+    """The last linear leaf after the blocks, or None."""
     if not inside:
         return None
     after = sites[sites.index(inside[-1]):]

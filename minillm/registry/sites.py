@@ -4,6 +4,7 @@ import dataclasses
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from minillm.registry.kinds import Format, Patch
 from minillm.registry.layer import Below, Layer, dense, leaf
@@ -12,19 +13,22 @@ from minillm.registry.past import Aside
 
 @dataclasses.dataclass
 class Site:
-    """A place in the model under its author's name: the module there, and the Layer around it, if there is one."""
+    """A place in the model under its author's name: the module there and the Layer around it."""
 
     name: str
-    module: nn.Module  # never a Layer: the leaf (in whatever format) or the sublayer itself
-    layer: Layer | None
-    places: list  # (parent, key): more than one if the model uses the module twice
+    module: nn.Module  # the leaf (in any format) or the sublayer itself, never a Layer
+    layer: Layer | None  # None: nothing is wrapped around it
+    places: list  # [(parent, key)]; more than one if the model uses the module twice
 
     @property
     def leaf(self):
         return leaf(self.module)
 
     def dense(self, below=None):
-        """(W, b) of a leaf as the model uses it, with all patches folded in, or those below one."""
+        """(W, b) of a leaf with its patches of the weight folded in.
+
+        below: the name of a patch; then only the patches beneath it.
+        """
         if self.layer is None:
             return dense(self.module)
         names = list(self.layer.patches)
@@ -32,32 +36,40 @@ class Site:
         return Below(self.layer, depth).dense()
 
     def stored(self):
-        """(W, b) of a leaf as it holds them, without its patches."""
+        """(W, b) that a leaf itself stores, without its patches."""
         return dense(self.module)
 
     @property
     def shape(self):
         """(out, in) of a leaf."""
-        return self.module.shape if isinstance(self.module, Format) else tuple(dense(self.module)[0].shape)
+        if isinstance(self.module, Format):
+            return self.module.shape
+        return tuple(dense(self.module)[0].shape)
 
     @property
     def padding(self):
-        """The id whose row an embedding neither changes nor learns, or None."""
-        return getattr(self.module.shell.kept[0] if isinstance(self.module, Format) else self.module, "padding_idx", None)
+        """The id of an embedding whose row is fixed and not trained, or None."""
+        stored = isinstance(self.module, Format)
+        return getattr(self.module.shell.kept[0] if stored else self.module, "padding_idx", None)
 
     @property
     def width(self):
-        """The size of the output's last dimension: of a leaf its `out`, of a sublayer that of the last leaf in it."""
+        """The size of the output's last dimension: a leaf's `out`, or a sublayer's last leaf's."""
         if self.leaf:
             return self.shape[0]
         inner = [s for s in walk(self.module) if s.leaf and not s.leaf.lookup]
         if not inner:
-            raise ValueError(f"{self.name!r} holds no linear leaf to tell the width of its output: give width=")
+            raise ValueError(f"{self.name!r} contains no linear leaf, so the width of its output "
+                             "is unknown: give width=")
         return inner[-1].shape[0]
 
     def new(self, *shape):
-        """An empty parameter on the site's device. What is trained is float32 even where the base is half precision."""
-        like = next((t for t in (*self.module.parameters(), *self.module.buffers()) if t.is_floating_point()), torch.empty(0))
+        """A parameter of zeros on the site's device.
+
+        It is float32, also where the base is half precision, and float64 over a float64 base.
+        """
+        tensors = (*self.module.parameters(), *self.module.buffers())
+        like = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         return nn.Parameter(torch.zeros(*shape, dtype=dtype, device=like.device))
 
@@ -68,7 +80,7 @@ class Site:
 
 
 def bare(model):
-    """The model in what torch.compile, DataParallel or DistributedDataParallel has wrapped around it."""
+    """The model inside torch.compile, DataParallel or DistributedDataParallel wrappers."""
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:
         inner = model.module if isinstance(model, parallel) else getattr(model, "_orig_mod", model)
@@ -78,7 +90,7 @@ def bare(model):
 
 
 def walk(model):
-    """Every Site below `model`, in order, each once; patches are not entered."""
+    """Every Site below `model`, in order and each once; `walk` does not enter patches."""
     model = bare(model)
     if not isinstance(model, nn.Module):
         pair = ": minillm.load returns two things, model, tokenizer = minillm.load(...)"
@@ -88,7 +100,8 @@ def walk(model):
 
     def visit(parent, prefix):
         base = parent.base if isinstance(parent, Layer) else parent
-        for key, child in base._modules.items():  # named_children would show a module that stands in two places only once
+        # named_children would show a module with two places only once
+        for key, child in base._modules.items():
             if child is None or isinstance(child, (Patch, Aside)):
                 continue
             if id(child) in sites:
@@ -103,20 +116,29 @@ def walk(model):
     return list(sites.values())
 
 
+def check_whole(model, what):
+    """ValueError if the weights are spread over processes: FSDP does not see new parameters."""
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise ValueError("the weights of this model are spread over the processes (shard): "
+                         f"{what} before that, or save the model and load it in one process")
+
+
 def layers(model):
-    """{name: Layer} of everything that is wrapped."""
+    """{name: Layer} of all sites that are wrapped."""
     return {site.name: site.layer for site in walk(model) if site.layer is not None}
 
 
 def parameters(model, sites=None):
-    """[(name, owner, key, parameter)] of the model's own parameters, under their author's names: no patch's are among them.
+    """[(name, owner, key, parameter)] of the model's own parameters, and of no patch's.
 
-    sites: what `walk` returns for the model, where the caller has it.
+    Names are the author's. sites: the result of `walk(model)`, if the caller has it.
     """
     model = bare(model)
     root = [("", model.base if isinstance(model, Layer) else model)]
-    owners = root + [(site.name + ".", site.module) for site in (walk(model) if sites is None else sites)]
-    return [(name + key, owner, key, p) for name, owner in owners for key, p in owner._parameters.items() if p is not None]
+    sites = walk(model) if sites is None else sites
+    owners = root + [(site.name + ".", site.module) for site in sites]
+    return [(name + key, owner, key, p)
+            for name, owner in owners for key, p in owner._parameters.items() if p is not None]
 
 
 def ties(model):
@@ -128,11 +150,12 @@ def ties(model):
     for site in sites:
         if isinstance(site.module, Format):
             owners.setdefault(id(site.module._buffers), []).append(site.name)
-    return {name: [n for n in names if n != name] for names in owners.values() if len(names) > 1 for name in names}
+    tied = [names for names in owners.values() if len(names) > 1]
+    return {name: [n for n in names if n != name] for names in tied for name in names}
 
 
 def untie(model):
-    """Give every leaf a matrix of its own; in place, returns the model."""
+    """Give every leaf its own copy of a shared matrix; in place, returns the model."""
     seen = set()
     for _, owner, key, p in parameters(model):
         if id(p) in seen:

@@ -1,4 +1,4 @@
-"""The file half of every technique's verbs: save and load, as safetensors. Nothing is unpickled.
+"""The verbs save and load that all techniques share: safetensors files. Nothing is unpickled.
 
 A file of a technique holds
 
@@ -6,13 +6,13 @@ A file of a technique holds
     what learned with it   the model's own parameters that learn, as learned:NAME (none beneath
                            LoRA, all dense ones beneath a pruning mask); and its buffers, as
                            buffer:NAME, which change without a gradient (BatchNorm's running mean)
-    kind, name, sites      the class, what it was called, the settings of each Patch or Format
+    kind, name, sites      the class, the name, the settings of each Patch or Format
     base                   a fingerprint of the other parameters: the model that it belongs to
-    over                   over which techniques it was trained, with a fingerprint of each
-    beside                 the names of all that was attached to the model
+    over                   the techniques over which it was trained, with a fingerprint of each
+    beside                 the names of all techniques that were attached to the model
 
-So what training changed is in the file, and what the file leaves out is checked. `load` checks every
-name, shape and setting first (see `opening`), and touches the model when all of them fit.
+So the file holds what training changed, and `load` compares the rest with the fingerprint. It
+checks every name, shape and setting (see `opening`) before it changes the model.
 """
 
 import json
@@ -33,23 +33,24 @@ from minillm.registry.opening import (
     BUFFER, LEARNED, check_base, check_beside, check_free, field, holds, kind_of, opened, read,
     remake, sorted_out,
 )
-from minillm.registry.sites import walk
+from minillm.registry.sites import check_whole, walk
 from minillm.registry.table import attached, formats_of, patches_of
 from minillm.registry.targets import computed, hint
 
 __all__ = ["check_writable", "holds", "learned_of", "load", "read", "save", "write"]
 
 
-# --- saving -----------------------------------------------------------------------------------------
+# --- saving -------------------------------------------------------------------------------------
 
 
 def save(family, model, path, name=None, *, learned=True, force=False):
-    """Write the technique to a safetensors file: what it added, and what of the model's own learns.
+    """Write the technique to a safetensors file, with the model's own parameters that learn.
 
-    name: of the one to be written, where the model has several of the technique. learned=False leaves
-    the model's own parameters and buffers out. What `freeze` left to learn, or claimed, is in its own
-    file. FileExistsError where `path` is a file that no technique of minillm wrote, unless `force`. The
-    old file stays until the new one is whole.
+    name: which one to write, if the model has several of the technique.
+    learned=False leaves out the model's own parameters and buffers. Those that `freeze` left
+    to learn, or that a technique claims, are in that technique's file.
+    FileExistsError if `path` is a file that no technique of minillm wrote, unless `force`. The
+    old file stays until the new one is complete.
     """
     found = [(site, patch) for site, patch in patches_of(family, model, name)]
     found += [(site, site.module) for site in formats_of(family, model, name)]
@@ -58,22 +59,25 @@ def save(family, model, path, name=None, *, learned=True, force=False):
         raise ValueError(f"there is no {called} in this model to save; attached: {attached(model)}")
     names = sorted({module.name for _, module in found})
     if len(names) > 1:
-        raise ValueError(f"the model has {family} under {len(names)} names, {', '.join(map(repr, names))}, and a file holds one: "
-                         f"save(model, path, name={names[0]!r})")
+        listed = ", ".join(map(repr, names))
+        raise ValueError(f"the model has {family} under {len(names)} names, {listed}, and a file "
+                         f"holds one: save(model, path, name={names[0]!r})")
     (name,), kind = names, found[0][1].kind
     modules = {site.name: module for site, module in found}
     own = learned_of(name, model) if learned else {}
-    tensors = {f"{where}.{key}": t for where, module in modules.items() for key, t in added(module).items()}
+    tensors = {f"{where}.{key}": t
+               for where, module in modules.items() for key, t in added(module).items()}
     kept = dict(buffers(model)) if learned else {}
     write(path, family, kind, name, model, tensors, own, kept, force,
           sites={where: module.config() for where, module in modules.items()})
 
 
 def learned_of(name, model):
-    """{parameter's name: parameter} of the model's own that the file of a technique holds.
+    """{name: parameter} of the model's own parameters in the file of a technique.
 
-    These are the ones that learn, and those that learned beside it before another technique stopped
-    them. What a technique claims, or `freeze` left to learn, is in its own file, whatever else is attached.
+    These are the ones that learn, and those that learned beside it until another technique
+    stopped them. Those that `freeze` left to learn, or that a technique claims, are in that
+    technique's file, whatever else is attached.
     """
     if name in noted(model):
         return held_by(model, name)
@@ -84,24 +88,25 @@ def learned_of(name, model):
 
 
 def added(module):
-    """The tensors of a Patch (parameters and buffers) or of a Format (buffers: the bias is the model's)."""
+    """{name: tensor} of a Patch, or of a Format (its buffers alone: the bias is the model's)."""
     return dict(module.state_dict()) if isinstance(module, Patch) else dict(module.named_buffers())
 
 
 def write(path, family, kind, name, model, tensors, own, kept, force=False, **metadata):
     """Write `tensors`, the learned parameters `own`, the buffers `kept`, and the metadata as JSON.
 
-    Of several processes the first writes.
+    In a distributed run, the first process writes.
     """
     check_writable(path, force)
     beneath = over(name, model)
     held = {f"{site.name}.weight" for site in formats_of(family, model, name)} | own.keys()
-    for other in noted(model) - beneath:  # it came later: what it lets learn is in its own file
+    for other in noted(model) - beneath:  # it came later: its own file holds what it lets learn
         held |= held_by(model, other).keys()
     base = fingerprint.of(model, held)
     needs = {one: {} for one in sorted(beneath)} | fingerprint.patches(model, beneath)
     shared = {slot: others for slot, others in tied_names(model).items() if slot in own}
-    beside = sorted(names_of(model) | {site.module.name for site in walk(model) if isinstance(site.module, Format)})
+    stored = {site.module.name for site in walk(model) if isinstance(site.module, Format)}
+    beside = sorted(names_of(model) | stored)
     fields = dict(metadata, base=base, over=needs, shared=shared, beside=beside)
     fields = {key: json.dumps(value) for key, value in fields.items()}
     every = tensors | {LEARNED + slot: p.detach() for slot, p in own.items()}
@@ -109,15 +114,17 @@ def write(path, family, kind, name, model, tensors, own, kept, force=False, **me
     every = distributed.apart(every)
     if distributed.place()[0] == 0:
         with files.atomic(path) as new:
-            safetensors.torch.save_file(every, new, dict(fields, format="pt", technique=family, kind=kind, name=name))
+            fields = dict(fields, format="pt", technique=family, kind=kind, name=name)
+            safetensors.torch.save_file(every, new, fields)
             files.sort_metadata(new)
     distributed.wait()
 
 
 def over(name, model):
-    """The names over which a technique was filled or trained, and which the model still has.
+    """The names of the techniques over which the one called `name` was filled or trained.
 
-    Formats are not among them: the fingerprint of the base allows for their rounding.
+    Only those that the model still has. Formats are not among them: the fingerprint of the
+    base allows for their rounding.
     """
     follow(model)
     if name in noted(model):
@@ -127,9 +134,9 @@ def over(name, model):
 
 
 def check_writable(path, force=False):
-    """FileExistsError if `path` is a directory, or a file that no technique of minillm wrote, unless `force`.
+    """FileExistsError for a directory; unless `force`, also for a file that no technique wrote.
 
-    OSError where nothing can be written there.
+    OSError if nothing can be written there.
     """
     path = pathlib.Path(path)
     if path.is_dir():
@@ -142,24 +149,29 @@ def check_writable(path, force=False):
         except ValueError:
             ours = False
         if not ours:
-            raise FileExistsError(f"{path} exists, and no technique of minillm wrote it; force=True replaces it")
+            raise FileExistsError(f"{path} exists, and no technique of minillm wrote it; "
+                                  "force=True replaces it")
 
 
-# --- loading ----------------------------------------------------------------------------------------
+# --- loading ------------------------------------------------------------------------------------
 
 
 def load(family, model, path, name=None, *, replace=False, any_base=False):
-    """Attach what `save` wrote; in place, returns the model. Everything is checked before the model is touched.
+    """Attach what `save` wrote; in place, returns the model. All checks come before any change.
 
-    name: what it is to be called here, by default as it was when it was saved. ValueError where the
-    model has one of this name already, unless `replace`: then the file's takes its place. ValueError
-    where the file was made for another model, unless `any_base`.
+    name: its name in this model, by default the one it was saved under. ValueError if the
+    model has one of this name, unless `replace`: then the file's takes its place. ValueError
+    if the file was made for another model, unless `any_base`.
     """
     tensors, metadata = opened(path, family)
     cls = kind_of(metadata, path)
-    configs, sites = field(metadata, "sites", path), {site.name: site for site in walk(model)}
+    configs = field(metadata, "sites", path)
+    if configs:
+        check_whole(model, "load")
+    sites = {site.name: site for site in walk(model)}
     if not all(isinstance(config, dict) for config in configs.values()):
-        raise ValueError(f"{path} does not say where its tensors belong: settings are objects")
+        raise ValueError(f"{path} does not say where its tensors belong: "
+                         "the settings of a site are no object")
     for where in configs:
         if where not in sites or not cls.accepts(sites[where]):
             possible = [site for site in sites.values() if cls.accepts(site)]
@@ -170,7 +182,8 @@ def load(family, model, path, name=None, *, replace=False, any_base=False):
             )
     a_format = issubclass(cls, Format)
     if a_format and name not in (None, cls.kind):
-        raise ValueError(f"name={name!r}: {path} holds the format {cls.kind}, and a format has no other name")
+        raise ValueError(f"name={name!r}: {path} holds the format {cls.kind}, and a format has "
+                         "no other name")
     name = cls.kind if a_format else check_name(name or metadata.get("name"), cls.kind, model)
     check_free(family, name, model, configs, path, replace)
     parts, own, kept = sorted_out(tensors, configs, path)
@@ -179,13 +192,15 @@ def load(family, model, path, name=None, *, replace=False, any_base=False):
     over = check_base(model, metadata, path, any_base)
     shared = field(metadata, "shared", path)
     check_learned(model, own, kept, shared, path)
-    new = [site for where, site in sites.items() if where in made and not isinstance(site.module, cls)]
+    new = [site for where, site in sites.items()
+           if where in made and not isinstance(site.module, cls)]
     if a_format:
         check_formats(cls, model, new)
     check_beside(model, name, metadata, path, own, made, any_base)
     put_back(model, own, kept, shared, name)
     if not a_format:
-        surround(model, name, [(sites[where], patch) for where, patch in made.items()], over)
+        pairs = [(sites[where], patch) for where, patch in made.items()]
+        surround(model, name, pairs, over)
         if any(claims(patch) for patch in made.values()):
             let_learn(model, own)
         return model

@@ -1,4 +1,4 @@
-"""Which sites a technique wraps: what `targets` names, or a default."""
+"""Which sites a technique wraps: those that `targets` names, or its default."""
 
 import difflib
 import re
@@ -11,39 +11,49 @@ from minillm.registry.sites import ties, walk
 
 
 def hidden_linears(model):
-    """The default targets: every linear leaf but the output head and leaves that share their matrix with another."""
+    """The default targets: linear leaves that are not the output head and share no matrix."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     tied = ties(model)
-    return lambda site: not site.leaf.lookup and site.name not in tied and head not in (site.module, site.layer or site.module)
+    return lambda site: (not site.leaf.lookup and site.name not in tied
+                         and head not in (site.module, site.layer or site.module))
 
 
 def select(model, targets, accepts, default, what="leaf"):
-    """The sites that `targets` names, of those that `accepts` takes.
+    """The sites that `targets` names, among those that `accepts` returns True for.
 
-    targets: None (those that `default` says yes to); a list of name endings, each of which must match; a regular expression for a
-    whole name or its end after a dot; or a function (name, module) -> bool. What matches nothing is an error.
+    targets: one of
+        None                      the sites that `default` returns True for
+        a list of name endings    each must match a site
+        a regular expression      it must match a whole name, or its end after a dot
+        a function                (name, module) -> bool
+
+    ValueError if one of them matches nothing, or if the model is itself a leaf.
     """
     every = walk(model)
     if leaf(model) is not None:
-        raise ValueError(f"the model is itself a leaf ({type(model).__name__}), which cannot be replaced in place: "
-                         "put it into an nn.Sequential")
+        raise ValueError(f"the model is itself a leaf ({type(model).__name__}), which cannot be "
+                         "replaced in place: put it into an nn.Sequential")
     sites = [site for site in every if accepts(site)]
     if targets is None:
         chosen = [site for site in sites if default(site)]
         if not chosen:
-            raise ValueError(f"no {what} to wrap by default in this {type(model).__name__}; {hint('', sites)}")
+            raise ValueError(f"no {what} to wrap by default in this {type(model).__name__}; "
+                             f"{hint('', sites)}")
         return chosen
     if callable(targets):
         chosen = [site for site in sites if targets(site.name, site.module)]
         if not chosen:
-            raise ValueError(f"the function {getattr(targets, '__name__', targets)!r} picked no {what}; {hint('', sites)}")
+            called = getattr(targets, "__name__", targets)
+            raise ValueError(f"the function {called!r} picked no {what}; {hint('', sites)}")
         return chosen
 
-    if not isinstance(targets, str | list | tuple | set | frozenset) or not all(isinstance(t, str) for t in targets):
-        raise ValueError(f"targets={targets!r} is neither a regular expression, nor a list of name endings, nor a function; "
-                         f"{hint('', sites)}")
-    patterns = {}
-    if isinstance(targets, str):  # alternatives outside brackets are checked one by one: one misspelt name is found
+    listed = isinstance(targets, str | list | tuple | set | frozenset)
+    if not listed or not all(isinstance(t, str) for t in targets):
+        raise ValueError(f"targets={targets!r} is neither a regular expression, nor a list of "
+                         f"name endings, nor a function; {hint('', sites)}")
+    patterns = {}  # {as written: regular expression}
+    if isinstance(targets, str):
+        # without brackets, each alternative must match: one misspelt name is an error
         plain = not re.search(r"[()\[\]\\]", targets)
         patterns = {part: part for part in (targets.split("|") if plain else [targets])}
     else:
@@ -59,19 +69,18 @@ def select(model, targets, accepts, default, what="leaf"):
         matching = [site.name for site in sites if found.fullmatch(site.name)]
         if not matching:
             others = [site for site in every if found.fullmatch(site.name)]
-            why = (
-                f"{others[0].name!r} is a {type(others[0].module).__name__}, no {what} that can "
-                f"be wrapped{computed(others[0])}"
-                if others
-                else f"no module's name ends so ({len(every)} were looked at)"
-            )
+            if others:
+                why = (f"{others[0].name!r} is a {type(others[0].module).__name__}, no {what} "
+                       f"that can be wrapped{computed(others[0])}")
+            else:
+                why = f"no module's name ends like this ({len(every)} were checked)"
             raise ValueError(f"target {written!r} matches no {what}: {why}; {hint(written, sites)}")
         chosen.update(matching)
     return [site for site in sites if site.name in chosen]
 
 
 def computed(site):
-    """What to say of a site whose weight is no parameter of its own; else nothing."""
+    """Why a site is no leaf although its class is one, for an error message; else ""."""
     if isinstance(getattr(site.module, "weight", None), UninitializedParameter):
         return ": it has no weight yet; run a batch through the model first"
     if kept(site.module) and not leaf(site.module):
@@ -84,9 +93,11 @@ def computed(site):
 
 
 def hint(written, sites):
-    """What would have matched: the endings closest to what was written, or some that there are."""
-    endings = list(dict.fromkeys(re.sub(r"^.*\.(?=[^.]*[^.\d][^.]*$)", "", site.name) for site in sites))
-    names = difflib.get_close_matches(written.rsplit(".", 1)[-1], endings, n=4, cutoff=0.5) or endings[:8]
+    """The names that would have matched: those closest to what was written, or the first few."""
+    endings = [re.sub(r"^.*\.(?=[^.]*[^.\d][^.]*$)", "", site.name) for site in sites]
+    endings = list(dict.fromkeys(endings))
+    asked = written.rsplit(".", 1)[-1]
+    names = difflib.get_close_matches(asked, endings, n=4, cutoff=0.5) or endings[:8]
     if not names:
         return "this model has nothing that could be wrapped"
     return "what would have matched: " + ", ".join(repr(name) for name in names)

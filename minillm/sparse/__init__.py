@@ -1,4 +1,4 @@
-"""Compressed sparse rows (CSR): store the weights that are not zero, and where they stand.
+"""Compressed sparse rows (CSR): store only the nonzero weights, and their columns.
 
     row i of W:  values[crow[i] : crow[i+1]]  in the columns  col[crow[i] : crow[i+1]]
     Saad 2003, "Iterative Methods for Sparse Linear Systems", 2nd ed., section 3.4
@@ -8,17 +8,17 @@
     col       JA             (nnz,)       int32, rising within a row
     crow      IA             (out + 1,)   int32
 
-Cost: 4 bytes for the column beside each value. In float32 it saves memory from 50% zeros
-on, in bfloat16 from 67%. On a CPU it is faster than a dense float32 product from about 75%
-zeros. No accuracy is lost: what is stored is W, so prune and merge first. LoRA fills the
-zeros: it cannot be merged into a leaf that is stored so, unless `anyway`.
+Cost: 4 bytes for the column of each value. In float32 CSR saves memory from 50% zeros
+on, in bfloat16 from 67%. On a CPU it is faster than a dense float32 product from about
+75% zeros on. No accuracy is lost, because W itself is stored: prune and merge first.
+LoRA fills the zeros, so it cannot be merged into such a leaf, unless `anyway`.
 
-torch has `torch.sparse_csr_tensor`, but a Parameter of that kind breaks `.to`, deepcopy and
-safetensors. So three ordinary buffers are kept, and the sparse view is made at each call
-(some microseconds). The product (`csr.py`) is one operator of our own, so that torch.compile sees a
-leaf and not torch's sparse internals, and so that a model in half precision (or under
-autocast) can be computed in float32, which is what the CPU has. Not included: a gradient
-for the values, blocks, and CUDA's 2:4 pattern.
+torch has `torch.sparse_csr_tensor`, but a Parameter of that kind breaks `.to`, deepcopy
+and safetensors. So this format keeps three ordinary buffers and makes the sparse view
+at each call (some microseconds). The product (`csr.py`) is one operator of our own. So
+torch.compile sees no sparse internals, and a model in half precision (or under
+autocast) computes in float32, as the CPU has only that. Not included: a gradient for
+the values, blocks, and CUDA's 2:4 pattern.
 
 >>> from torch import nn; import torch, minillm
 >>> model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(2, 8)
@@ -67,24 +67,26 @@ class CSR(Format):
         return W
 
     def rounding(self):
-        """None where a value is kept. A zero may be a weight that was pruned."""
+        """0 for a kept value; infinity for a zero, which may be a pruned weight."""
         return torch.where(self.dense() == 0, torch.inf, 0.0)
 
     def forward(self, x):
         x = ops.in_autocast(x)
         rows = x.reshape(-1, self.shape[1])  # (..., in) -> (n, in)
         y = csr_matmul(self.crow, self.col, self.values, rows, self.shape[0])
-        y = y.view(*x.shape[:-1], self.shape[0])  # also where there is no row
+        y = y.view(*x.shape[:-1], self.shape[0])  # works for 0 rows too
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def check(self, where):
         n, counts, col = self.values.numel(), self.crow.diff(), self.col
         whole = self.crow[0] == 0 and self.crow[-1] == n == col.numel()
         if not whole or (counts < 0).any() or (col < 0).any() or (col >= self.shape[1]).any():
-            raise ValueError(f"{where}: crow, col and values contradict each other for a {self.shape} matrix")
+            raise ValueError(f"{where}: crow, col and values contradict each other for a "
+                             f"{self.shape} matrix")
         same_row = self.rows().diff() == 0
         if (same_row & (col.diff() <= 0)).any():
-            raise ValueError(f"{where}: the columns of a row do not rise: one is out of order, or written twice")
+            raise ValueError(f"{where}: the columns of a row do not rise: one is out of order or "
+                             "repeated")
 
     def pays(self, where):
         zeros = 1 - self.values.numel() / (self.shape[0] * self.shape[1])
@@ -93,7 +95,7 @@ class CSR(Format):
 
 
 def smaller(where, zeros, dtype, remedy):
-    """ValueError where a matrix with this share of zeros needs more bytes in CSR than dense."""
+    """ValueError if CSR needs more bytes than dense, at this share of zeros."""
     break_even = 1 - dtype.itemsize / (dtype.itemsize + 4)
     if zeros < break_even:
         raise ValueError(f"{where!r} has {zeros:.0%} zeros; CSR is smaller than {dtype} from "
@@ -103,17 +105,18 @@ def smaller(where, zeros, dtype, remedy):
 def wrap(model, targets=None, *, anyway=False):
     """Store the leaves that `targets` names (see `registry.select`) in CSR; returns the model.
 
-    By default every linear leaf but the output head and tied matrices. ValueError, unless `anyway`,
-    where CSR would need more bytes than the dense matrix: prune and merge first. The same holds for
-    what is merged into CSR later.
+    By default every linear leaf but the output head and tied matrices. ValueError,
+    unless `anyway`, where CSR would take more bytes than the dense matrix: prune and
+    merge first. The same check applies to later merges into CSR.
     """
     options.flag("anyway", anyway)
     for site in () if anyway else select(model, targets, CSR.accepts, hidden_linears(model)):
         W, _ = dense(site.module)
         smaller(site.name, (W == 0).float().mean().item(), W.dtype,
-                "Prune and merge first, or say anyway=True")
+                "Prune and merge first, or give anyway=True")
     return attach(CSR, model, targets, anyway=anyway)
 
 
 unwrap, merge, unmerge, save, load = verbs("sparse", CSR)
-method("sparse", wrap, does="stores only what is not zero (CSR)", paper="Saad 2003", small={"": dict(anyway=True)})
+method("sparse", wrap, does="stores only the nonzero weights (CSR)", paper="Saad 2003",
+       small={"": dict(anyway=True)})

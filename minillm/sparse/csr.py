@@ -1,9 +1,9 @@
-"""The product with a matrix in compressed sparse rows, x Wᵀ, as one operator with its gradient for x.
+"""The product x Wᵀ with a CSR matrix W, as one operator with its gradient for x.
 
     forward:   y  = x Wᵀ    by torch's sparse product         x (n, in), W (out, in), y (n, out)
-    backward:  dx = dy W    with W made dense for the moment
+    backward:  dx = dy W    with a temporary dense W
 
-What is kept for the backward are the three buffers. torch.compile sees the operator and not what is in it.
+Autograd keeps only the three buffers for the backward. torch.compile sees one operator.
 """
 
 import warnings
@@ -13,12 +13,15 @@ from torch import Tensor
 
 from minillm import ops
 
-with warnings.catch_warnings(action="ignore"):  # torch says once that the layout is in beta
+with warnings.catch_warnings(action="ignore"):  # torch warns once that the layout is in beta
     torch.zeros(1, 1).to_sparse_csr()
 
 
 def view(crow, col, values, shape):
-    """The torch sparse matrix (out, in); in float32 for half precision, which the CPU cannot multiply."""
+    """The torch sparse matrix (out, in); half precision becomes float32.
+
+    The CPU has no sparse product in half precision.
+    """
     values = values.to(torch.promote_types(values.dtype, torch.float32))
     with torch.sparse.check_sparse_tensor_invariants(False):
         return torch.sparse_csr_tensor(crow, col, values, shape)

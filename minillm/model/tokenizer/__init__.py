@@ -1,4 +1,4 @@
-"""Text to ids and back, above the two libraries that tokenize for most language models.
+"""Text to ids and back, by the two libraries that tokenize for most language models.
 
     SentencePiece   a tokenizer.model, trained here or loaded   the library `sentencepiece`
     BytePair        a tokenizer.json, byte-level BPE            the library `tokenizers`
@@ -6,12 +6,12 @@
     BPE       merge the most frequent pair of neighbours, again and again    arXiv 1508.07909
     unigram   the likeliest split under a unigram model of pieces            arXiv 1804.10959
 
-Ids are those of transformers (sentence.py names the one difference): a special token such as "</s>"
-in a text becomes its own id. A user can therefore write such a token into a chat message. The loss
-mask comes from the structure of the conversation (see `data.py`), never from a search for such a
-string.
+The ids are the same as in transformers (sentence.py names the differences): a special
+token such as "</s>" in a text becomes its own id. So a user can write such a token into
+a chat message. The loss mask comes from the structure of the conversation (see `data`),
+never from a search for such a string.
 
-    base.py        the interface, and what both kinds read from a checkpoint's directory
+    base.py        the interface, and the readers for a checkpoint's directory
     chat.py        chat templates
     sentence.py    SentencePiece
     proto.py       the bytes of a tokenizer.model
@@ -34,9 +34,10 @@ __all__ = ["BytePair", "SentencePiece", "Tokenizer", "from_gguf", "load", "setti
 def load(directory, size=None):
     """The Tokenizer of a checkpoint's directory, from its tokenizer.json or its tokenizer.model.
 
-    Where both files exist, tokenizer.json is read: it says everything that transformers does. The
-    exception is a tokenizer.json that `SentencePiece.save` wrote and nobody changed since. Then
-    tokenizer.model is read, which gives the same ids without the library `tokenizers`.
+    Where both files exist, tokenizer.json is read, because it describes everything that
+    transformers does. The exception is an unchanged tokenizer.json that
+    `SentencePiece.save` wrote. Then tokenizer.model is read, which gives the same ids
+    without the library `tokenizers`.
 
     size: rows of the model's embedding. Without it, the size is not checked.
     ValueError for a file that is damaged or contradicts another, or more ids than `size`.

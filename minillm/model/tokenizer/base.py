@@ -1,4 +1,4 @@
-"""The interface of all tokenizers, and what they read from a checkpoint's directory."""
+"""The interface of all tokenizers, and the readers for a checkpoint's directory."""
 
 import dataclasses
 import json
@@ -12,8 +12,9 @@ from minillm.model.tokenizer import chat
 class Added:
     """A token that is found in a text before the text is split into pieces.
 
-    `special` ones are left out when ids are decoded. lstrip, rstrip: the token also takes the
-    white space to its left or right. single_word: it is found between other than word characters.
+    special: the token is left out when ids are decoded. lstrip, rstrip: the token
+    includes the white space to its left or right. single_word: a word character beside
+    the token means that it is not found.
     """
 
     id: int
@@ -38,7 +39,7 @@ class Tokenizer:
 
     @property
     def stops(self):
-        """The ids that end a generation, a tuple: eos, and what the checkpoint names besides."""
+        """The ids that end a generation: eos, and others from the checkpoint; a tuple."""
         eos = () if self.eos is None else (self.eos,)
         return tuple(dict.fromkeys(eos + tuple(self._ends)))
 
@@ -49,9 +50,10 @@ class Tokenizer:
     def encode(self, text, special=True):
         """text -> list of ids.
 
-        special: add BOS in front and EOS behind where the model's tokenizer does so. Pass False for
-        the text of a chat template, which writes these tokens itself. Special tokens that the text
-        contains become their ids either way. ValueError for half a character, such as "\\ud800".
+        special: add BOS in front and EOS at the end where the model's tokenizer does
+        so. Pass False for the text of a chat template, which writes these tokens
+        itself. Special tokens in the text become their ids in both cases. ValueError
+        for half a surrogate pair, such as "\\ud800".
         """
         return self.spans(text, special)[0]
 
@@ -137,7 +139,7 @@ def special_names(directory):
 
 
 def more_special(directory):
-    """The texts of special tokens that have no role, from tokenizer_config.json."""
+    """The texts of the special tokens without a role, from tokenizer_config.json."""
     config, found = settings(directory, "tokenizer_config.json"), []
     for name in ("additional_special_tokens", "extra_special_tokens"):
         listed = config.get(name) or []
@@ -197,7 +199,7 @@ def chat_template(directory):
 
 
 def read_ends(tokenizer, directory):
-    """Complete eos, bos and the stops by generation_config.json, else by config.json."""
+    """Complete eos, bos, stops from generation_config.json, else from config.json."""
     ends = {}
     for file in ("config.json", "generation_config.json"):
         for name in ("bos_token_id", "eos_token_id"):

@@ -1,7 +1,7 @@
 """BytePair: a tokenizer.json, run by the library `tokenizers`.
 
-This is the byte-level BPE of GPT-2, Llama 3, Qwen2, Qwen3 and SmolLM2: a text becomes bytes, the
-bytes merge within words, and a "pre-tokenizer" says what a word is.
+This is the byte-level BPE of GPT-2, Llama 3, Qwen2, Qwen3 and SmolLM2: a text becomes
+bytes, and the bytes merge within words. A "pre-tokenizer" splits the text into words.
 """
 
 import json
@@ -20,7 +20,7 @@ class BytePair(base.Tokenizer):
 
     def __init__(self, inner, special=None, chat_template=None):
         self.inner, self.chat_template = inner, chat_template
-        # A tokenizer.json may cut or pad every text, for the batches of whoever wrote it.
+        # A tokenizer.json may cut or pad every text, for its author's batches.
         inner.no_truncation()
         inner.no_padding()
         self._size = 1 + max(inner.get_vocab().values(), default=-1)
@@ -33,8 +33,8 @@ class BytePair(base.Tokenizer):
     def load(cls, directory):
         """From tokenizer.json and the JSON files beside it.
 
-        tokenizer.json itself says whether BOS and EOS are added; add_bos_token of the configuration
-        then has no effect, as in transformers.
+        tokenizer.json itself says whether BOS and EOS are added. As in transformers,
+        add_bos_token of the configuration has no effect then.
         """
         directory = pathlib.Path(directory)
         tokenizers = files.need("tokenizers", "hub")
@@ -81,7 +81,7 @@ class BytePair(base.Tokenizer):
     def to_gguf(self, size):
         """The fields of a GGUF for a model of `size` tokens.
 
-        ValueError for what llama.cpp has no name for.
+        ValueError for a tokenizer that llama.cpp has no name for.
         """
         found = json.loads(self.inner.to_str())
         if found["model"]["type"] != "BPE" or found["model"].get("byte_fallback"):
@@ -143,8 +143,8 @@ def add_missing(inner, added):
             (inner.add_special_tokens if token.special else inner.add_tokens)([new])
             found = inner.token_to_id(token.content)
         if found != token.id:
-            raise ValueError(f"the added token {token.content!r} has the id {token.id}, and by "
-                             f"tokenizer.json {found}")
+            raise ValueError(f"the added token {token.content!r} has the id {token.id}, but in "
+                             f"tokenizer.json it has {found}")
 
 
 def mark_special(inner, texts):
@@ -196,7 +196,7 @@ def byte_level(tokens, merges, kinds, pre):
     return inner
 
 
-# The splits into words before BPE, as these models' own tokenizer.json states them. Qwen3 has
+# The splits into words before BPE, from these models' own tokenizer.json. Qwen3 uses
 # Qwen2's.
 LLAMA3_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
                 r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")

@@ -15,8 +15,9 @@ from minillm import files
 def render(text, messages, generate, special):
     """The text of the messages.
 
-    text: the template. special: {"bos_token": "<s>", ...}, which the template may write. ValueError
-    where there is no template, where it is no valid Jinja, refuses the messages, or fails on them.
+    text: the template. special: {"bos_token": "<s>", ...}, variables of the template.
+    ValueError where there is no template, and where the template is no valid Jinja,
+    refuses the messages or fails on them.
     """
     if text is None:
         raise ValueError("this tokenizer has no chat template: its model was not tuned for "
@@ -56,7 +57,8 @@ def template(text):
     class Generation(ext.Extension):
         """{% generation %} ... {% endgeneration %} marks the assistant's words for a mask.
 
-        minillm takes the mask from the messages, so the block renders as what it contains.
+        minillm takes the mask from the messages, so the block renders as its own
+        content.
         """
 
         tags = {"generation"}

@@ -1,8 +1,8 @@
 """A tokenizer.json that gives the ids of a sentencepiece model, for transformers.
 
-transformers reads a tokenizer.model itself, but needs protobuf for it, and its LlamaTokenizer puts
-a space in front of every text, whatever the model says. A tokenizer.json says exactly what to do.
-It is plain JSON, so writing it needs no library.
+transformers can read a tokenizer.model, but needs protobuf for it, and its
+LlamaTokenizer puts a space in front of every text, even against the model. A
+tokenizer.json is exact, and it is plain JSON, so writing it needs no library.
 
     sentencepiece                            here, in the words of the library `tokenizers`
     BPE: merge the neighbours whose union    merges: every split of a piece into two pieces, the
@@ -20,15 +20,16 @@ SPACE = "\u2581"
 
 
 class NoEqual(ValueError):
-    """A sentencepiece model that no tokenizer.json is equal to."""
+    """For a sentencepiece model, no tokenizer.json gives the same ids."""
 
 
 def tokenizer_json(model, tokens, *, prefix, every_part, bos=None, eos=None):
     """A proto.Model and the base.Added tokens beside it -> the content of a tokenizer.json, a dict.
 
-    prefix: a space is put in front of a text; every_part: in front of the parts between added
-    tokens too. bos, eos: the (text, id) that is added in front and behind, or None.
-    NoEqual for a sentencepiece model of which the library `tokenizers` gives other ids.
+    prefix: a space is put in front of a text; every_part: in front of the parts between
+    added tokens too. bos, eos: the (text, id) that is added in front and behind, or
+    None. NoEqual for a sentencepiece model for which the library `tokenizers` gives
+    other ids.
     """
     kinds = {proto.BPE: bpe, proto.UNIGRAM: unigram}
     if model.kind not in kinds or model.whitespace_as_suffix or not model.escape:
@@ -53,12 +54,13 @@ def added(token):
 
 
 def spaces(prefix, every_part):
-    """(normalizer, pre_tokenizer): what becomes of the spaces of a text.
+    """(normalizer, pre_tokenizer) for the spaces of a text.
 
-    A normalizer works on each part between added tokens, so it can put a space in front of every
-    part. For the first part alone there is only Metaspace, which leaves out the space where the
-    part begins with one already. sentencepiece does not, so the first Metaspace looks for a blank,
-    which no part contains any more; the second turns the blank into U+2581.
+    A normalizer works on each part between added tokens, so it can put a space in front
+    of every part. Only Metaspace can do so for the first part alone, but it adds no
+    space where the part already begins with one, and sentencepiece does. So the first
+    Metaspace works with a blank, which no part contains any more; the second turns the
+    blank into U+2581.
     """
     steps = [{"type": "Prepend", "prepend": SPACE}] if prefix and every_part else []
     steps.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
@@ -90,7 +92,7 @@ def ends(bos, eos):
 
 
 def bpe(model):
-    """The BPE model: sentencepiece's scores as an order of merges."""
+    """The BPE model, with sentencepiece's scores turned into an order of merges."""
     vocabulary = {text: i for i, (text, _, _) in enumerate(model.pieces)}
     return {"type": "BPE", "dropout": None, "unk_token": unknown(model)[1],
             "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": True,
@@ -111,10 +113,11 @@ def merges(model):
 
 
 def unigram(model):
-    """The Unigram model on sentencepiece's own scores.
+    """The Unigram model with sentencepiece's own scores.
 
-    The library `tokenizers` would find the pieces of control tokens and bytes, such as "<0x0A>", in
-    a text; sentencepiece does not. With these scores any other split of such a text is likelier.
+    The library `tokenizers` would find the pieces of control tokens and bytes, such as
+    "<0x0A>", in a text; sentencepiece does not. So these pieces get a score so low that
+    any other split of the text is likelier.
     """
     lowest = min(score for _, score, kind in model.pieces if kind == proto.NORMAL)
     never = 100 * (lowest - 10)
@@ -125,6 +128,6 @@ def unigram(model):
 
 
 def unknown(model):
-    """(id, text) of the piece for what is unknown."""
+    """(id, text) of the piece for unknown text."""
     return next((i, text) for i, (text, _, kind) in enumerate(model.pieces)
                 if kind == proto.UNKNOWN)

@@ -1,4 +1,4 @@
-"""What both kinds of tokenizer read from and write to a GGUF's fields in the same way."""
+"""The GGUF fields that both kinds of tokenizer read and write in the same way."""
 
 IDS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 ENDS = ("eot", "eom")  # end of turn, end of message
@@ -21,7 +21,7 @@ def ends(fields):
 
 
 def chat_template(fields):
-    """The chat template: the default one, else those that have a name, {name: text}."""
+    """The default chat template, else the named ones, {name: text}."""
     if "tokenizer.chat_template" in fields:
         return fields["tokenizer.chat_template"]
     names = fields.get("tokenizer.chat_templates", [])
@@ -29,7 +29,7 @@ def chat_template(fields):
 
 
 def written(tokenizer, own):
-    """All of a tokenizer's fields: `own` of its kind, the special ids and the chat template."""
+    """All fields of a tokenizer: its `own`, the special ids, the chat template."""
     ids = dict(bos=tokenizer.bos, eos=tokenizer.eos, unknown=tokenizer.unk, padding=tokenizer._pad)
     more = [i for i in tokenizer.stops if i != tokenizer.eos]
     if len(more) > len(ENDS):

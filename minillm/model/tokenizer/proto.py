@@ -1,8 +1,8 @@
-"""The bytes of a sentencepiece model: enough of its protocol buffer to read and write one.
+"""The bytes of a sentencepiece model: enough of protocol buffers to read and write one.
 
-The format is `sentencepiece_model.proto`. A message is a sequence of fields; each field begins with
-number * 8 + wire type. The numbers below are those of that file. Reading it here saves the library
-`protobuf`. `sentencepiece` itself checks and runs the model.
+The format is `sentencepiece_model.proto`. A message is a sequence of fields, and each
+field begins with number * 8 + wire type. The numbers below are those of that file. This
+code replaces the library `protobuf`. `sentencepiece` itself checks and runs the model.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ CHARSMAP, DUMMY_PREFIX, REMOVE_EXTRA, ESCAPE = 2, 3, 4, 5  # NormalizerSpec
 
 @dataclasses.dataclass
 class Model:
-    """What a tokenizer.model says, with sentencepiece's defaults."""
+    """The content of a tokenizer.model, with sentencepiece's defaults."""
 
     pieces: list  # [(text, score, type)], by id
     kind: int  # UNIGRAM or BPE, or one of the rarer kinds
@@ -100,14 +100,14 @@ def write(pieces, prefix):
 
 
 def spaces(prefix):
-    """The fields of a NormalizerSpec that keeps every space, and puts one in front or not."""
+    """The NormalizerSpec that keeps every space. prefix: whether one is added."""
     return packed(DUMMY_PREFIX, int(prefix)) + packed(REMOVE_EXTRA, 0)
 
 
 def with_prefix(proto, prefix):
-    """The same model, but putting a space in front of a text, or not.
+    """The same model, which puts a space in front of a text, or (with False) does not.
 
-    Protocol buffers merge two messages of one field, so what follows overrides what came before.
+    Protocol buffers merge two messages of one field, and the later values win.
     """
     return proto + packed(NORMALIZER, packed(DUMMY_PREFIX, int(prefix)))
 
@@ -115,9 +115,9 @@ def with_prefix(proto, prefix):
 def rounded(proto, step=1 / 64):
     """The same model with every score rounded to a multiple of `step`.
 
-    A unigram model adds up scores: sentencepiece in float32, `tokenizers` in float64. Multiples of
-    1/64 add up exactly in both, to 2 ** 18 (about 100,000 characters), so both libraries find the
-    same ties and break them in the same way.
+    A unigram model adds up scores: sentencepiece in float32, `tokenizers` in float64.
+    Multiples of 1/64 add up exactly in both, up to 2 ** 18 (about 100,000 characters).
+    So both libraries find the same ties and break them in the same way.
     """
     out = []
     for number, value in fields(proto):
@@ -144,7 +144,7 @@ def packed(number, value):
 
 
 def varint(value):
-    """7 bits a byte, the lowest first; the top bit says that more follow."""
+    """7 bits in each byte, the lowest first; the top bit: more bytes follow."""
     out = bytearray()
     while value > 127:
         out.append(value & 127 | 128)

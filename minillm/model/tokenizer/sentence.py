@@ -1,17 +1,19 @@
 """SentencePiece: a tokenizer.model, trained here or loaded.
 
-The library `sentencepiece` splits the text. Around it this class does what transformers and
-llama.cpp do: find special and added tokens first, add BOS and EOS, put a space in front.
+The library `sentencepiece` splits the text. This class does the same around it as
+transformers and llama.cpp: it finds special and added tokens first, adds BOS and EOS,
+and puts a space in front.
 
-A model with a "dummy prefix" (Llama 1 and 2, Mistral) puts a space in front of every text, so that
-a first word has the ids that it has later in a text. Of a text with special tokens, only a part at
-the very beginning gets it, or, `legacy`, every part between two of them; llama.cpp is legacy.
+A model with a "dummy prefix" (Llama 1 and 2, Mistral) puts a space in front of every
+text, so that the first word has the same ids as later in a text. In a text with special
+tokens, only a part at the very beginning gets the space. With `legacy`, every part
+between two special tokens gets it; llama.cpp is legacy.
 
-Where transformers 5 reads a tokenizer.model itself, it differs from sentencepiece in two ways. It
-puts no space in front of a text that begins with one, and it merges by ids instead of scores
-(Mistral's "▁▁" has an early id and a low score). A model was trained on sentencepiece's ids,
-and llama.cpp gives them too, so minillm keeps to them. What `save` writes has these ids in
-transformers too.
+Where transformers 5 reads a tokenizer.model itself, it differs from sentencepiece in
+two ways. It puts no space in front of a text that begins with one, and it merges by ids
+instead of scores (Mistral's "▁▁" has an early id and a low score). The models were
+trained on sentencepiece's ids, and llama.cpp gives them too, so minillm gives them. The
+files of `save` give the same ids in transformers.
 """
 
 import dataclasses
@@ -33,11 +35,14 @@ CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "PreTrained
 
 
 class SentencePiece(base.Tokenizer):
-    """A sentencepiece model. Trained here, it loses nothing of a text but U+2581 and its specials.
+    """A sentencepiece model.
 
-    proto: the bytes of a tokenizer.model. added: a list of base.Added beside its pieces.
-    add_bos, add_eos: whether `encode` adds them. prefix: a space in front of a text, None: as the
-    model says. legacy: a space in front of every part between special tokens.
+    A model that was trained here keeps all of a text but U+2581 and the special tokens.
+
+    proto_bytes: the bytes of a tokenizer.model. added: a list of base.Added beside its
+    pieces. add_bos, add_eos: whether `encode` adds them. prefix: a space in front of a
+    text, None: as in the model. legacy: a space in front of every part between special
+    tokens.
     """
 
     def __init__(self, proto_bytes, chat_template=None, *, added=(), add_bos=False, add_eos=False,
@@ -46,7 +51,7 @@ class SentencePiece(base.Tokenizer):
         self.model = processor(proto_bytes)
         self.parsed = proto.read(proto_bytes)
         self.prefix = self.parsed.prefix if prefix is None else prefix
-        # Three ways to run the model: at the beginning of a text, within one, and back to text.
+        # Three ways to run it: at the start of a text, inside a text, and ids to text.
         own = self.parsed.prefix
         self.front = self.model if self.prefix == own else processor(
             proto.with_prefix(proto_bytes, self.prefix))
@@ -62,7 +67,7 @@ class SentencePiece(base.Tokenizer):
         self.find([*controls, *added])
 
     def find(self, tokens):
-        """Find these base.Added tokens in a text before it is split, beside those found so far."""
+        """Also find these base.Added tokens in a text before it is split."""
         pieces = self.parsed.pieces
         for token in tokens:
             if token.id < len(pieces) and pieces[token.id][0] != token.content:
@@ -201,7 +206,7 @@ class SentencePiece(base.Tokenizer):
         return tokenizer
 
     def add_ends(self, bos, eos):
-        """Set what `encode` adds. None adds nothing, as in transformers 5; 4 added BOS then."""
+        """Set what `encode` adds. None: nothing, as in transformers 5 (4 added BOS)."""
         self.add_bos, self.add_eos = bool(bos), bool(eos)
         for add, name in ((self.add_bos, "bos"), (self.add_eos, "eos")):
             if add and getattr(self, name) is None:
@@ -220,14 +225,15 @@ class SentencePiece(base.Tokenizer):
         return tokenizer
 
     def to_gguf(self, size):
-        """The fields of a GGUF for a model of `size` tokens; see sentence_gguf.py."""
+        """The fields of a GGUF for a model of `size` tokens (see sentence_gguf.py)."""
         return sentence_gguf.fields(self, size)
 
     def save(self, directory):
-        """Write tokenizer.model, and tokenizer.json with the same ids, as transformers reads it.
+        """Write tokenizer.model, and for transformers an equal tokenizer.json.
 
-        A model of others that has no equal tokenizer.json (see fast.py) is saved without one, and a
-        warning says so: minillm reads it as before, transformers may give other ids.
+        A model from elsewhere may have no equal tokenizer.json (see fast.py). It is
+        saved without one, with a warning: minillm gives the same ids, transformers may
+        give others.
         """
         directory = pathlib.Path(directory)
         config = dict(tokenizer_class="LlamaTokenizer", clean_up_tokenization_spaces=False,

@@ -1,21 +1,22 @@
 """A sentencepiece model in a GGUF's fields, and back: llama.cpp's tokenizer "llama".
 
-llama.cpp keeps the pieces, their scores and their types, and merges as sentencepiece's BPE does. It
-knows no normalization, and finds special and user-defined tokens before it splits a text. With
-add_space_prefix it puts a space in front of every part between them ("legacy"). A model that is
-not legacy therefore has other ids in llama.cpp behind a special token; a GGUF cannot say it.
+llama.cpp keeps the pieces, their scores and their types, and merges as sentencepiece's
+BPE does. It has no normalization, and finds special and user-defined tokens before it
+splits a text. With add_space_prefix it puts a space in front of every part between them
+("legacy"). So after a special token, llama.cpp gives other ids for a model that is not
+legacy. A GGUF has no field for this.
 """
 
 from minillm.model.tokenizer import base, gguf_names, proto
 
-ADDED_SCORE = -1000.0  # llama.cpp never merges up to an added token, so no text needs its score
+ADDED_SCORE = -1000.0  # llama.cpp never merges to an added token, so its score has no effect
 
 
 def fields(tokenizer, size):
     """A SentencePiece -> the fields of a GGUF for a model of `size` tokens.
 
-    ValueError for a model that llama.cpp would compute another way: unigram, or one that changes
-    the text before it is split.
+    ValueError for a model that llama.cpp runs in another way: a unigram model, or one
+    that changes the text before it is split.
     """
     model, pieces = tokenizer.parsed, list(tokenizer.parsed.pieces)
     if model.kind != proto.BPE:
