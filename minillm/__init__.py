@@ -1,4 +1,4 @@
-"""minillm: how language models are fine-tuned and are made small, a page a technique.
+"""minillm: how a language model is fine-tuned and made small, one page for each technique.
 
 Fine-tuning, wrapped in place with `minillm.NAME.wrap(model)`:
 
@@ -23,7 +23,7 @@ Making it small, wrapped in place with `minillm.NAME.wrap(model)`:
                     Dettmers et al. 2022, arXiv 2208.07339
     quant.gptq      rounds column by column; the remaining columns compensate
                     Frantar et al. 2022, arXiv 2210.17323
-    quant.nf4       stores weights as 4-bit codes of 16 levels at quantiles of the normal distribution
+    quant.nf4       stores weights in 4 bits, as codes of 16 quantiles of a normal distribution
                     Dettmers et al. 2023, arXiv 2305.14314
     quant.qat       trains with rounded weights, to store them rounded
                     Jacob et al. 2018, arXiv 1712.05877

@@ -3,11 +3,10 @@
     gradient = sum over processes of (gradient of its summed loss) / (learnt tokens of the batch)
 
     data parallel   each process holds the whole model; the gradients are summed
-    sharded         each holds 1/world of every weight, and gathers the other parts of a block
-                    when it computes that block: call `shard(model)` before the training
+    sharded         each holds 1/world of every weight: call `minillm.train.shard(model)` before
+                    the training
 
-Data parallel: DDP, Li et al. 2020, arXiv 2006.15704. Sharded: FSDP2, after ZeRO-3, Rajbhandari et
-al. 2020, arXiv 1910.02054.
+Data parallel: DDP, Li et al. 2020, arXiv 2006.15704. Sharded: see `minillm.train.sharding`.
 
 Every process draws the whole batch, which is only ids, and takes every world-th row. So the order
 of the data does not depend on the number of processes, each process knows the number of learnt
@@ -15,8 +14,7 @@ tokens without communication, and the losses equal those of one process. (Both o
 take the mean over the processes: multiplying by their number makes it the sum.)
 
 accelerate and the Trainer hide this behind a launcher's configuration; here it is two functions
-that `train` calls. Not included: tensor and pipeline parallelism, mixed precision inside FSDP
-(choose the dtypes yourself, as on one device).
+that `train` calls. Not included: tensor and pipeline parallelism.
 """
 
 import atexit
@@ -25,7 +23,7 @@ import os
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -51,25 +49,6 @@ def start():
 def place():
     """(this process's rank, the number of processes): (0, 1) if there is only one."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def shard(model):
-    """Spread every weight of minillm's Transformer over the processes, block by block.
-
-    In place; returns the model. Wrap it with techniques first: their weights are spread as well.
-    `save` and the checkpoints write whole tensors. RuntimeError if `start` has joined no
-    processes, TypeError for another model.
-    """
-    if not dist.is_initialized():
-        raise RuntimeError("shard needs several processes: start the program with torchrun, and "
-                           "call minillm.distributed.start()")
-    if not hasattr(model, "layers") or not callable(getattr(type(model), "loss", None)):
-        raise TypeError(f"shard is for minillm's Transformer, not {type(model).__name__}")
-    for block in model.layers:
-        fully_shard(block)
-    fully_shard(model)
-    register_fsdp_forward_method(model, "loss")
-    return model
 
 
 class Loss(nn.Module):

@@ -71,6 +71,7 @@ def test_each_leaf_is_fed_by_the_changed_ones_before_it(name):
             group = [other for other, t in order if t is s]
             X = by_hand(reference, where)
             for other in group:
+                assert seen[other].count == len(X)
                 torch.testing.assert_close(seen[other].sum.double(), X.square().sum(0), rtol=1e-4,
                                            atol=1e-4)
                 here[other].module.weight.data.mul_(1.5)
@@ -276,12 +277,21 @@ def test_the_model_is_left_as_it_was(name, fails):
     assert torch.is_grad_enabled()
 
 
+def test_what_is_new_has_the_mode_of_its_site():
+    model = small("llama").train()
+    model.layers[1].mlp.up_proj.eval()
+    for change in (minillm.prune.wanda.wrap, minillm.quant.gptq.wrap):
+        change(model, ROWS, progress=False)
+        for name, module in model.named_modules():
+            assert module.training == ("layers.1.mlp.up_proj" not in name), name
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_statistics_are_at_least_float32(dtype):
     for statistic, key in ((calibrate.Gram, "H"), (calibrate.Squares, "sum")):
         found = []
-        calibrate.stream(small("llama").to(dtype), ROWS, lambda site,
-                         s: found.append(getattr(s, key)), statistic=statistic,
+        calibrate.stream(small("llama").to(dtype), ROWS,
+                         lambda site, s: found.append(getattr(s, key)), statistic=statistic,
                          progress=False)
         assert all(t.dtype == torch.promote_types(dtype, torch.float32) for t in found)
 

@@ -32,9 +32,9 @@ def run(kind, directory):
     torch.set_num_threads(1)
     for name, wraps in CASES.items():
         for again in (False, True):
-            model = wrapped(wraps)
+            model = wrapped(wraps, name)
             if kind == "sharded":
-                distributed.shard(model)
+                minillm.train.shard(model)
             path = pathlib.Path(directory)
             history = training(model, checkpoints=path / name, save_every=4, resume=again,
                                log=path / f"{name}.{again}.jsonl", **measure(name))
@@ -68,7 +68,7 @@ def interrupted(kind, directory):
     """A signal to the second process ends both, with one checkpoint."""
     model = wrapped(("lora",))
     if kind == "sharded":
-        distributed.shard(model)
+        minillm.train.shard(model)
     passes = iter(range(9))
 
     def send(module, args, output):
@@ -83,12 +83,12 @@ def interrupted(kind, directory):
 
 
 CASES = {"full": (), "bfloat16": ("bfloat16",), "lora": ("lora",),
-         "lora on int8": ("quant", "lora")}
+         "lora on int8": ("quant", "lora"), "hf_gpt2": ("lora",)}
 
 
-def wrapped(wraps):
+def wrapped(wraps, name="llama"):
     torch.manual_seed(0)
-    model = build("llama")
+    model = build(name if name == "hf_gpt2" else "llama")
     for technique in wraps:
         if technique == "bfloat16":
             model.bfloat16()
@@ -119,7 +119,7 @@ def test_two_processes_train_as_one(tmp_path, kind):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     for name, wraps in CASES.items():
-        model = wrapped(wraps)
+        model = wrapped(wraps, name)
         expected = training(model, **measure(name))
         rough = 300 if "bfloat16" in wraps else 1  # the processes' gradients are rounded too
         for again in (False, True):
@@ -154,7 +154,7 @@ def test_a_batch_has_a_row_for_each_process(monkeypatch):
 
 def test_shard_wants_several_processes():
     with pytest.raises(RuntimeError, match="start the program with torchrun"):
-        distributed.shard(build("llama"))
+        minillm.train.shard(build("llama"))
 
 
 def test_each_process_talks_through_its_own_gpu(monkeypatch):

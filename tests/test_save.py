@@ -342,7 +342,7 @@ from minillm import distributed
 store = "file://" + sys.argv[2] + "/store"
 dist.init_process_group("gloo", init_method=store, rank=int(sys.argv[3]), world_size=2)
 for kind in ("llama", "gpt2"):
-    model = distributed.shard(build(kind))
+    model = minillm.train.shard(build(kind))
     minillm.save(model, sys.argv[1] + kind, shard_bytes=9000)
     minillm.save(model, sys.argv[1] + kind)
 dist.destroy_process_group()

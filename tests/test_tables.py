@@ -61,7 +61,7 @@ def test_readme():
 
 def test_the_page_of_the_package():
     expected = of_package()
-    found = between(ROOT / "__init__.py", "are made small, a page a technique.\n\n",
+    found = between(ROOT / "__init__.py", "small, one page for each technique.\n\n",
                     "Beneath them:", expected)
     assert found == expected, "stale: see the top of this file"
 

@@ -408,7 +408,8 @@ def test_every_module_has_its_own_mode_again():
     (dict(held_out=examples(1), every=0), "every=0 is not a whole number from 1"),
     (dict(held_out=examples(1), patience=0), "patience=0 is not a whole number from 1"),
     (dict(held_out=[]), "held_out: there are no examples"),
-    (dict(held_out=examples(1), evaluate=float), "held_out= and evaluate= both choose the evaluation"),
+    (dict(held_out=examples(1), evaluate=float),
+     "held_out= and evaluate= both choose the evaluation"),
     (dict(evaluate=3), "evaluate=3 is not a function of the model"),
     (dict(save_every=2), "save_every=2 needs a directory: give checkpoints="),
     (dict(resume=True), "resume=True needs a directory to go on from: give checkpoints="),
@@ -460,7 +461,8 @@ def test_a_log_replaces_a_log_and_nothing_else(tmp_path):
     for mine in ("my notes", '{"step": 1, "what": "open the door"}\n',
                  '{"step": 0, "loss": 1.0}\n', "[1]\n"):
         path.write_text(mine)
-        with pytest.raises(FileExistsError, match="log.jsonl' is a file, but not the log of a training"):
+        with pytest.raises(FileExistsError,
+                           match="log.jsonl' is a file, but not the log of a training"):
             quiet(build("llama"), steps=2, log=path)
         assert path.read_text() == mine
 

@@ -51,6 +51,7 @@ from minillm.calling import arguments, logits, native
 from minillm.data import Example, check_examples, collate
 from minillm.model.generate import evaluating
 from minillm.registry import hidden_linears, prepare, roles, select, walk
+from minillm.registry.sites import check_whole
 
 
 class Gram:
@@ -98,6 +99,7 @@ def stream(model, examples, change, targets=None, *, statistic=Gram, batch_size=
     leaf that no example reaches, for blocks that do not form a chain, and for hidden
     states that are not finite.
     """
+    check_whole(model, "calibrate")
     sites, order = select(model, targets, linear, hidden_linears(model)), walk(model)
     for site in sites:
         if len(site.places) > 1:
@@ -162,11 +164,10 @@ def quiet(model):
         with evaluating(model), torch.no_grad(), stance:
             yield
     finally:
-        for site in walk(model):
+        for site in walk(model):  # a site after the sites that it lies in
             for module in (site.layer or site.module).modules():
                 if id(module) not in known:
                     module.training = modes[site.name]
-                    known.add(id(module))
 
 
 def cut(model, examples, size):

@@ -42,7 +42,7 @@ def run(args):
     model.recompute = args.recompute
     check_disk(model, technique, held_out, args)
     if args.shard:
-        distributed.shard(model)
+        train.shard(model)
     done = False
     try:
         try:

@@ -1,4 +1,4 @@
-"""NF4: sixteen levels at quantiles of the normal distribution, one scale per 64 weights.
+"""NF4: sixteen levels at quantiles of a normal distribution, one scale per 64 weights.
 
     1. s = max |w|               for each block of 64 neighbours in a row
     2. q = the code of the level that is nearest to w / s         0 to 15, two a byte
@@ -111,6 +111,6 @@ def fill(form, site, levels=LEVELS):
 
 register("nf4", Codebook, family="quant")
 method("nf4", wrap,
-       does="stores weights as 4-bit codes of 16 levels at quantiles of the normal distribution",
+       does="stores weights in 4 bits, as codes of 16 quantiles of a normal distribution",
        paper="Dettmers et al. 2023, arXiv 2305.14314",
        small={"": dict(group=8), "row": dict(group=None)})

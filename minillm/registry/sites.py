@@ -119,7 +119,7 @@ def walk(model):
 def check_whole(model, what):
     """ValueError if the weights are spread over processes: FSDP does not see new parameters."""
     if any(isinstance(module, FSDPModule) for module in model.modules()):
-        raise ValueError("the weights of this model are spread over the processes (shard): "
+        raise ValueError("the weights of this model are spread over the processes (train.shard): "
                          f"{what} before that, or save the model and load it in one process")
 
 

@@ -15,6 +15,7 @@
     rescue        what is saved if the disk is full after all, or if the last write fails
     identity      the model, techniques and data that a checkpoint belongs to
     interrupt     Ctrl-C
+    sharding      `shard`: the weights spread over several processes
 
 - The loss of a step is the sum over all its micro-batches divided by the number of tokens
   that all of them learn. So `accumulate=k` is the same step as a batch k times as large.
@@ -37,9 +38,10 @@ from minillm.train.loop import train
 from minillm.train.losses import held_out_loss, loss_sum
 from minillm.train.rates import SCHEDULES, groups, rate
 from minillm.train.room import check_room
+from minillm.train.sharding import shard
 
 __all__ = [
     "SCHEDULES", "Interrupted", "Summary", "check_disk", "check_log", "check_picture", "check_room",
     "checkpoint_needs", "clear", "distill", "groups", "held_out_loss", "loss_sum", "newest",
-    "picture", "rate", "restore", "saved", "summary", "train",
+    "picture", "rate", "restore", "saved", "shard", "summary", "train",
 ]
