@@ -10,6 +10,7 @@ allocated on CUDA.
 
 import argparse
 import datetime
+import functools
 import importlib
 import json
 import multiprocessing
@@ -44,11 +45,8 @@ def run(module, sides, args, settings):
     chosen = {name: side for name, side in sides.items() if not args.sides or name in args.sides}
     if not chosen:
         raise SystemExit(f"no side is called {args.sides}; known: {', '.join(sides)}")
-    found, processes, spawn = (
-        {name: [] for name in chosen},
-        {},
-        multiprocessing.get_context("spawn"),
-    )
+    found, processes = {name: [] for name in chosen}, {}
+    spawn = multiprocessing.get_context("spawn")
     try:
         for name, side in chosen.items():
             ours, theirs = spawn.Pipe()
@@ -116,56 +114,57 @@ def checkpoint():
 
 def limits(device):
     """The machine's own: bytes read a second, and operations of a matrix product a second,
-    by dtype."""
+    by dtype. A CPU without bfloat16 instructions takes minutes for a large product, so the
+    products grow only while they are fast."""
+
+    def seconds(work):
+        wait(device)
+        began = time.perf_counter()
+        work()
+        wait(device)
+        return time.perf_counter() - began
 
     def fastest(work, repeats=7):
-        times = []
-        for _ in range(repeats):
-            wait(device)
-            began = time.perf_counter()
-            work()
-            wait(device)
-            times.append(time.perf_counter() - began)
-        return min(times)
+        return min(seconds(work) for _ in range(repeats))
 
     many = torch.ones(1 << 27, device=device)  # 512 MiB, beyond any cache
     found = {"bytes/s": many.numel() * 4 / fastest(many.sum)}
-    n = 8192 if device == "cuda" else 2048
     for dtype in (torch.float32, torch.bfloat16):
-        a = torch.randn(n, n, device=device, dtype=dtype)
-        found[f"{str(dtype).removeprefix('torch.')} FLOP/s"] = 2 * n**3 / fastest(lambda: a @ a)
+        n, product = 128, None
+        largest = 8192 if device == "cuda" else 2048
+        while product is None or n < largest and seconds(product) < 0.1:
+            n *= 2
+            a = torch.randn(n, n, device=device, dtype=dtype)
+            product = functools.partial(torch.matmul, a, a)
+        found[f"{str(dtype).removeprefix('torch.')} FLOP/s"] = 2 * n**3 / fastest(product)
     return found
 
 
 def keep(name, device, settings, rows, limits):
     """Write the figures to benchmarks/results, and all kept figures as tables to
     docs/benchmarks.md."""
-    machine = (
-        torch.cuda.get_device_name()
-        if device == "cuda"
-        else f"{processor()}, {torch.get_num_threads()} threads"
-    )
+    machine = f"{processor()}, {torch.get_num_threads()} threads"
+    if device == "cuda":
+        machine = torch.cuda.get_device_name()
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("transformers", "peft", "llama_cpp"):
         try:
             versions[package] = importlib.import_module(package).__version__
         except ImportError:
             pass
-    kept = dict(benchmark=name,
-                command=f"python -m benchmarks.{name}"
-                + (f" --device {device}" if device != "cpu" else ""),
+    command = f"python -m benchmarks.{name}" + f" --device {device}" * (device != "cpu")
+    kept = dict(benchmark=name, command=command,
                 date=str(datetime.date.today()), machine=machine, versions=versions,
                 settings=settings, limits=limits, rows=rows)
     with files.atomic(HERE / "results" / f"{name}-{device}.json") as new:
         new.write_text(json.dumps(kept, indent=2) + "\n")
     parts = [
-        "# Benchmarks\n\nSmolLM2-135M. Written by the commands that stand above the tables, from "
-        "`benchmarks/results/`; how they "
-        "measure is told in `benchmarks/common.py`. Ratios are medians over the rounds of one "
-        "run, in which the sides take turns."
+        "# Benchmarks\n\nSmolLM2-135M. The command above each table writes it; "
+        "`benchmarks/common.py` explains how it measures. Ratios are medians over the rounds of "
+        "one run, in which the sides take turns."
     ]
-    for path in sorted((HERE / "results").glob("*.json")):
-        parts.append(section(json.loads(path.read_text())))
+    every = [json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))]
+    parts += [section(one) for one in every if "benchmark" in one]
     with files.atomic(HERE.parent / "docs" / "benchmarks.md") as new:
         new.write_text("\n\n".join(parts) + "\n")
     print(section(kept))
@@ -176,8 +175,8 @@ def section(kept):
     versions = ", ".join(f"{key} {value}" for key, value in kept["versions"].items())
     return (
         f"## {kept['benchmark']}, {kept['machine']}\n\n`{kept['command']}`, {kept['date']}; "
-        f"{versions}. "
-        f"The machine's limits, measured in the same run: {limits}.\n\n{report.table(kept['rows'])}"
+        f"{versions}. The machine's limits, measured in the same run: {limits}.\n\n"
+        f"{report.table(kept['rows'])}"
     )
 
 

@@ -25,6 +25,8 @@ SIDES = {
     "llama.cpp float32": dict(library="llama.cpp", dtype="float32"),
 }
 SETTINGS = dict(prompt=128, new=64)
+MATRICES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+            "embed_tokens", "lm_head"]  # the last two share their matrix, and its codes
 
 
 def setup(side, settings):
@@ -71,20 +73,7 @@ def transformers(side, settings):
 def ours(side, settings):
     model, _ = minillm.load(settings["checkpoint"], dtype=side["dtype"], device=settings["device"])
     if side.get("int8"):
-        minillm.quant.wrap(
-            model,
-            [
-                "q_proj",
-                "k_proj",
-                "v_proj",
-                "o_proj",
-                "gate_proj",
-                "up_proj",
-                "down_proj",
-                "embed_tokens",
-                "lm_head",
-            ],
-        )  # the last two share their matrix, and its codes
+        minillm.quant.wrap(model, MATRICES)
     if side.get("compiled"):
         minillm.compile(model)
     ids = torch.tensor([settings["ids"]], device=settings["device"])
@@ -117,14 +106,15 @@ def llama_cpp(side, settings):
 
 def weights(model):
     """The bytes that a token has to read: every matrix once, of an untied embedding one row."""
-    head = model.get_output_embeddings()
-    embedding = getattr(model, "embed_tokens", None)
-    unread = (
-        embedding.weight.nbytes
-        if embedding is not None and getattr(head, "weight", None) is not embedding.weight
-        else 0
-    )
-    return minillm.report.total_bytes(model) - unread
+    head, embedding = model.get_output_embeddings(), getattr(model, "embed_tokens", None)
+    total = minillm.report.total_bytes(model)
+    if embedding is None or memory(head) & memory(embedding):
+        return total
+    return total - minillm.report.total_bytes(embedding)
+
+
+def memory(module):
+    return {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
 
 
 def main():
