@@ -140,10 +140,12 @@ def limits(device):
     return found
 
 
-def keep(name, device, settings, rows, limits):
+def keep(name, args, settings, rows, limits):
     """Write the figures to benchmarks/results, and all kept figures as tables to
-    docs/benchmarks.md."""
-    machine = f"{processor()}, {torch.get_num_threads()} threads"
+    docs/benchmarks.md. A run of some sides has a file of its own."""
+    device = args.device
+    features = torch.backends.cpu.get_cpu_capability()
+    machine = f"{processor()} ({features}), {torch.get_num_threads()} threads"
     if device == "cuda":
         machine = torch.cuda.get_device_name()
     versions = {"python": platform.python_version(), "torch": torch.__version__}
@@ -153,10 +155,13 @@ def keep(name, device, settings, rows, limits):
         except ImportError:
             pass
     command = f"python -m benchmarks.{name}" + f" --device {device}" * (device != "cpu")
+    if args.sides:
+        command += " --sides " + " ".join(f'"{side}"' for side in args.sides)
     kept = dict(benchmark=name, command=command,
                 date=str(datetime.date.today()), machine=machine, versions=versions,
                 settings=settings, limits=limits, rows=rows)
-    with files.atomic(HERE / "results" / f"{name}-{device}.json") as new:
+    some = "-some" if args.sides else ""
+    with files.atomic(HERE / "results" / f"{name}-{device}{some}.json") as new:
         new.write_text(json.dumps(kept, indent=2) + "\n")
     parts = [
         "# Benchmarks\n\nSmolLM2-135M. The command above each table writes it; "

@@ -146,7 +146,7 @@ def main():
             "peak MB": f"{measured[-1]['peak_bytes'] / 1e6:,.0f}",
             "same tokens": f"{same} of {len(pairs)}"})
     del settings["ids"], settings["checkpoint"]
-    common.keep("decode", args.device, settings, rows, limits)
+    common.keep("decode", args, settings, rows, limits)
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def main():
             "of the machine's FLOP/s": f"{speed * 4 * size / limits[f'{dtype} FLOP/s']:.0%}",
             "first steps, s": f"{measured[0]['warm']:.1f}", "losses apart": f"{apart:.1e}"})
     del settings["ids"], settings["checkpoint"]
-    common.keep("lora_step", args.device, settings, rows, limits)
+    common.keep("lora_step", args, settings, rows, limits)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,8 @@ class DoRA(LoRA):
     def norm(self, W):
         """||W + s B A|| of each row, (out,), in A's dtype, without a gradient."""
         W, A, B, s = W.to(self.A.dtype), self.A, self.B, self.scale
-        squares = W.square().sum(1) + 2 * s * (B * (W @ A.T)).sum(1)  # each (out,)
+        squares = torch.linalg.vector_norm(W, dim=1) ** 2  # (out,)
+        squares += 2 * s * (B * (W @ A.T)).sum(1)
         squares += s**2 * (B @ (A @ A.T) * B).sum(1)
         return squares.clamp(min=0).sqrt()
 
