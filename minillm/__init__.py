@@ -55,11 +55,21 @@ from minillm.registry import (
     CannotMerge, Format, Layer, Patch, layers, prepare, rows, techniques, untie, use,
 )
 from minillm.model.transformer import Cache, Config, Transformer, compile
-from minillm import freeze, prompts, lora, adapters
-from minillm import quant, prune, sparse
-from minillm import data, distributed, train, measure, checkpoints, zoo, compare
+from minillm import freeze
+import minillm.freeze.bitfit
 import minillm.freeze.gradual
+from minillm import prompts, lora
+import minillm.lora.dora
+import minillm.lora.pissa
+from minillm import adapters, quant
+import minillm.quant.gptq
+import minillm.quant.nf4
+import minillm.quant.qat
+from minillm import prune
 import minillm.prune.gradual
+import minillm.prune.wanda
+from minillm import sparse
+from minillm import data, distributed, train, measure, checkpoints, zoo, compare
 from minillm.measure import report
 from minillm.measure.show import show
 from minillm.checkpoints import save

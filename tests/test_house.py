@@ -2,6 +2,7 @@
 and from the floors below it."""
 
 import ast
+import graphlib
 import pathlib
 
 import minillm
@@ -59,6 +60,30 @@ def test_imports_go_down():
             inside = other == part or HELPERS.get(part) == other
             assert inside or FLOOR[other] < FLOOR[part], f"{where}, which is not below it"
     assert seen > 100
+
+
+def files_of(path, here):
+    """The modules of minillm that a file imports, of those in `here`."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in here else node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def test_no_two_files_import_each_other():
+    here = {}
+    for path in ROOT.rglob("*.py"):
+        parts = ("minillm", *path.relative_to(ROOT).with_suffix("").parts)
+        here[".".join(parts).removesuffix(".__init__")] = path
+    graph = {name: set(files_of(path, here)) & here.keys() for name, path in here.items()
+             if name not in ("minillm", "minillm.__main__")}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        raise AssertionError(f"a circle: {' -> '.join(error.args[1])}") from None
 
 
 PAGES = ["freeze", "prompts", "lora", "adapters", "quant", "prune", "sparse"]

@@ -91,5 +91,3 @@ unwrap, merge, unmerge, save, load = verbs("freeze", Freeze, VERBS)
 method("freeze", wrap, does="trains the last blocks only",
        paper="Howard & Ruder 2018, arXiv 1801.06146",
        rates=dict(tiny=1.5e-3, smollm2=3e-4), small={"": dict(last=1), "two": dict(last=2)})
-
-from minillm.freeze import bitfit  # noqa: E402, F401

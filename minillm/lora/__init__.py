@@ -143,5 +143,3 @@ method("lora", wrap, does="learns a low-rank change of each weight",
        paper="Hu et al. 2021, arXiv 2106.09685", rates=dict(tiny=6e-3, smollm2=2e-3),
        small={"": dict(r=4), "stable": dict(r=2, alpha=3.0, rank_stabilized=True),
               "dropout": dict(r=3, dropout=0.5)})
-
-from minillm.lora import dora, pissa  # noqa: E402, F401

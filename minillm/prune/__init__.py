@@ -103,6 +103,4 @@ method("prune", wrap, does="zeroes the smallest weights", paper="Han et al. 2015
        small={"": {}, "matrix": dict(sparsity=0.25, group="matrix"),
               "model": dict(sparsity=0.4, group="model"), "2:4": dict(group="2:4")})
 
-from minillm.prune import wanda  # noqa: E402, F401
-
 model = patterns.model

@@ -117,5 +117,3 @@ method("quant", wrap,
        paper="Dettmers et al. 2022, arXiv 2208.07339",
        small={"": {}, "int4": dict(bits=4, group=4), "zero": dict(bits=4, zero_point=True),
               "two": dict(bits=2, group=8), "int8 zero": dict(group=8, zero_point=True)})
-
-from minillm.quant import gptq, nf4, qat  # noqa: E402,F401
