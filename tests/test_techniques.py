@@ -231,10 +231,11 @@ def test_show_tells_what_is_where():
     model = minillm.quant.wrap(build("llama"), r"layers\.[01]\..*")
     minillm.prompts.wrap(minillm.lora.wrap(model, ["q_proj"], r=2), length=2)
     text = minillm.show(model)
-    assert ("0-1" in text and "[quant] + lora(r=2, alpha=16.0)" in text
+    assert ("0-1" in text and "[quant(bits=8)] + lora(r=2, alpha=16.0)" in text
             and "prompts(length=2" in text)
     total = sum(p.numel() for p in model.parameters()) + sum(b.numel() for b in model.buffers())
     learn = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert f"{learn:,} of {total:,}" in text.splitlines()[0]
     assert "(shared)" in minillm.show(build("gpt2"))
     assert repr(text) == text
+    assert len({len(line) for line in text.splitlines()}) == 1, "the columns are straight"

@@ -70,7 +70,8 @@ def show(model):
         for i, extra in zip((2, 3, 4), root_tensors(model, seen))
     ]
     lines.insert(0, ("", type(model).__name__, "", *total, 1))
-    return Tree("\n".join(line(*columns) for _, *columns, _ in lines))
+    widths = [max(least, *(len(row[i]) for row in lines)) for i, least in ((1, 28), (2, 44))]
+    return Tree("\n".join(line(widths, *columns) for _, *columns, _ in lines))
 
 
 def multiplicity(lines, name):
@@ -78,17 +79,19 @@ def multiplicity(lines, name):
     return next((times for other, *_, times in reversed(lines) if name.startswith(other + ".")), 1)
 
 
-def line(name, text, learn, total, size):
-    return (
-        f"{name:<28} {text:<44} {f'{learn:,} of {total:,}':>26} {size / 2**20:>10,.2f} MiB".rstrip()
-    )
+def line(widths, name, text, learn, total, size):
+    name, text = name.ljust(widths[0]), text.ljust(widths[1])
+    return f"{name} {text} {f'{learn:,} of {total:,}':>26} {size / 2**20:>10,.2f} MiB"
 
 
 def describe(site, shared):
     formatted = isinstance(site.module, Format)
     kind = type(site.module.shell.kept[0] if formatted else site.module).__name__
     kind += f" {site.shape[0]}x{site.shape[1]}" if leaf(site.module) else ""
-    stored = f" [{site.module.kind}]" if formatted else ""
+    stored = ""
+    if formatted:
+        given = ", ".join(f"{k}={v}" for k, v in site.module.config().items() if v)
+        stored = f" [{site.module.kind}({given})]" if given else f" [{site.module.kind}]"
     patches = "".join(
         f" + {name}({patch.extra_repr()})"
         for name, patch in (site.layer.patches.items() if site.layer else ())
