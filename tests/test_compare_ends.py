@@ -16,8 +16,8 @@ from test_compare import Worker, model, run  # noqa: F401
 pytest.importorskip("matplotlib")
 
 
-@pytest.mark.parametrize("name", ["table.json", "table.md", "table.png"])
-@pytest.mark.parametrize("force", [True, False])
+@pytest.mark.parametrize("name, force", [("table.json", True), ("table.md", False),
+                                         ("table.png", True)])
 def test_a_directory_in_the_place_of_a_file_is_found_first(
     name, force, model, tmp_path, monkeypatch  # noqa: F811
 ):

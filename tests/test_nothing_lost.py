@@ -29,7 +29,8 @@ def learn(run, technique, *more, steps=4, **options):
 # --- an adapter that is loaded stays as it is ---------------------------------------------------
 
 
-@pytest.mark.parametrize("first", ["lora", "prompts", "quant"])
+@pytest.mark.parametrize("first", ["lora", "quant",
+                                   pytest.param("prompts", marks=pytest.mark.slow)])
 def test_what_learns_over_a_loaded_adapter_is_saved(first, run):
     """The two files together have the held-out loss that the training reported."""
     learn(run, first, "--out", "first.safetensors")
