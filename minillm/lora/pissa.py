@@ -15,6 +15,7 @@ B the principal part of W, and freezes the rest of W.
     s        (theirs is 1)                         alpha / r, as for LoRA
 
 The result is an ordinary LoRA, W_res x + s B A x, but wrapping changes the base.
+While `minillm.use` leaves it out, s B0 A0 takes its place, so the model is the original.
 `unwrap` restores the old base, bit for bit. The file holds A, B, A0 and B0 and belongs
 to the *original* model: loading subtracts s B0 A0 again, without a decomposition.
 

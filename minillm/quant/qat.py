@@ -123,7 +123,7 @@ def convert(model):
     """
     plan = {}
     for site in walk(model):
-        patches = site.layer.stack() if site.layer else []
+        patches = list(site.layer.patches.values()) if site.layer else []
         for i, patch in enumerate(patches):
             if not isinstance(patch, FakeQuant):
                 continue

@@ -86,14 +86,18 @@ def remainder(site, patch, tied):
                          f"part out of the dense weight: minillm.{family}.unwrap(model) first, and "
                          "store it again afterwards")
     others = site.layer.patches.values() if site.layer else ()
-    wrong = [one.name for one in others if one.touches == "weight" and not one.additive]
+    wrong = [one for one in others if one.touches == "weight" and (one.start or not one.additive)]
     if wrong or site.name in tied:
-        what = (f"{wrong[0]} lies around it" if wrong
-                else f"{', '.join(tied[site.name])} shares that weight")
-        raise ValueError(f"{patch.name} takes a part out of the weight of {site.name!r}, and "
-                         f"{what}: unwrap or untie that first")
-    left = patch.residual(dense(site.module)[0])
-    base = apart(rebased(site.module, left, site.module.bias), site.module)
+        others = ", ".join(tied.get(site.name, ()))
+        what = f"{others} shares that weight: minillm.untie(model) first"
+        if wrong:
+            did = "has taken one" if wrong[0].start else "lies around it"
+            what = f"{wrong[0].name} {did}: unwrap {wrong[0].name} first"
+        raise ValueError(f"{patch.name} takes a part out of the weight of {site.name!r}, "
+                         f"and {what}")
+    W, b = dense(site.module)
+    left = W - patch.part().to(W.dtype)
+    base = apart(rebased(site.module, left, b), site.module)
     base._modules.pop("past", None)
     base.past = Past(patch, site.module, born=True)
     return base

@@ -30,7 +30,7 @@ from minillm import distributed
 from minillm.registry.learning import slots
 from minillm.registry.kinds import Format
 from minillm.registry.past import before_birth
-from minillm.registry.sites import parameters, walk
+from minillm.registry.sites import bare, parameters, walk
 
 SAMPLES = 4  # values of each weight
 
@@ -126,7 +126,7 @@ def settings(model):
 
     Known are dataclasses, and objects with a `to_dict`, as in transformers.
     """
-    config = getattr(model, "config", None)
+    config = getattr(bare(model), "config", None)
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         fields = dataclasses.asdict(config)
     elif callable(getattr(config, "to_dict", None)):
@@ -139,6 +139,7 @@ def settings(model):
 
 def name_of(model):
     """The model's name for an error: where it was loaded from, else its class."""
+    model = bare(model)
     config = getattr(model, "config", None)
     told = getattr(model, "source", None) or getattr(config, "_name_or_path", None)
     return str(told or type(model).__name__)

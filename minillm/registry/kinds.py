@@ -46,7 +46,7 @@ class Patch(Kind):
     active = True  # whether it takes part: `minillm.use` switches it
     rows = None  # the rows of a batch in which it takes part, (b,) of bool; None: all
     fixed = False  # whether its training is over; then it claims no parameters
-    start = False  # whether it takes a part out of the base when it comes: see `residual`
+    start = False  # whether it takes a part out of the base when it comes: see `part`
     random = False  # whether `forward` draws at random now, which `fold` cannot do
 
     before = frozenset()  # the names that the model had before it
@@ -66,12 +66,21 @@ class Patch(Kind):
         raise CannotMerge(f"{self.name} cannot be merged: what it computes is no "
                           "change of a weight")
 
-    def residual(self, W):
-        """W (out, in) of the base without the part with which the patch starts."""
+    def part(self):
+        """The part (out, in) that a patch with a `start` took out of the base when it came."""
         raise NotImplementedError
 
+    def idle(self, below, *args, **kwargs):
+        """The output where the patch takes no part: that of `below`, and of `part`."""
+        y = below(*args, **kwargs)
+        return y + below.compute(*args, self.part().to(y.dtype)) if self.start else y
+
+    def idle_fold(self, W, b):
+        """(W, b) where the patch takes no part."""
+        return (W + self.part().to(W.dtype) if self.start else W), b
+
     def select(self, below, *args, **kwargs):
-        """The output of the patch in its rows of the batch, and of `below` in the other rows."""
+        """The output of the patch in its rows of the batch, and of `idle` in the other rows."""
         if self.rows is None or self.touches == "ids":  # rows without placeholders have no prompt
             return self(below, *args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
@@ -79,7 +88,7 @@ class Patch(Kind):
             raise ValueError(f"minillm.rows names an adapter for each of {len(self.rows)} rows, "
                              f"and this batch has {len(x)}")
         beneath = Once(below)
-        y, z = self(beneath, *args, **kwargs), beneath(*args, **kwargs)
+        y, z = self(beneath, *args, **kwargs), self.idle(beneath, *args, **kwargs)
         if isinstance(y, tuple):
             return (self.mixed(y[0], z[0]), *y[1:])
         return self.mixed(y, z)

@@ -62,8 +62,8 @@ class Layer(nn.Module):
             self.patches[name] = every[name]
 
     def stack(self):
-        """The active patches, innermost first."""
-        return [patch for patch in self.patches.values() if patch.active]
+        """The patches that change what the site computes, innermost first."""
+        return [patch for patch in self.patches.values() if patch.active or patch.start]
 
     def dense(self):
         """The folded (W, b): what a plain leaf would hold to compute the same output."""
@@ -119,14 +119,14 @@ class Below:
         if self.depth == 0:
             return self.layer.base(*args, **kwargs)
         patch, below = self.patches()[-1], Below(self.layer, self.depth - 1)
-        return patch.select(below, *args, **kwargs) if patch.active else below(*args, **kwargs)
+        return (patch.select if patch.active else patch.idle)(below, *args, **kwargs)
 
     def patches(self):
         return list(self.layer.patches.values())[: self.depth]
 
     def dense(self):
         """(W, b), W (out, in): the base's, with the patches of the weight beneath folded in."""
-        changes = [patch for patch in self.patches() if patch.active and patch.touches == "weight"]
+        changes = [patch for patch in self.patches() if patch.touches == "weight"]
         return folded(self.layer.base, changes)
 
     def compute(self, x, W, b=None):
@@ -138,6 +138,9 @@ def folded(base, patches):
     """(W, b) of the base with these patches folded in, innermost first."""
     W, b = dense(base)
     for patch in patches:
+        if not patch.active:
+            W, b = patch.idle_fold(W, b)
+            continue
         if patch.random:
             raise ValueError(f"{patch.name} has a dropout that no folded weight has, and what is "
                              "around it (a mask, nn.MultiheadAttention) computes with the folded "

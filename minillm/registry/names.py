@@ -18,6 +18,7 @@ from torch import nn
 
 from minillm.registry import learning
 from minillm.registry.learning import noted, patches
+from minillm.registry.table import KINDS
 
 
 def check_name(name, kind, model):
@@ -30,6 +31,9 @@ def check_name(name, kind, model):
     if not possible or hasattr(nn.ModuleDict(), name):
         raise ValueError(f"name={name!r}: a name has letters, digits, - and _, and is no word that "
                          "torch keeps for itself")
+    if name in KINDS and name != kind:
+        raise ValueError(f"name={name!r} is the name of another kind of technique: "
+                         f"choose another one for {kind}")
     for patch in patches(model):
         if patch.name == name and patch.kind != kind:
             raise ValueError(f"name={name!r} is the name of a {patch.kind} in this model: "

@@ -86,7 +86,11 @@ def field(metadata, key, path, kind=dict):
 
 def check_free(family, name, model, configs, path, replace):
     """ValueError if `name` is attached already, unless the file replaces all of it."""
-    here = [site.name for site, _ in patches_of(family, model, name)]
+    found = patches_of(family, model, name)
+    if found and replace and found[0][1].start:
+        raise ValueError(f"{name} took a part out of {found[0][0].name!r}: "
+                         f"minillm.{family}.unwrap(model) gives it back, then load {path}")
+    here = [site.name for site, _ in found]
     here += [site.name for site in formats_of(family, model, name)]
     if here and not replace:
         raise ValueError(f"the model has {name} already, at {here[0]!r} ({len(here)} such), and "
@@ -165,6 +169,9 @@ def check_base(model, metadata, path, any_base=False):
     if difference and missing:
         first = missing[0]
         difference += f". It was made over {first}: load the file of {first} first"
+    beside = metadata.get("beside") and set(map(str, field(metadata, "beside", path, list)))
+    if difference and not missing and (gone := sorted((beside or set()) - here_names(model))):
+        difference += f". It was made beside {gone[0]}: load the file of {gone[0]} first"
     if lack:
         difference = (f"{lack}. Load the file of each technique in the order in which they were "
                       "wrapped")
@@ -174,6 +181,12 @@ def check_base(model, metadata, path, any_base=False):
     return over
 
 
+def here_names(model):
+    """The names of all techniques that are attached to the model, formats among them."""
+    return names_of(model) | {site.module.name for site in walk(model)
+                              if isinstance(site.module, Format)}
+
+
 def check_beside(model, name, metadata, path, own, made, any_base=False):
     """ValueError if the file would change what other techniques rely on or have trained.
 
@@ -181,7 +194,10 @@ def check_beside(model, name, metadata, path, own, made, any_base=False):
     own: learned parameters of the file; made: {site: new Patch or Format}.
     """
     others = (names_of(model) | {one.brought for *_, one in said(model) if one.brought}) - {name}
-    others -= set(field(metadata, "beside", path, list)) if "beside" in metadata else others
+    if "beside" in metadata:
+        others -= set(map(str, field(metadata, "beside", path, list)))
+    else:
+        others = set()
     if any_base or not others:
         return
     here = {slot: p for slot, p, _ in said(model) if p is not None}

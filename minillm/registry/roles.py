@@ -33,7 +33,7 @@ import re
 
 from torch import nn
 
-from minillm.registry.sites import Site, walk
+from minillm.registry.sites import Site, bare, walk
 
 ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
@@ -141,7 +141,7 @@ def is_norm(site):
 def asked(model, method, sites):
     """The site of the module that the model's method returns (Hugging Face's have it); or None."""
     try:
-        module = getattr(model, method, lambda: None)()
+        module = getattr(bare(model), method, lambda: None)()
     except NotImplementedError:
         return None
     return first(site for site in sites

@@ -80,7 +80,14 @@ class Site:
 
 
 def bare(model):
-    """The model inside torch.compile, DataParallel or DistributedDataParallel wrappers."""
+    """The model inside torch.compile, DataParallel or DistributedDataParallel wrappers.
+
+    TypeError if it is no nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        pair = ": minillm.load returns two things, model, tokenizer = minillm.load(...)"
+        raise TypeError(f"the model is a {type(model).__name__}, no nn.Module"
+                        + (pair if isinstance(model, tuple) else ""))
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:
         inner = model.module if isinstance(model, parallel) else getattr(model, "_orig_mod", model)
@@ -91,12 +98,7 @@ def bare(model):
 
 def walk(model):
     """Every Site below `model`, in order and each once; `walk` does not enter patches."""
-    model = bare(model)
-    if not isinstance(model, nn.Module):
-        pair = ": minillm.load returns two things, model, tokenizer = minillm.load(...)"
-        raise TypeError(f"the model is a {type(model).__name__}, no nn.Module"
-                        + (pair if isinstance(model, tuple) else ""))
-    sites = {}
+    model, sites = bare(model), {}
 
     def visit(parent, prefix):
         base = parent.base if isinstance(parent, Layer) else parent
@@ -118,7 +120,7 @@ def walk(model):
 
 def check_whole(model, what):
     """ValueError if the weights are spread over processes: FSDP does not see new parameters."""
-    if any(isinstance(module, FSDPModule) for module in model.modules()):
+    if any(isinstance(module, FSDPModule) for module in bare(model).modules()):
         raise ValueError("the weights of this model are spread over the processes (train.shard): "
                          f"{what} before that, or save the model and load it in one process")
 
@@ -156,6 +158,7 @@ def ties(model):
 
 def untie(model):
     """Give every leaf its own copy of a shared matrix; in place, returns the model."""
+    check_whole(model, "untie")
     seen = set()
     for _, owner, key, p in parameters(model):
         if id(p) in seen:
@@ -166,7 +169,8 @@ def untie(model):
             site.module._buffers = {key: b.clone() for key, b in site.module._buffers.items()}
         elif isinstance(site.module, Format):
             seen.add(id(site.module._buffers))
+    config = getattr(bare(model), "config", None)
     for field in ("tied", "tie_word_embeddings"):
-        if hasattr(getattr(model, "config", None), field):
-            setattr(model.config, field, False)
+        if hasattr(config, field):
+            setattr(config, field, False)
     return model

@@ -28,11 +28,12 @@ from minillm.registry.learned import check_learned, let_learn, put_back, tied_na
 from minillm.registry.learning import (
     buffers, changed_beside, claims, held_by, left_to_learn, noted, patches,
 )
-from minillm.registry.names import check_name, follow, names_of
+from minillm.registry.names import check_name, follow, names_of, taking_part
 from minillm.registry.opening import (
-    BUFFER, LEARNED, check_base, check_beside, check_free, field, holds, kind_of, opened, read,
-    remake, sorted_out,
+    BUFFER, LEARNED, check_base, check_beside, check_free, field, here_names, holds, kind_of,
+    opened, read, remake, sorted_out,
 )
+from minillm.registry.past import before_birth
 from minillm.registry.sites import check_whole, walk
 from minillm.registry.table import attached, formats_of, patches_of
 from minillm.registry.targets import computed, hint
@@ -98,16 +99,15 @@ def write(path, family, kind, name, model, tensors, own, kept, force=False, **me
     In a distributed run, the first process writes.
     """
     check_writable(path, force)
-    beneath = over(name, model)
+    check_uncovered(model)
+    beneath = over(name, model, own)
     held = {f"{site.name}.weight" for site in formats_of(family, model, name)} | own.keys()
     for other in noted(model) - beneath:  # it came later: its own file holds what it lets learn
         held |= held_by(model, other).keys()
     base = fingerprint.of(model, held)
     needs = {one: {} for one in sorted(beneath)} | fingerprint.patches(model, beneath)
     shared = {slot: others for slot, others in tied_names(model).items() if slot in own}
-    stored = {site.module.name for site in walk(model) if isinstance(site.module, Format)}
-    beside = sorted(names_of(model) | stored)
-    fields = dict(metadata, base=base, over=needs, shared=shared, beside=beside)
+    fields = dict(metadata, base=base, over=needs, shared=shared, beside=sorted(here_names(model)))
     fields = {key: json.dumps(value) for key, value in fields.items()}
     every = tensors | {LEARNED + slot: p.detach() for slot, p in own.items()}
     every |= {BUFFER + slot: b for slot, b in kept.items()}
@@ -120,17 +120,37 @@ def write(path, family, kind, name, model, tensors, own, kept, force=False, **me
     distributed.wait()
 
 
-def over(name, model):
+def over(name, model, own=()):
     """The names of the techniques over which the one called `name` was filled or trained.
 
-    Only those that the model still has. Formats are not among them: the fingerprint of the
-    base allows for their rounding.
+    own: its learned parameters, {name: parameter}. Only techniques that the model still has.
+    Formats are not among them: the fingerprint of the base allows for their rounding. A Format
+    itself is over a patch that took a part out of its weight, and over all that takes part while
+    it trains parameters of the model.
     """
     follow(model)
     if name in noted(model):
         return {patch.name for patch in patches(model) if name not in patch.before}
     here = names_of(model)
+    stored = [site for site in walk(model)
+              if isinstance(site.module, Format) and site.module.name == name]
+    if stored:
+        if any(p.requires_grad for p in dict(own).values()):
+            return taking_part(model)
+        return {patch.name for site in stored if site.layer
+                for patch in site.layer.patches.values() if patch.start}
     return here & {one for patch in patches(model) if patch.name == name for one in patch.over}
+
+
+def check_uncovered(model):
+    """ValueError if a merge hides the weight from which an attached patch took its part."""
+    for site in walk(model):
+        starts = [patch.name for patch in (site.layer.patches.values() if site.layer else ())
+                  if patch.start]
+        if starts and before_birth(site.module) is None:
+            raise ValueError(f"another adapter was merged into {site.name!r} after {starts[0]} "
+                             "took its part out of the weight: unmerge it first, or merge "
+                             f"{starts[0]}")
 
 
 def check_writable(path, force=False):

@@ -13,12 +13,13 @@ import inspect
 import sys
 from collections.abc import Callable
 
-from minillm.registry.kinds import Format
+from minillm.registry.kinds import Format, Patch
 from minillm.registry.learning import noted
 from minillm.registry.sites import walk
 
 KINDS = {}  # {kind: its class}
 METHODS = {}  # {name: Method}
+RATED = {"tiny", "smollm2"}  # the models with usual learning rates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +55,23 @@ class Method:
 
 def register(kind, cls, family=None):
     """Enter a class in the table of kinds. family: the module with its verbs, by default `kind`."""
+    known = KINDS.get(kind)
+    if known is not None and known.__module__ != cls.__module__:
+        raise ValueError(f"the kind {kind!r} is {known.__module__}.{known.__name__} already: "
+                         f"give {cls.__name__} another name")
+    if issubclass(cls, Patch) and cls.forward is Patch.forward and cls.fold is Patch.fold:
+        raise TypeError(f"{cls.__name__} has neither a forward nor a fold, so it computes nothing")
     cls.kind, cls.family = kind, family or kind
     KINDS[kind] = cls
 
 
 def method(name, wrap, *, does, paper, kind=None, rates=None, small=None):
     """Enter a `wrap` in the table of methods. kind: its kind, if that is not called `name`."""
+    known = METHODS.get(name)
+    if known is not None and known.path != wrap.__module__:
+        raise ValueError(f"the method {name!r} is {known.path}.wrap already: choose another name")
+    if unknown := (rates or {}).keys() - RATED:
+        raise ValueError(f"rates={rates}: {min(unknown)!r} is none of the models {sorted(RATED)}")
     METHODS[name] = Method(name, kind or name, wrap, does, paper, rates or {}, small or {"": {}})
 
 

@@ -7,12 +7,12 @@ from torch.nn import UninitializedParameter
 
 from minillm.registry.layer import leaf
 from minillm.registry.leaf import kept
-from minillm.registry.sites import ties, walk
+from minillm.registry.sites import bare, ties, walk
 
 
 def hidden_linears(model):
     """The default targets: linear leaves that are not the output head and share no matrix."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = getattr(bare(model), "get_output_embeddings", lambda: None)()
     tied = ties(model)
     return lambda site: (not site.leaf.lookup and site.name not in tied
                          and head not in (site.module, site.layer or site.module))

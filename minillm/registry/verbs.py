@@ -14,6 +14,7 @@ import functools
 import inspect
 import logging
 
+from minillm import options
 from minillm.registry import store
 from minillm.registry.attach import put
 from minillm.registry.bases import fold_in, refill, restored
@@ -37,6 +38,7 @@ def unwrap(family, model, name=None):
     def ours(one):
         return one.family == family and name in (None, one.name)
 
+    check_whole(model, "unwrap")
     follow(model)
     plan, names = [], set()
     for site in walk(model):
@@ -52,7 +54,8 @@ def unwrap(family, model, name=None):
         if here or merged:
             plan.append((site, here, base))
             names |= {*here, *merged}
-        elif name is not None:
+        starts = any(site.layer.patches[key].start for key in here)
+        if not merged and (starts or name is not None and not here):
             check_last(site, ours)
     if not plan:
         raise ValueError(f"there is no {called(family, name)} in this model to unwrap; "
@@ -103,6 +106,7 @@ def merge(family, model, name=None, *, keep=True, tolerance=0.5):
     beneath it, unless both add to the weight.
     """
     check_whole(model, "merge")
+    options.flag("keep", keep)
     why = "it has nothing to fold, and unwrap gives the dense weight back"
     check_patches(family, model, name, why)
     found, bases, plan, worst = patches_of(family, model, name), {}, [], 0.0
@@ -110,6 +114,9 @@ def merge(family, model, name=None, *, keep=True, tolerance=0.5):
     if idle and (name or all(not patch.active for _, patch in found)):
         raise ValueError(f"{idle[0]} takes no part in the model now: "
                          f"minillm.use(model, {idle[0]!r}) first")
+    if rows := [patch.name for _, patch in found if patch.rows is not None]:
+        raise ValueError(f"{rows[0]} has its own rows of the batch here (minillm.rows): merge it "
+                         "outside of that context")
     follow(model)
     tied = ties(model)
     merged = {(site.name, patch.name) for site, patch in found if patch.active}
@@ -118,6 +125,8 @@ def merge(family, model, name=None, *, keep=True, tolerance=0.5):
             if type(patch).fold is Patch.fold:
                 patch.fold(None, None)  # CannotMerge
             check_order(site, patch, merged)
+            if not keep:
+                check_kept(site, patch, merged)
             if site.name in tied:
                 others = ", ".join(tied[site.name])
                 raise ValueError(f"{site.name!r} shares its matrix with {others}: merging "
@@ -160,10 +169,19 @@ def check_order(site, patch, merged):
     for other in site.layer.patches.values():
         if other is patch:
             return
-        unmerged = other.active and (site.name, other.name) not in merged
+        unmerged = (site.name, other.name) not in merged  # one that is idle counts too
         if unmerged and not (other.additive and patch.additive):
             raise ValueError(f"{patch.name} cannot be merged into {site.name!r} while {other.name} "
                              f"lies beneath it: merge or unwrap {other.name} first")
+
+
+def check_kept(site, patch, merged):
+    """ValueError if a merge with keep=False would lose what a patch with a start gives back."""
+    for other in site.layer.patches.values():
+        if other.start and (site.name, other.name) not in merged:
+            raise ValueError(f"{other.name} took a part out of {site.name!r}, and keep=False would "
+                             f"lose the weight of before: merge or unwrap {other.name} first, or "
+                             f"merge {patch.name} with keep=True")
 
 
 def unmerge(family, model, name=None):
