@@ -203,6 +203,18 @@ def test_gradual_pruning_ends_at_the_share_of_the_pattern(monkeypatch):
             call()
 
 
+def test_a_pruned_weight_comes_back_when_it_is_larger_than_others():
+    model = nn.Sequential(nn.Linear(4, 1, bias=False))
+    model[0].weight.data = torch.tensor([[0.1, 1, 2, 3]])
+    prune.wrap(model, ["0"], sparsity=0.0)
+    schedule, patch = Gradual(0.25, first=0.25, every=1, end=1.0), model[0].patches["prune"]
+    schedule(model, 0, 9)
+    assert patch.mask.tolist() == [[False, True, True, True]]
+    model[0].base.weight.data[0, 0] = 9.0  # as AdamW may move it beneath the mask
+    Gradual(0.3, first=0.25, every=1, end=1.0)(model, 4, 9)  # the share grew, but rounds to one
+    assert patch.mask.tolist() == [[True, False, True, True]]
+
+
 # --- Wanda --------------------------------------------------------------------------------------
 
 
