@@ -110,14 +110,17 @@ class LoRA(Patch):
             Ax = Ax * F.dropout(Ax.new_ones(*x.shape, 1), self.dropout)
         return F.linear(self.scale * Ax, self.B.to(dtype))  # r products for the scale, not `out`
 
-    def fold(self, W, b):
-        A = self.A
+    def product(self, A, B):
+        """s B A (out, in), without the row of the padding."""
         if self.padding is not None:
             A = A.index_fill(1, torch.tensor(self.padding, device=A.device), 0)
-        return W + (self.scale * self.B @ A).to(W.dtype), b
+        return self.scale * B @ A
+
+    def fold(self, W, b):
+        return W + self.product(self.A, self.B).to(W.dtype), b
 
     def residual(self, W):
-        return W - (self.scale * self.B0 @ self.A0).to(W.dtype)
+        return W - self.product(self.A0, self.B0).to(W.dtype)
 
     def extra_repr(self):
         return f"r={self.r}, alpha={self.alpha}"

@@ -93,7 +93,8 @@ def remainder(site, patch, tied):
         raise ValueError(f"{patch.name} takes a part out of the weight of {site.name!r}, and "
                          f"{what}: unwrap or untie that first")
     left = patch.residual(dense(site.module)[0])
-    base = apart(rebased(site.module, left, site.module.bias), site.module)
+    bias = getattr(site.module, "bias", None)  # an embedding has none
+    base = apart(rebased(site.module, left, bias), site.module)
     base._modules.pop("past", None)
     base.past = Past(patch, site.module, born=True)
     return base
