@@ -82,6 +82,65 @@ def test_over_lora_and_merged():
     assert list(model[0].patches) == ["lora", "dora"] and torch.equal(model(x), expected)
 
 
+def with_an_empty_row(how):
+    """DoRA over a leaf whose row 0 is zero, in the weight or by a mask; inputs."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+    if how == "zeros":
+        model[2].weight.data[0] = 0
+    else:
+        minillm.prune.wrap(model, ["2"])
+        model[2].patches["prune"].mask[0] = False
+    return model, torch.randn(8, 6)
+
+
+@pytest.mark.parametrize("how", ["zeros", "mask"])
+def test_a_row_of_zeros_stays_one_and_can_learn(how):
+    model, x = with_an_empty_row(how)
+    before = model(x)
+    patch = minillm.lora.dora.wrap(model, ["2"], r=2)[2].patches["dora"]
+    assert torch.allclose(model(x), before, atol=1e-6) and patch.m[0] == 0
+    assert torch.equal(model[2].dense()[0][0], torch.zeros(5))
+    optimizer, losses = torch.optim.Adam([patch.A, patch.B, patch.m], 0.02), []
+    wanted = before.detach().clone()
+    wanted[:, 0] += 2 * torch.tanh(x @ torch.ones(6))
+    for _ in range(200):
+        optimizer.zero_grad()
+        (loss := (model(x) - wanted).square().mean()).backward()
+        assert all(p.grad.isfinite().all() for p in (patch.A, patch.B, patch.m))
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0] and patch.m[0].abs() > 0.1
+    W, _ = model[2].dense()
+    assert torch.allclose(W.norm(dim=1), patch.m.abs(), atol=1e-5)
+    folded = nn.functional.linear(model[:2](x), *model[2].dense())
+    assert torch.allclose(model(x), folded, atol=1e-5)
+
+
+def test_a_row_without_a_direction_is_zero_whatever_its_length():
+    model, patch, base = one()
+    with torch.no_grad():
+        base.weight[0], patch.B[0] = 0, 0
+    assert patch.m[0] > 0
+    x = torch.randn(3, 6)
+    y = model(x)
+    assert torch.equal(y[:, 0], base.bias[0].expand(3)) and y.isfinite().all()
+    assert torch.equal(model[0].dense()[0][0], torch.zeros(6))
+    for grad in torch.autograd.grad(y.sum() + model[0].dense()[0].sum(), [patch.A, patch.B,
+                                                                          patch.m]):
+        assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_row_of_zeros_in_half_precision_and_compiled(dtype):
+    model, x = with_an_empty_row("zeros")
+    model, x = minillm.lora.dora.wrap(model, r=2).to(dtype), x.to(dtype)
+    y = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+    assert y.isfinite().all() and torch.allclose(y, model(x), atol=1e-2)
+    y.float().square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
 def test_embeddings_are_not_taken():
     with pytest.raises(ValueError,
                        match="'embed_tokens' is a Embedding, no leaf that can be wrapped"):

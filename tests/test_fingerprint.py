@@ -270,3 +270,14 @@ def test_a_number_is_not_nan():
     )
     assert fingerprint.agree(here, here) and fingerprint.agree(nan, nan)
     assert not fingerprint.agree(here, nan) and not fingerprint.agree(nan, here)
+
+
+def test_the_roundings_of_two_formats_add_up():
+    """One format moved the weight up and the other one down, each by as much as it may."""
+    def moved(form, value, off):
+        return ["float32", [1], [value], form, [off]]
+
+    up, down = moved("int8", 1.1, 0.1), moved("nf4", 0.8, 0.2)
+    assert fingerprint.agree(up, down) and fingerprint.agree(down, up)
+    assert not fingerprint.agree(up, moved("nf4", 0.7, 0.2))
+    assert not fingerprint.agree(up, moved("", 0.8, 0.0)), "a dense weight moves by nothing"

@@ -239,6 +239,18 @@ def test_trained_alone_and_then_together(tmp_path):
         minillm.lora.load(build("llama"), tmp_path / "together")
 
 
+def test_trained_together_and_then_alone(tmp_path):
+    """What it learned over another one stays in it: it is over both."""
+    model = minillm.lora.wrap(named("a"), name="b", r=2)
+    learn(model, "b")  # over a
+    minillm.use(model, "b")
+    learn(model, "b")  # alone
+    minillm.lora.save(model, tmp_path / "b", "b")
+    assert all(layer.patches["b"].over == {"a"} for layer in minillm.layers(model).values())
+    with pytest.raises(ValueError, match="made over a .* and this model has none"):
+        minillm.lora.load(build("llama"), tmp_path / "b")
+
+
 @torch.no_grad()
 def learn(model, name):
     for layer in minillm.layers(model).values():

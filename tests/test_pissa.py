@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import peft_model
 from models import build, learnt, logits, two
+from torch import nn
 
 import minillm
 
@@ -59,6 +60,36 @@ def test_unwrap_gives_the_base_back_after_everything():
         assert [p.requires_grad for p in model.parameters()] == [
             p.requires_grad for p in plain.parameters()
         ]
+
+
+@pytest.mark.parametrize("padding", [None, 3])
+@pytest.mark.parametrize("filled", [False, True])
+def test_an_embedding_with_and_without_a_padding(padding, filled, tmp_path):
+    def made():
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Embedding(24, 8, padding_idx=padding), nn.Linear(8, 4))
+        if filled:  # the row of the padding need not be zero
+            model[0].weight.data[3] = 1.0
+        return model
+
+    model, plain, ids = minillm.lora.pissa.wrap(made(), ["0"], r=2), made(), torch.arange(24)
+    W = plain[0].weight
+    assert torch.allclose(model(ids), plain(ids), atol=1e-5)
+    assert torch.allclose(model[0].dense()[0].T, W, atol=1e-5)
+    rest, (U, S, Vt) = model[0].base.weight, torch.linalg.svd(W.T, full_matrices=False)
+    part = (U[:, :2] * S[:2] @ Vt[:2]).T  # (24, 8)
+    if padding is not None:
+        part[padding] = 0
+        assert torch.equal(rest[padding], W[padding])
+    assert torch.allclose(W - rest, part, atol=1e-5)
+    learnt(model)
+    y = model(ids)
+    minillm.lora.save(model, tmp_path / "a")
+    again = minillm.lora.load(made(), tmp_path / "a")
+    assert torch.equal(again(ids), y)
+    assert torch.allclose(minillm.lora.merge(again)(ids), y, atol=1e-4)
+    for one in (model, again):
+        assert same(state(minillm.lora.unwrap(one)), state(plain))
 
 
 def test_unmerge_is_not_the_same_as_unwrap():

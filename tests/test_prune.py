@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 from models import MODELS, build, logits
+from test_train import quiet
 from torch import nn
 
 import minillm
 from minillm import prune
 from minillm.prune import patterns, smallest, wanda
+from minillm.prune.gradual import Gradual
 
 ROWS = torch.randint(24, (6, 12), generator=torch.Generator().manual_seed(3))
 
@@ -56,7 +58,7 @@ def test_patterns_are_a_stable_sort(kind, share, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("n, m", [(2, 4), (1, 4), (1, 2), (3, 8), (4, 8), (15, 16)])
+@pytest.mark.parametrize("n, m", [(2, 4), (1, 4), (1, 2), (3, 8), (4, 8), (15, 16), (24, 48)])
 def test_neighbours_are_a_stable_sort_of_each_few(kind, n, m, monkeypatch):
     monkeypatch.setattr(smallest, "PIECE", 64)
     s = draw(kind, 7, 48)
@@ -65,6 +67,12 @@ def test_neighbours_are_a_stable_sort_of_each_few(kind, n, m, monkeypatch):
     assert (mask.equal(by_hand(s.view(-1, m), m - n).view(7, 48))
             and mask.view(-1, m).sum(1).eq(n).all())
     assert pattern.name == f"{n}:{m}" and patterns.named(pattern.name) == pattern
+
+
+@pytest.mark.parametrize("n, m", [(256, 512), (1, 257), (255, 256)])
+def test_more_neighbours_than_a_byte_counts(n, m):
+    s = draw("few", 2, m)
+    assert prune.n_m(n, m).masks([("a", s)], 1 - n / m)["a"].equal(by_hand(s, m - n))
 
 
 @pytest.mark.parametrize("k", [1, 7, 5000, 9999, 10000])
@@ -119,6 +127,8 @@ def test_a_score_and_a_pattern_are_arguments():
     (dict(pattern="2:4"), "pattern='2:4' is none of prune.row"),
     (dict(score="random"), "score='random' is no function"),
     (dict(pattern=prune.n_m(1, 4)), "sparsity=0.5 is not that of 1:4, which is 0.75"),
+    (dict(sparsity=0.6, pattern=prune.n_m(2, 4)), "sparsity=0.6 is not that of 2:4, which is 0.5"),
+    (dict(sparsity=0.667, group="1:3"), "is not that of 1:3, which is 0.6666666666666666$"),
     (dict(sparsity=0.5, group="1:5"), "sparsity=0.5 is not that of 1:5"),
     (dict(sparsity=0.8, group="1:5"), "1:5 at 'layers.0.self_attn.q_proj': a row has 16 weights"),
     (dict(group="4:4"), "n=4 is not a whole number from 1 to 3"), (dict(group="0:4"), "n=0"),
@@ -144,8 +154,6 @@ def test_a_file_has_the_pattern_by_name(tmp_path):
 
 
 def test_gradual_pruning_keeps_the_pattern():
-    from minillm.prune.gradual import Gradual
-
     model = prune.wrap(build("llama"), sparsity=0.5, pattern=prune.n_m(2, 4))
     schedule = Gradual(0.5, end=1.0, every=1)
     for step in range(5):
@@ -157,6 +165,54 @@ def test_gradual_pruning_keeps_the_pattern():
                     and patch.group == "2:4")
     assert patch.mask.equal(minillm.layers(prune.wrap(build("llama"), pattern=prune.n_m(2, 4)))[
         "layers.2.mlp.down_proj"].patches["prune"].mask)
+
+
+def masks_of_two_names():
+    model = prune.wrap(build("llama"), ["q_proj"], name="still", sparsity=0.25)
+    return prune.wrap(model, ["q_proj", "up_proj"], name="grown", sparsity=0.0)
+
+
+def test_gradual_pruning_changes_the_masks_of_one_name():
+    model, schedule = masks_of_two_names(), Gradual(0.5, end=1.0, every=1, name="grown")
+    for step in range(5):
+        schedule(model, step, 5)
+    for name, layer in minillm.layers(model).items():
+        for patch in layer.patches.values():
+            share = {"still": 0.25, "grown": 0.5}[patch.name]
+            assert (~patch.mask).float().mean() == share == patch.sparsity, (name, patch.name)
+    assert Gradual(0.5, name="a") != Gradual(0.5, name="b") != Gradual(0.5)
+
+
+@pytest.mark.parametrize("name, message", [
+    (None, "name=None: .* the masks of one name, and this model has masks of 'grown', 'still'"),
+    ("other", "name='other': .* this model has masks of 'grown', 'still'")])
+def test_gradual_pruning_has_to_know_which_masks(name, message, monkeypatch):
+    monkeypatch.setattr(minillm.train.loop, "update", lambda run: pytest.fail("a step was made"))
+    for call in (lambda: Gradual(0.5, name=name)(masks_of_two_names(), 0, 5),
+                 lambda: quiet(masks_of_two_names(), steps=2, on_step=Gradual(0.5, name=name))):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_gradual_pruning_ends_at_the_share_of_the_pattern(monkeypatch):
+    monkeypatch.setattr(minillm.train.loop, "update", lambda run: pytest.fail("a step was made"))
+    model = prune.wrap(build("llama"), pattern=prune.n_m(2, 4))
+    for call in (lambda: quiet(model, steps=2, on_step=Gradual(0.8)),
+                 lambda: Gradual(0.8)(model, 0, 5)):
+        with pytest.raises(ValueError, match="sparsity=0.8 is not that of 2:4, which is 0.5"):
+            call()
+
+
+def test_a_pruned_weight_comes_back_when_it_is_larger_than_others():
+    model = nn.Sequential(nn.Linear(4, 1, bias=False))
+    model[0].weight.data = torch.tensor([[0.1, 1, 2, 3]])
+    prune.wrap(model, ["0"], sparsity=0.0)
+    schedule, patch = Gradual(0.25, first=0.25, every=1, end=1.0), model[0].patches["prune"]
+    schedule(model, 0, 9)
+    assert patch.mask.tolist() == [[False, True, True, True]]
+    model[0].base.weight.data[0, 0] = 9.0  # as AdamW may move it beneath the mask
+    Gradual(0.3, first=0.25, every=1, end=1.0)(model, 4, 9)  # the share grew, but rounds to one
+    assert patch.mask.tolist() == [[True, False, True, True]]
 
 
 # --- Wanda --------------------------------------------------------------------------------------

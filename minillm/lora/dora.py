@@ -23,6 +23,10 @@ where B, W A^T and B A A^T are (out, r). So the output is
 
     W' x + b = (m / ||V||) * (W x + s B A x) + b
 
+Where V is zero in a whole row, ||V|| is 0 and the row has no direction. There m / ||V||
+counts as 1, so the row of W' is that of V, zero. A row of zeros in W, or one that a mask
+empties, begins so, with m = 0. Its B learns first and gives it a direction, and then m.
+
 Cost: LoRA's, `out` more parameters a leaf, and one pass over W for the norm in each
 step. Merged, it costs nothing. peft computes s B A, adds W, and takes the norm of the
 sum. Its dropout also drops inputs of W, ours only inputs of the branch; without dropout
@@ -74,9 +78,15 @@ class DoRA(LoRA):
         squares += s**2 * (B @ (A @ A.T) * B).sum(1)
         return squares.clamp(min=0).sqrt()
 
+    def lengths(self, W):
+        """m / ||W + s B A|| of each row, (out,); 1 where the row is zero."""
+        norm = self.norm(W)
+        zero = norm == 0
+        return torch.where(zero, 1, self.m / norm.masked_fill(zero, 1))  # no gradient is nan
+
     def forward(self, below, x):
         W, b = below.dense()
-        scale = self.m / self.norm(W)
+        scale = self.lengths(W)
         y = below(x)
         y = y if b is None else y - b.to(y.dtype)  # W x
         y = scale.to(y.dtype) * (y + self.branch(below, x, y.dtype))
@@ -84,7 +94,7 @@ class DoRA(LoRA):
 
     def fold(self, W, b):
         V = W + self.scale * self.B @ self.A
-        return ((self.m / self.norm(W))[:, None] * V).to(W.dtype), b
+        return (self.lengths(W)[:, None] * V).to(W.dtype), b
 
 
 def wrap(model, targets=None, *, name=None, r=8, alpha=16.0, rank_stabilized=False, dropout=0.0):

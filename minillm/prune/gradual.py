@@ -16,6 +16,10 @@ pruned weight gets no gradient, but AdamW still moves it beneath the mask: by it
 momentum, for some steps, and by the weight decay. The weight comes back if it is then
 larger than others that were kept.
 
+The masks of one name are pruned together: a model that has masks of several names (say,
+one that stays as it is) needs `name`. Masks of the pattern N:M prune round(s_t M) of each
+M neighbours on the way, and must end at the pattern's own share.
+
     prune.wrap(model, sparsity=0.0)
     train(model, examples, ..., on_step=Gradual(sparsity=0.5))
 
@@ -38,13 +42,17 @@ from minillm.registry import patches_of
 
 @dataclasses.dataclass(frozen=True)
 class Gradual:
-    """An `on_step` for `train`. ValueError for numbers out of range."""
+    """An `on_step` for `train`. ValueError for numbers out of range.
+
+    name: the name of the masks that it prunes; None if all masks have the same name.
+    """
 
     sparsity: float = 0.5
     first: float = 0.0
     begin: float = 0.0
     end: float = 0.75
     every: int = 10
+    name: str | None = None
 
     changes = ("sparsity",)  # the options of the patches that this changes
 
@@ -61,6 +69,25 @@ class Gradual:
         for name, value in exact.items():
             object.__setattr__(self, name, value)  # it is frozen
 
+    def masks(self, model):
+        """[(site, mask)] that it prunes. ValueError for none, or for several names."""
+        found = patches_of("prune", model)
+        names = sorted({patch.name for _, patch in found})
+        if not found:
+            raise ValueError("gradual pruning changes masks, and this model has none: "
+                             "minillm.prune.wrap(model, sparsity=0.0) first")
+        if self.name is None and len(names) > 1 or self.name not in (None, *names):
+            raise ValueError(f"name={self.name!r}: gradual pruning changes the masks of one name, "
+                             f"and this model has masks of {', '.join(map(repr, names))}")
+        return [(site, patch) for site, patch in found if self.name in (None, patch.name)]
+
+    def check(self, model):
+        """ValueError if it cannot prune this model, or a pattern cannot have its sparsity."""
+        found = self.masks(model)
+        for group in {patch.group for _, patch in found}:
+            sites = [site for site, patch in found if patch.group == group]
+            patterns.named(group).check(self.sparsity, sites)
+
     def settled(self, steps):
         """The step of the last pruning: from it on the model has the final sparsity."""
         return round(self.end * (steps - 1))
@@ -75,13 +102,11 @@ class Gradual:
 
     @torch.no_grad()
     def __call__(self, model, step, steps):
-        found = patches_of("prune", model)
-        if not found:
-            raise ValueError("gradual pruning changes masks, and this model has none: "
-                             "minillm.prune.wrap(model, sparsity=0.0) first")
+        found = self.masks(model)
         now = self.at(step, steps)
         if step > 0 and now == self.at(step - 1, steps):
             return
+        self.check(model)
         for group in {patch.group for _, patch in found}:
             sites = [(site, patch) for site, patch in found if patch.group == group]
             scores = ((site.name, magnitude(site, below=patch.name)) for site, patch in sites)

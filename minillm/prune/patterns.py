@@ -63,9 +63,9 @@ class Neighbours(Pattern):
     m: int
 
     def check(self, sparsity, sites):
-        if round(sparsity * self.m) != self.m - self.n:
-            raise ValueError(f"sparsity={sparsity} is not that of {self.name}, which is "
-                             f"{1 - self.n / self.m:g}")
+        share = (self.m - self.n) / self.m
+        if abs(sparsity - share) > 1e-9:
+            raise ValueError(f"sparsity={sparsity} is not that of {self.name}, which is {share}")
         for site in sites:
             if site.shape[1] % self.m:
                 raise ValueError(f"{self.name} at {site.name!r}: a row has {site.shape[1]} "

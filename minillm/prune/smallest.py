@@ -112,7 +112,8 @@ def by_neighbours(scores, k, m):
 def some_neighbours(s, k, keep):
     """Write the mask of a few groups s (n, m) into `keep`."""
     s = np.ascontiguousarray(s.T)  # (m, n)
-    rank = np.zeros(s.shape, dtype=np.uint8)  # how many of its group go before it
+    holds = np.min_scalar_type(len(s))  # the least type that counts up to m
+    rank = np.zeros(s.shape, dtype=holds)  # how many of its group go before it
     for j in range(len(s)):
         for i in range(j):
             first = s[i] <= s[j]

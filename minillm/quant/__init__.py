@@ -18,9 +18,9 @@ Since s belongs to a row, it moves out of the sum: W x ~ s * (q x). The dense W 
 made. Training keeps q as integers, and the backward pass turns q into floats again (see
 `ops`). Rounding moves a weight by at most s / 2, which is 1/254 of the largest weight
 of its row. So the largest weight sets the error of all others, and each row has a scale
-of its own. With 4 bits the share is 1/15, and most rows have a weight that is far
-larger than the others. So with few bits 32 or 64 neighbours share a scale, W x is a sum
-over groups, and s stays inside the sum.
+of its own. With 4 bits the codes go from -8 to 7, the share is from 1/16 to 1/14, and
+most rows have a weight that is far larger than the others. So with few bits 32 or 64
+neighbours share a scale, W x is a sum over groups, and s stays inside the sum.
 
 q x is up to 127 times larger than W x, and the largest float16 is 65,504, so where x is
 float16 the sum is taken in float32. bfloat16 has the range of float32, and q fits its 8

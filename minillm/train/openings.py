@@ -17,6 +17,9 @@ An `on_step` may have a method `settled(steps)`, which gives the step after whic
 one that the user wants. The evaluations before it count neither as the best nor for `patience`.
 Otherwise the best model of a gradual pruning would be the one that is not pruned yet.
 
+It may have a method `check(model)` too, and a `loss` a method `check(examples)`. `train` calls them
+before the first step; a ValueError says what they cannot take.
+
 An interrupted training resumes bit for bit if the actions of `on_step` follow from `step`, `steps`,
 the weights and the buffers alone. So it must keep no count of its own. Checkpoints hold the
 patches' buffers and options, and a resumed training needs the same functions: a dataclass is
@@ -33,10 +36,15 @@ from minillm.registry import fingerprint
 from minillm.train import identity
 
 
-def check(loss, examples):
-    """Call `loss.check(examples)`, if a loss has it: ValueError if it cannot take the examples."""
+def check(loss, on_step, model, examples):
+    """Call `loss.check(examples)` and `on_step.check(model)`, where they have it.
+
+    ValueError if the loss cannot take the examples, or `on_step` the model.
+    """
     if hasattr(loss, "check"):
         loss.check(examples)
+    if hasattr(on_step, "check"):
+        on_step.check(model)
 
 
 def checked(part):
