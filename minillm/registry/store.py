@@ -28,7 +28,7 @@ from minillm.registry.learned import check_learned, let_learn, put_back, tied_na
 from minillm.registry.learning import (
     buffers, changed_beside, claims, held_by, left_to_learn, noted, patches,
 )
-from minillm.registry.names import check_name, follow, names_of, taking_part
+from minillm.registry.names import check_name, follow, names_of
 from minillm.registry.opening import (
     BUFFER, LEARNED, check_base, check_beside, check_free, field, here_names, holds, kind_of,
     opened, read, remake, sorted_out,
@@ -125,8 +125,8 @@ def over(name, model, own=()):
 
     own: its learned parameters, {name: parameter}. Only techniques that the model still has.
     Formats are not among them: the fingerprint of the base allows for their rounding. A Format
-    itself is over a patch that took a part out of its weight, and over all that takes part while
-    it trains parameters of the model.
+    itself is over a patch that took a part out of its weight, and over the active adapters while
+    parameters of the model train beside it.
     """
     follow(model)
     if name in noted(model):
@@ -136,7 +136,8 @@ def over(name, model, own=()):
               if isinstance(site.module, Format) and site.module.name == name]
     if stored:
         if any(p.requires_grad for p in dict(own).values()):
-            return taking_part(model)
+            return {patch.name for patch in patches(model)
+                    if patch.active and any(True for _ in patch.parameters())}
         return {patch.name for site in stored if site.layer
                 for patch in site.layer.patches.values() if patch.start}
     return here & {one for patch in patches(model) if patch.name == name for one in patch.over}
