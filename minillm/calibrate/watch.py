@@ -125,7 +125,8 @@ def doors(blocks, batch):
             if passed[0] != i or i and not torch.equal(x, passed[1]):
                 raise ValueError(f"the input of {block.name!r} is not the output of the block "
                                  "before it: this model cannot be run block by block")
-            batch.x = x if i == 0 else batch.x
+            if i == 0:
+                batch.x = x.clone()  # the block may add in place
             batch.beside.append(beside)
 
         module = standing(block)
@@ -133,7 +134,7 @@ def doors(blocks, batch):
 
     def out(block):
         def hook(module, args, output):
-            passed[:] = passed[0] + 1, state(output)
+            passed[:] = passed[0] + 1, state(output).clone()
             if passed[0] == len(blocks):
                 if not passed[1].isfinite().all():
                     raise ValueError(f"the output of {block.name!r} holds nan or infinity")
