@@ -5,6 +5,9 @@ import inspect
 import torch
 
 from minillm.model.transformer import Transformer
+from minillm.registry import walk
+
+POSITIONS = ("position_embeddings", "embed_positions")  # tables of positions with a padding_idx
 
 
 def native(model):
@@ -28,10 +31,10 @@ def logits(model, ids, mask=None, alone=True):
 
     mask (b, t) is True at real tokens; None means that all are real.
 
-    A model that takes `position_ids` gets them: the first real token of a row has
-    position 0, on whichever side the padding is. (Without them GPT-2 of transformers
-    counts the padding.) A model that takes no mask gets its padded rows one by one,
-    without padding. With alone=False that is a ValueError instead, and a forward with
+    A model that takes `position_ids` gets them: the first real token of a row has the same
+    position on whichever side the padding is, see `positions`. (Without them GPT-2 of
+    transformers counts the padding.) A model that takes no mask gets its padded rows one by
+    one, without padding. With alone=False that is a ValueError instead, and a forward with
     **kwargs is trusted to take the mask.
     """
     if mask is None or bool((mask == 1).all()):
@@ -46,7 +49,7 @@ def logits(model, ids, mask=None, alone=True):
     if "attention_mask" in takes or trusted:
         given = dict(attention_mask=mask.long())
         if "position_ids" in takes:
-            given["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
+            given["position_ids"] = positions(model, ids, mask)
         return logits_of(model(ids, **given))
     if not alone:
         raise ValueError(
@@ -58,6 +61,22 @@ def logits(model, ids, mask=None, alone=True):
     every = rows[0].new_zeros(*ids.shape, rows[0].shape[-1])
     every[mask] = torch.cat(rows)
     return every
+
+
+def positions(model, ids, mask):
+    """The positions (b, t) of the tokens ids (b, t); mask (b, t) is True at real tokens.
+
+    A table of positions with a padding_idx (RoBERTa's) counts from padding_idx + 1. The token
+    whose id is padding_idx is not counted there and has position padding_idx, as in the model's
+    own rule. All other models count every token from 0.
+    """
+    tables = [site for site in walk(model) if site.name.rpartition(".")[2] in POSITIONS]
+    pads = [site.padding for site in tables if site.leaf is not None and site.leaf.lookup]
+    pad = next((pad for pad in pads if pad is not None), None)
+    if pad is None:
+        return (mask.long().cumsum(1) - 1).clamp(min=0)
+    counted = (mask & (ids != pad)).long()
+    return counted.cumsum(1) * counted + pad
 
 
 def logits_at(model, ids, mask, keep):

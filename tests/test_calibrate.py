@@ -29,7 +29,7 @@ def by_hand(model, name, rows=ROWS):
     (site,) = [site for site in minillm.registry.walk(model) if site.name == name]
     found = []
     handle = (site.layer or site.module).register_forward_pre_hook(
-        lambda _, args: found.append(args[0].flatten(0, -2))
+        lambda _, args: found.append(args[0].flatten(0, -2).clone())
     )
     for row in rows:
         ids, _, _ = minillm.prepare(model, torch.tensor([row]))

@@ -130,3 +130,43 @@ def test_a_forward_that_returns_no_logits_is_one_line(wrap, given):
     for call in (loss_sum, measure.nll):
         with pytest.raises(TypeError, match=f"^the model's forward returned {given}: .*logits$"):
             call(Odd(), IDS, IDS)
+
+
+SIZES = dict(vocab_size=24, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
+             intermediate_size=32, max_position_embeddings=40)
+LIKE_OPT = dict(vocab_size=24, max_position_embeddings=40, ffn_dim=32)
+FIRST_POSITIONS = {  # {class: options of its configuration}; those before OPT have a padding_idx
+    "RobertaForMaskedLM": SIZES,
+    "RobertaForCausalLM": SIZES | dict(is_decoder=True),
+    "XLMRobertaForMaskedLM": SIZES,
+    "EsmForMaskedLM": SIZES | dict(pad_token_id=1, mask_token_id=23),
+    "MPNetForMaskedLM": SIZES,
+    "OPTForCausalLM": LIKE_OPT | dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
+                                      word_embed_proj_dim=16),
+    "XGLMForCausalLM": LIKE_OPT | dict(d_model=16, num_layers=2, attention_heads=4),
+    "BertForMaskedLM": SIZES,
+}
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("name, family", [
+    *((name, None) for name in FIRST_POSITIONS),
+    ("RobertaForMaskedLM", minillm.lora),
+    ("RobertaForMaskedLM", minillm.quant),
+])
+@torch.no_grad()
+def test_padded_rows_have_the_positions_that_they_have_alone(name, family, left):
+    """Also the row with the id 1, which some of these models take for padding."""
+    transformers = hugging_face()
+    torch.manual_seed(0)
+    cls = getattr(transformers, name)
+    model = cls(cls.config_class(**FIRST_POSITIONS[name])).eval()
+    for p in model.parameters():
+        p.add_(0.2 * torch.randn_like(p))
+    if family:
+        family.wrap(model, ["position_embeddings"])
+    ids, _, mask = padded(left)
+    found = logits(model, ids, mask)
+    for row, y, real in zip(ROWS, found, mask):
+        torch.testing.assert_close(y[real], logits(model, torch.tensor([row]))[0])

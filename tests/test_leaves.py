@@ -102,3 +102,32 @@ def test_a_leaf_without_a_weight_yet_is_named():
 def test_what_is_no_model_is_named(model, hint):
     with pytest.raises(TypeError, match=hint):
         minillm.lora.wrap(model)
+
+
+class Named(nn.Module):
+    """A model that gives its leaves their input by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.linear = nn.Embedding(24, 32), nn.Linear(32, 32)
+
+    def forward(self, ids):
+        return self.linear(input=self.embed(input=ids))
+
+
+@pytest.mark.parametrize("call", [lambda model: model, lambda model: torch.compile(
+    model, backend="eager", fullgraph=True)])
+@pytest.mark.parametrize("wrap, targets", [
+    (minillm.lora.wrap, ["embed", "linear"]), (minillm.lora.dora.wrap, ["linear"]),
+    (minillm.quant.wrap, ["embed", "linear"]), (minillm.quant.qat.wrap, ["embed", "linear"]),
+    (minillm.prune.wrap, ["linear"]), (minillm.adapters.wrap, ["linear"]),
+    (lambda model, targets: minillm.sparse.wrap(model, targets, anyway=True), ["linear"]),
+])
+def test_a_leaf_may_be_called_by_keyword(wrap, targets, call):
+    torch.manual_seed(0)
+    model, ids = wrap(Named(), targets), torch.tensor([[3, 1, 4]])
+    y = call(model)(ids)
+    torch.testing.assert_close(y, model.linear(model.embed(ids)))
+    for unknown in (dict(other=ids), dict(input=ids, other=ids)):
+        with pytest.raises(TypeError):
+            model.linear(**unknown)

@@ -190,6 +190,19 @@ def test_freeze_sees_root_parameters_and_modules_of_two_parents():
     assert "body.layers.0.shared.weight" not in learning(model)
 
 
+def test_a_block_that_occurs_twice_is_refused():
+    model = Shared()
+    model.body.layers[2] = model.body.layers[0]
+    for last in (1, 2):
+        with pytest.raises(ValueError, match="a block of 'body.layers' occurs twice.*targets="):
+            minillm.freeze.wrap(model, last=last)
+    with pytest.raises(ValueError, match="occurs twice"):
+        Unfreezing()(model, 0, 8)
+    assert learning(model) == {name for name, _ in model.named_parameters()}
+    minillm.freeze.wrap(model, ["layers.1"])
+    assert "body.layers.1.own.weight" not in learning(model)
+
+
 def test_what_waits_has_no_gradient():
     model = minillm.lora.wrap(Shared(), ["own"], r=2)
     for p in model.parameters():

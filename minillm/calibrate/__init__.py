@@ -135,7 +135,8 @@ def stream(model, examples, change, targets=None, *, statistic=Gram, batch_size=
 
             def through(batch):
                 args, kwargs = batch.beside[0]
-                return state(standing(block)(batch.x, *args, **kwargs))
+                # a clone, because the block may add in place
+                return state(standing(block)(batch.x.clone(), *args, **kwargs))
 
             settle(through, chosen)
             for batch in batches:

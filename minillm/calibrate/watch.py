@@ -45,23 +45,35 @@ def on_input(site, see):
 def groups(run, batch, sites):
     """[(sites that read the same tensor, whether each is called once)], in call order.
 
-    A site that this batch does not reach (an expert) comes last, in a group of its own.
+    A site that this batch calls twice, or that gets no tokens, is a group of its own. A site
+    that it does not reach (an expert) comes last.
     """
     calls, found, last = [], [], None  # `calls` keeps the inputs alive: none reuses memory
-    notes = [on_input(site, lambda x, site=site: calls.append((site, x))) for site in sites]
+    notes = [on_input(site, lambda x, site=site: calls.append((site, x, contents(x))))
+             for site in sites]
     with watching(*notes):
         if sites:
             run(batch)
-    times = collections.Counter(site.name for site, _ in calls)
-    for site, x in calls:
+    times = collections.Counter(site.name for site, *_ in calls)
+    for site, _, held in calls:
         if any(site is other for group in found for other in group):
             continue
-        same = last is not None and x.data_ptr() == last.data_ptr() and (
-            (x.shape, x.stride()) == (last.shape, last.stride()))
-        found[-1].append(site) if same else found.append([site])
-        last = x
+        held = held if times[site.name] == 1 else None
+        found[-1].append(site) if held and held == last else found.append([site])
+        last = held
     found += [[site] for site in sites if not times[site.name]]
-    return [(group, all(times[site.name] <= 1 for site in group)) for group in found]
+    return [(group, all(times[site.name] == 1 for site in group)) for group in found]
+
+
+def contents(x):
+    """What two tensors have in common if they hold the same values in the same memory.
+
+    None where that is not known. `_version` counts the changes in place. A tensor of
+    torch.inference_mode has no such count.
+    """
+    if not x.numel() or x.is_inference():
+        return None
+    return x.data_ptr(), x.shape, x.stride(), x._version
 
 
 def gather(run, batches, site, once, found):
@@ -125,7 +137,8 @@ def doors(blocks, batch):
             if passed[0] != i or i and not torch.equal(x, passed[1]):
                 raise ValueError(f"the input of {block.name!r} is not the output of the block "
                                  "before it: this model cannot be run block by block")
-            batch.x = x if i == 0 else batch.x
+            if i == 0:
+                batch.x = x.clone()  # the block may add in place
             batch.beside.append(beside)
 
         module = standing(block)
@@ -133,7 +146,7 @@ def doors(blocks, batch):
 
     def out(block):
         def hook(module, args, output):
-            passed[:] = passed[0] + 1, state(output)
+            passed[:] = passed[0] + 1, state(output).clone()
             if passed[0] == len(blocks):
                 if not passed[1].isfinite().all():
                     raise ValueError(f"the output of {block.name!r} holds nan or infinity")

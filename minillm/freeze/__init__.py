@@ -39,7 +39,8 @@ def wrap(model, targets=None, *, last=2):
     targets: any modules, with the modules inside them; see `registry.select`. By
     default the last `last` blocks learn, with the modules after the blocks (the final
     norm, an untied head), and all else is frozen. ValueError where nothing would be
-    left to learn, and where a parameter is frozen already.
+    left to learn, where a parameter is frozen already, and without targets where a
+    block occurs twice.
     """
     if targets is None:
         names = within(model, lowest(model, last)) | own(model)
@@ -59,9 +60,11 @@ def wrap(model, targets=None, *, last=2):
 def lowest(model, last):
     """The Sites below the last `last` blocks, without the modules that hold blocks."""
     sites, blocks = walk(model), roles.blocks(model)
-    n = len(blocks)
+    n, name = len(blocks), blocks[0].name.rpartition(".")[0]
+    if len({id(block.module) for block in blocks}) < n:
+        raise ValueError(f"a block of {name!r} occurs twice, so it is not clear which blocks are "
+                         "the last: name the modules in targets=")
     if not 0 < last < n:
-        name = blocks[0].name.rpartition(".")[0]
         raise ValueError(f"last={last}: {name!r} has {n} blocks, so last is from 1 to {n - 1}")
     first = blocks[n - last].name
     below = sites[: [site.name for site in sites].index(first)]

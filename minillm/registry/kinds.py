@@ -12,6 +12,16 @@ class CannotMerge(TypeError):
     """This patch does not change the weight, so it cannot be merged."""
 
 
+def positional(args, kwargs):
+    """(args, kwargs) of a leaf's call, with its input among the args.
+
+    nn.Linear's forward calls its input `input` and Conv1D's calls it `x`. So a caller may name it.
+    """
+    if args or len(kwargs) != 1 or not kwargs.keys() & {"input", "x"}:
+        return args, kwargs
+    return tuple(kwargs.values()), {}
+
+
 class Kind(nn.Module):
     """What Patch and Format share: each is built for a Site, and then filled.
 
@@ -133,6 +143,10 @@ class Format(Kind):
         self.leaf, self.shape, self.name = site.leaf, tuple(W.shape), self.kind
         self.dtype = W.dtype  # the dtype that the model computes in
         self.allocate(W.device)
+
+    def __call__(self, *args, **kwargs):
+        args, kwargs = positional(args, kwargs)
+        return super().__call__(*args, **kwargs)
 
     def fill(self, site):
         self.pack(site.stored()[0].detach())

@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn import UninitializedParameter
 
 from minillm.registry.hooks import no_shortcut, take_hooks
-from minillm.registry.kinds import TOUCHES, CannotMerge, Format
+from minillm.registry.kinds import TOUCHES, CannotMerge, Format, positional
 from minillm.registry.leaf import kept
 
 
@@ -46,6 +46,8 @@ class Layer(nn.Module):
         self.training = base.training
 
     def forward(self, *args, **kwargs):
+        if kwargs and leaf(self.base):  # a patch has its own name for the input
+            args, kwargs = positional(args, kwargs)
         return Below(self, len(self.patches))(*args, **kwargs)
 
     def add(self, patch, place=None):
