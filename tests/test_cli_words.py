@@ -35,6 +35,23 @@ def test_settings_of_a_checkpoint_are_options_too(run):
     assert "--rate 0.02 then, 0.01 now" in said and "to train longer" not in said
 
 
+@pytest.mark.parametrize("technique", ["prune", "wanda"])
+def test_a_pattern_has_a_name(technique, run):
+    how = ("--technique", technique, "--out", "x.safetensors", "--option")
+    said = run("train", *FAST, *how, "pattern=rows", code=1)
+    assert "--option pattern='rows' is unknown; known: 'row'" in said
+    run("train", *FAST, *how, "pattern=2:4", "--steps", 1)
+    told = json.loads(minillm.registry.store.read("x.safetensors")[1]["sites"])
+    assert {config["group"] for config in told.values()} == {"2:4"}
+
+
+def test_a_name_is_a_text(run):
+    run("train", *FAST, "--option", "name=5", "--steps", 1, "--out", "x.safetensors")
+    assert minillm.registry.store.holds("x.safetensors") == ("lora", "5")
+    said = run("train", *FAST, "--option", "name=sql,chat", "--out", "y.safetensors", code=1)
+    assert "--option name='sql,chat': a name has letters" in said
+
+
 def test_a_long_warmup_is_found_before_the_model(run, monkeypatch):
     monkeypatch.setattr(minillm.checkpoints, "load", lambda *_,
                         **__: pytest.fail("a model was loaded"))
