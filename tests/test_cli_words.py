@@ -61,6 +61,28 @@ def test_a_long_warmup_is_found_before_the_model(run, monkeypatch):
                                                       "x.safetensors", code=2)
 
 
+@pytest.mark.parametrize("command", [
+    ["eval", "--data", "no.jsonl"], ["eval", "--text", "no.jsonl"],
+    ["train", "--data", "no.jsonl", "--out", "x.safetensors"]])
+def test_a_missing_file_is_named_first(command, run):
+    assert f"minillm {command[0]}: no.jsonl: no such file" in run(*command, code=1)
+
+
+def test_a_message_that_is_too_long_names_the_option(run, monkeypatch):
+    lines = iter(["hello " * 400, ""])
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
+    run("chat", "--max-new-tokens", 4)
+    assert "tokens and --max-new-tokens 4 are together beyond" in run.error
+
+
+def test_a_method_that_calibrates_is_called_by_its_name(run):
+    run("train", *FAST, "--technique", "freeze", "--option", "last=1", "--steps", 1, "--out",
+        "f.safetensors")
+    said = run("train", *FAST, "--technique", "gptq", "--adapter", "f.safetensors",
+               "--option", "progress=false", "--out", "b.safetensors", code=1)
+    assert "--technique gptq: " in said and "parameters would learn" in said
+
+
 def test_the_list_of_defaults_is_as_python_has_it(run):
     said = run("train", "--option", "foo=1", "--out", "x.safetensors", code=1)
     assert "defaults: targets=None" in said and "alpha=16.0" in said

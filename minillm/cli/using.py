@@ -8,6 +8,7 @@ import torch
 from minillm import checkpoints, compare, data, measure, registry, train, zoo
 from minillm.measure import report
 from minillm.cli.paths import check_paths
+from minillm.cli.words import said
 from minillm.model.generate import check_options
 from minillm.measure.show import show
 from minillm.registry.store import holds
@@ -41,8 +42,8 @@ def place(written):
     try:
         return checkpoints.placed(written)
     except ValueError as error:
-        said = str(error).replace(f"device={written!r}", f"--device {written}")
-        raise ValueError(said) from error
+        text = str(error).replace(f"device={written!r}", f"--device {written}")
+        raise ValueError(text) from error
 
 
 def needs_tokenizer(tokenizer, args):
@@ -218,9 +219,8 @@ def run_chat(args):
         try:
             messages += turn(model, tokenizer, messages, line, args, numbers)
         except (ValueError, IndexError) as error:
-            said = " ".join(str(error).split())
-            print(f"minillm chat: {said}. The conversation goes on without this message",
-                  file=sys.stderr)
+            print(f"minillm chat: {said(error, args)}. The conversation goes on without this "
+                  "message", file=sys.stderr)
 
 
 def turn(model, tokenizer, messages, line, args, numbers):
