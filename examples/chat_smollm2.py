@@ -2,6 +2,7 @@
 
     minillm fetch smollm2                      once
     python examples/chat_smollm2.py            tunes it, asks it three questions, and then you do
+    python examples/chat_smollm2.py DIRECTORY  the same with a model of yours, or with tiny
 
 The conversations are made of the standard library: a question about a function, and the first line
 of its docstring. SmolLM2 learns to answer in one line, as a docstring does. Where SmolLM2 is not in
@@ -19,16 +20,22 @@ PLAIN = ("{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{
          "{% if add_generation_prompt %}assistant: {% endif %}")  # for a model without a template
 
 
-def load():
+def load(source):
     """(model, tokenizer, learning rate)."""
+    if source == "smollm2" and SHORT:
+        source = "tiny"
     try:
-        if not SHORT:
-            return *minillm.load("smollm2", dtype="float32"), 1e-3
-    except FileNotFoundError as error:
+        model, tokenizer = minillm.load(source, dtype="float32")
+    except (OSError, ValueError) as error:
+        if source != "smollm2":
+            raise SystemExit(str(error)) from None
         print(f"{error}\nThe tiny model takes its place.\n")
-    model, tokenizer = minillm.load("tiny")
-    tokenizer.chat_template = PLAIN
-    return model, tokenizer, 6e-3
+        source = "tiny"
+        model, tokenizer = minillm.load(source)
+    if tokenizer is None:
+        raise SystemExit(f"{source} has no tokenizer, which a chat needs")
+    tokenizer.chat_template = tokenizer.chat_template or PLAIN
+    return model, tokenizer, 6e-3 if source == "tiny" else 1e-3
 
 
 def conversations(which):
@@ -53,8 +60,8 @@ def answer(model, tokenizer, messages):
     return tokenizer.decode(new.tolist()).strip()
 
 
-def main():
-    model, tokenizer, rate = load()
+def main(source="smollm2"):
+    model, tokenizer, rate = load(source)
     train, test = some("train", 8 if SHORT else 120), some("test", 3 if SHORT else 16)
     examples, held_out = ([minillm.data.conversation(messages, tokenizer, 128) for messages in part]
                           for part in (train, test))
@@ -82,4 +89,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

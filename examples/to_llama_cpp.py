@@ -18,10 +18,23 @@ import minillm
 from minillm.measure.memory import total_bytes
 
 SHORT = bool(os.environ.get("MINILLM_SHORT"))
+KINDS = ("f16", "q8_0")
+
+
+def opened(source):
+    """(model, tokenizer); ends with one line, before any work, if llama.cpp could not have them."""
+    try:
+        model, tokenizer = minillm.load(source)
+        with tempfile.TemporaryDirectory() as directory:
+            for kind in KINDS:
+                minillm.checkpoints.check_save(model, f"{directory}/a.gguf", tokenizer, type=kind)
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from None
+    return model, tokenizer
 
 
 def main(source="tiny"):
-    model, tokenizer = minillm.load(source)
+    model, tokenizer = opened(source)
     task = minillm.data.task("language", tokenizer, "validation")
     text = minillm.data.task("language", tokenizer, "test").text
     calibration = task.examples[: 2 if SHORT else 8]
@@ -46,7 +59,7 @@ def main(source="tiny"):
     minillm.quant.unwrap(model)  # a GGUF has a grid of its own; so: dense weights on the int8 grid
 
     with tempfile.TemporaryDirectory() as directory:
-        for kind in ("f16", "q8_0"):
+        for kind in KINDS:
             path = pathlib.Path(directory) / f"{kind}.gguf"
             minillm.save(model, path, tokenizer, type=kind)
             model, tokenizer = minillm.load(path)

@@ -27,7 +27,12 @@ STEPS = 3 if SHORT else 80
 def opened(source):
     """(a model of transformers, minillm's tokenizer)."""
     directory = minillm.zoo.tiny() if source in ("tiny", "gpt2") else source
-    tokenizer = tokenizers.load(directory)
+    if not os.path.isfile(os.path.join(directory, "config.json")):
+        raise SystemExit(f"{source} is no directory with a model of transformers (config.json)")
+    try:
+        tokenizer = tokenizers.load(directory)
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from None
     if source != "gpt2":
         return transformers.AutoModelForCausalLM.from_pretrained(directory).eval(), tokenizer
     torch.manual_seed(0)

@@ -66,8 +66,8 @@ def parse(wrap, texts):
 
     The type of an option's default decides how its text is read: `16` as a whole number,
     `0.5`, `true` or `false`. If the default is None, the text is `none`, a number, names
-    separated by commas, or a plain text. ValueError for a name that `wrap` does not know, and
-    for a text that is not of the type.
+    separated by commas, or a plain text. A `name` is always a text. ValueError for a name
+    that `wrap` does not know, and for a text that is not of the type.
 
     >>> import minillm
     >>> parse(minillm.lora.wrap, {"r": "16", "rank_stabilized": "true", "targets": "q_proj,v_proj"})
@@ -84,7 +84,9 @@ def parse(wrap, texts):
 
 
 def read(name, text, default):
-    """The value of `text`, read as the type of `default`."""
+    """The value of `text`, read as the type of `default`; a `name` is always a text."""
+    if name == "name":
+        return text
     if isinstance(default, bool):
         if text.lower() not in ("true", "false"):
             raise ValueError(f"{name}={text!r} is neither true nor false")

@@ -198,7 +198,7 @@ fig.tight_layout()
 #
 # $$\text{bytes} = 8\,(1 - z)\,n m + 4\,(n + 1) \quad\text{instead of}\quad 4\,n m$$
 #
-# So it pays from half of zeros on.
+# So it pays from a little above half of zeros on: the $4\,(n + 1)$ bytes have to be saved too.
 
 # %%
 print(inspect.getsource(minillm.sparse.CSR.pack))

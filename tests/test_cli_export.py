@@ -19,6 +19,21 @@ def test_export_merges_a_stack_that_is_not_the_same_everywhere(run):
     assert merged == pytest.approx(stacked, rel=1e-3) and merged != pytest.approx(plain, rel=1e-2)
 
 
+@pytest.mark.parametrize("out", ["merged", "merged.gguf"])
+@pytest.mark.parametrize("target", ["lm_head", "lm_head,embed_tokens"])
+def test_export_gives_a_tied_head_that_changed_a_matrix_of_its_own(out, target, run):
+    if out.endswith(".gguf"):
+        pytest.importorskip("gguf", reason="needs the extra 'hub'")
+    run("train", "--data", "a.txt", "--length", 64, "--steps", 3, "--rate", 0.02, "--option",
+        f"targets={target}", "--out", "a.safetensors")
+    said = run("export", "--adapter", "a.safetensors", "--out", out)
+    assert f"{out} stores the head and the embedding apart: --adapter changes " in said
+    plain, adapted, merged = (
+        float(run("eval", *which, "--text", "a.txt", "--length", 64).split()[1])
+        for which in ([], ["--adapter", "a.safetensors"], ["--model", out]))
+    assert merged == pytest.approx(adapted, rel=1e-3) and merged != pytest.approx(plain, rel=1e-2)
+
+
 @pytest.mark.parametrize("args", [
     ("export", "--out"), ("train", "--out"), ("compare", "--out"), ("train", "--log"),
     ("train", "--checkpoints"), ("train", "--picture"), ("train", "--data"), ("eval", "--text"),

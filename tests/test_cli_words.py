@@ -35,6 +35,23 @@ def test_settings_of_a_checkpoint_are_options_too(run):
     assert "--rate 0.02 then, 0.01 now" in said and "to train longer" not in said
 
 
+@pytest.mark.parametrize("technique", ["prune", "wanda"])
+def test_a_pattern_has_a_name(technique, run):
+    how = ("--technique", technique, "--out", "x.safetensors", "--option")
+    said = run("train", *FAST, *how, "pattern=rows", code=1)
+    assert "--option pattern='rows' is unknown; known: 'row'" in said
+    run("train", *FAST, *how, "pattern=2:4", "--steps", 1)
+    told = json.loads(minillm.registry.store.read("x.safetensors")[1]["sites"])
+    assert {config["group"] for config in told.values()} == {"2:4"}
+
+
+def test_a_name_is_a_text(run):
+    run("train", *FAST, "--option", "name=5", "--steps", 1, "--out", "x.safetensors")
+    assert minillm.registry.store.holds("x.safetensors") == ("lora", "5")
+    said = run("train", *FAST, "--option", "name=sql,chat", "--out", "y.safetensors", code=1)
+    assert "--option name='sql,chat': a name has letters" in said
+
+
 def test_a_long_warmup_is_found_before_the_model(run, monkeypatch):
     monkeypatch.setattr(minillm.checkpoints, "load", lambda *_,
                         **__: pytest.fail("a model was loaded"))
@@ -42,6 +59,28 @@ def test_a_long_warmup_is_found_before_the_model(run, monkeypatch):
     assert "--warmup 5 is more than the 3 steps" in said
     assert "--warmup 101 is more than the 100" in run("train", "--warmup", 101, "--out",
                                                       "x.safetensors", code=2)
+
+
+@pytest.mark.parametrize("command", [
+    ["eval", "--data", "no.jsonl"], ["eval", "--text", "no.jsonl"],
+    ["train", "--data", "no.jsonl", "--out", "x.safetensors"]])
+def test_a_missing_file_is_named_first(command, run):
+    assert f"minillm {command[0]}: no.jsonl: no such file" in run(*command, code=1)
+
+
+def test_a_message_that_is_too_long_names_the_option(run, monkeypatch):
+    lines = iter(["hello " * 400, ""])
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
+    run("chat", "--max-new-tokens", 4)
+    assert "tokens and --max-new-tokens 4 are together beyond" in run.error
+
+
+def test_a_method_that_calibrates_is_called_by_its_name(run):
+    run("train", *FAST, "--technique", "freeze", "--option", "last=1", "--steps", 1, "--out",
+        "f.safetensors")
+    said = run("train", *FAST, "--technique", "gptq", "--adapter", "f.safetensors",
+               "--option", "progress=false", "--out", "b.safetensors", code=1)
+    assert "--technique gptq: " in said and "parameters would learn" in said
 
 
 def test_the_list_of_defaults_is_as_python_has_it(run):

@@ -112,6 +112,14 @@ def test_an_interrupted_run_goes_on_where_it_was(model, tmp_path, monkeypatch):
     assert len(run(model, tmp_path)) == 3 and second.measured == ["prompts"]
 
 
+def test_rows_that_are_kept_are_named(model, tmp_path, monkeypatch, capsys):
+    Worker(monkeypatch)
+    run(model, tmp_path, ["none"])
+    compare.compare(model, names=["none", "lora"], out=tmp_path, length=16)
+    said = capsys.readouterr().err
+    assert "has rows of the same settings, which are not measured again: 'none'\n" in said
+
+
 def test_rows_of_other_settings_are_not_mixed(model, tmp_path, monkeypatch):
     worker = Worker(monkeypatch)
     run(model, tmp_path, ["none"])

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+import minillm
+
 ROOT = pathlib.Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 RUN = {  # what its output has to say
@@ -62,6 +64,23 @@ def test_an_example_runs(command):
     assert not done.returncode, done.stderr[-3000:]
     for part in RUN[command]:
         assert part in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("name", ["tune_hugging_face", "to_llama_cpp", "chat_smollm2"])
+def test_a_model_that_is_missing_is_one_line(name, tmp_path):
+    if name == "tune_hugging_face":
+        pytest.importorskip("transformers", reason="needs the extra 'parity'")
+    done = run(EXAMPLES / f"{name}.py", tmp_path / "no")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert str(tmp_path / "no") in done.stderr and not done.stdout
+
+
+def test_a_model_that_llama_cpp_could_not_have_is_found_before_any_work(tmp_path):
+    pytest.importorskip("gguf", reason="needs the extra 'hub'")
+    model = minillm.Transformer(minillm.Config.gpt2(50, 32, 2, 2, positions=16))
+    minillm.save(model, tmp_path / "g")
+    done = run(EXAMPLES / "to_llama_cpp.py", tmp_path / "g")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and not done.stdout, done.stderr
 
 
 def test_every_example_is_run():

@@ -121,10 +121,12 @@ def test_a_score_and_a_pattern_are_arguments():
     by_name, by_object = (prune.wrap(build("llama"), **options)
                           for options in (dict(group="matrix"), dict(pattern=prune.matrix)))
     assert logits(by_name).equal(logits(by_object))
+    assert logits(prune.wrap(build("llama"), pattern="matrix")).equal(logits(by_object))
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(pattern="2:4"), "pattern='2:4' is none of prune.row"),
+    (dict(pattern=2), "pattern=2 is none of prune.row"),
+    (dict(pattern="rows"), "pattern='rows' is unknown; known: 'row', 'matrix', 'model', or N:M"),
     (dict(score="random"), "score='random' is no function"),
     (dict(pattern=prune.n_m(1, 4)), "sparsity=0.5 is not that of 1:4, which is 0.75"),
     (dict(sparsity=0.6, pattern=prune.n_m(2, 4)), "sparsity=0.6 is not that of 2:4, which is 0.5"),
@@ -283,7 +285,7 @@ def test_wanda_over_lora_scores_what_is_there():
 
 @pytest.mark.parametrize("options, message", [
     (dict(pattern=prune.model), "pattern=model compares all leaves at once"),
-    (dict(pattern="row"), "pattern='row' is none of"),
+    (dict(pattern="rows"), "pattern='rows' is unknown"),
     (dict(sparsity=1), "sparsity=1"),
     (dict(sparsity=0.3, pattern=prune.n_m(2, 4)), "sparsity=0.3 is not that of 2:4"),
     (dict(examples=[]), "no examples"), (dict(targets=["embed_tokens"]), "no leaf"),

@@ -6,15 +6,14 @@ import os
 import pathlib
 import sys
 
-import torch
-
 from minillm import checkpoints, compare, data, distributed, files, options, registry, train
-from minillm.registry import learning, store
+from minillm.registry import store
 from minillm.cli.paths import check_paths
 from minillm.cli.using import (
     given, load, needs_tokenizer, read_records, refuse_second, summary,
 )
 from minillm.cli.words import of_technique
+from minillm.cli.wrapping import wrap
 
 
 def run(args):
@@ -140,58 +139,6 @@ def wrap_options(technique, args):
         return options.parse(technique.wrap, texts)
     except ValueError as error:
         raise ValueError(of_technique(error, texts)) from error
-
-
-def wrap(model, technique, keywords, args):
-    """Wrap the model with the technique, and return the patch's name.
-
-    If an --adapter file holds that name already, its training continues instead. The
-    adapters of all other files are fixed, because --out holds one adapter.
-    """
-    held = map(store.holds, args.adapter)
-    brought = [name for family, name in held if family == technique.family]
-    name = keywords.get("name")
-    if name is None and len(brought) > 1:
-        raise ValueError(f"--adapter loads {', '.join(map(repr, brought))} of {technique.family}: "
-                         f"--option name={brought[0]} continues the training of that one, and a "
-                         "new name trains one more")
-    name = name or (brought or [technique.kind])[0]
-    if name in brought and set(keywords) - {"name", "examples"}:
-        raise ValueError(f"--option {args.option[0]}: the adapter whose training continues keeps "
-                         "its own settings")
-    for other in learning.patches(model):
-        if other.name != name:
-            other.fixed = True
-            other.requires_grad_(False)
-    torch.manual_seed(args.seed)  # for the random values that the technique starts with
-    if name not in brought:
-        try:
-            technique.wrap(model, **keywords)
-        except ValueError as error:
-            raise ValueError(of_technique(error, keywords)) from error
-    learning.settle(model)  # what learns now: a fixed patch claims nothing
-    check_saved(model, technique.family, name)
-    try_out(model)
-    return name
-
-
-@torch.no_grad()
-def try_out(model):
-    """Run the model on one token: an option that does not fit fails now, not in step 0."""
-    model(torch.zeros(1, 1, dtype=torch.long, device=model.norm.weight.device))
-
-
-def check_saved(model, family, name):
-    """ValueError if a parameter learns that the technique's file (see `store.save`) lacks."""
-    patches = [patch for _, patch in registry.patches_of(family, model, name)]
-    held = {id(p) for patch in patches for p in patch.parameters()}
-    held |= {id(p) for p in store.learned_of(name, model).values()}
-    lost = [key for key, p in model.named_parameters() if p.requires_grad and id(p) not in held]
-    if lost:
-        first = lost[0].replace(".base.", ".")
-        raise ValueError(f"--technique {name}: {len(lost)} parameters would learn that its file "
-                         f"does not hold, first {first!r}. Train them with --technique freeze, or "
-                         "export the model with its --adapter first")
 
 
 def read(args, tokenizer, model):

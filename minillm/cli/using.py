@@ -8,8 +8,10 @@ import torch
 from minillm import checkpoints, compare, data, measure, registry, train, zoo
 from minillm.measure import report
 from minillm.cli.paths import check_paths
+from minillm.cli.words import said
 from minillm.model.generate import check_options
 from minillm.measure.show import show
+from minillm.registry import sites
 from minillm.registry.store import holds
 from minillm.train.room import positions
 
@@ -41,8 +43,8 @@ def place(written):
     try:
         return checkpoints.placed(written)
     except ValueError as error:
-        said = str(error).replace(f"device={written!r}", f"--device {written}")
-        raise ValueError(said) from error
+        text = str(error).replace(f"device={written!r}", f"--device {written}")
+        raise ValueError(text) from error
 
 
 def needs_tokenizer(tokenizer, args):
@@ -218,9 +220,8 @@ def run_chat(args):
         try:
             messages += turn(model, tokenizer, messages, line, args, numbers)
         except (ValueError, IndexError) as error:
-            said = " ".join(str(error).split())
-            print(f"minillm chat: {said}. The conversation goes on without this message",
-                  file=sys.stderr)
+            print(f"minillm chat: {said(error, args)}. The conversation goes on without this "
+                  "message", file=sys.stderr)
 
 
 def turn(model, tokenizer, messages, line, args, numbers):
@@ -247,8 +248,8 @@ def run_show(args):
 def run_export(args):
     """Write the model with every adapter in it.
 
-    Formats are unwrapped to dense weights and patches are merged. What `freeze` trained is
-    part of the model already.
+    Formats are unwrapped to dense weights and patches are merged. A tied head that a patch
+    changes gets a matrix of its own. What `freeze` trained is part of the model already.
     """
     check_paths(args, {"--out": args.out})
     for path in args.adapter:
@@ -258,6 +259,9 @@ def run_export(args):
                              "be merged into the model, and the file formats of other programs "
                              "have no place for it")
     model, tokenizer = load(args)
+    tied = sites.ties(model).keys() & registry.layers(model).keys()
+    if tied:
+        sites.untie(model)
     checkpoints.check_save(model.config, args.out, tokenizer, args.type, args.force)
     for name, verbs in registry.techniques().items():
         for one in {site.module.name for site in registry.formats_of(name, model)}:
@@ -266,6 +270,9 @@ def run_export(args):
         patch = innermost(model)
         registry.techniques()[patch.family].merge(model, patch.name, keep=False)
     checkpoints.save(model, args.out, tokenizer=tokenizer, type=args.type, force=args.force)
+    if tied:
+        print(f"{args.out} stores the head and the embedding apart: --adapter changes "
+              f"{' and '.join(sorted(tied))}, which shared a matrix")
     print(f"wrote {args.out}")
 
 

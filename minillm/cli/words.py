@@ -20,6 +20,8 @@ def said(error, args, name=None):
     args: the command's arguments. name: the text for an error without one (default: its type).
     """
     text = str(error) or name or type(error).__name__
+    if isinstance(error, OSError) and error.strerror and isinstance(error.filename, str):
+        text = f"{error.filename}: {error.strerror[:1].lower()}{error.strerror[1:]}"
     text = " ".join("; ".join([text, *getattr(error, "__notes__", ())]).split())
     for argument, option in FLAGS:
         text = text.replace(argument, option)

@@ -114,7 +114,8 @@ def compare(
     todo = [name for name in names if name not in table.done()]
     if progress and len(todo) < len(names):
         print(
-            f"{table.path} has {', '.join(table.done())} of the same settings: not measured again",
+            f"{table.path} has rows of the same settings, which are not measured again: "
+            + ", ".join(map(repr, table.done())),
             file=sys.stderr,
         )
     with table.held():

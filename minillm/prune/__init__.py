@@ -79,8 +79,8 @@ def wrap(model, targets=None, *, name=None, sparsity=0.5, score=magnitude, patte
     tied matrices. name: what the masks are called, by default "prune". sparsity: the
     share of each group that becomes zero. score: a function of a Site that gives
     numbers (out, in); the smallest go. pattern: `prune.row`, `prune.matrix`,
-    `prune.model` or `prune.n_m(2, 4)`. group: the name of the pattern, as in files and
-    on the command line; it replaces `pattern`. ValueError for a sparsity outside of
+    `prune.model` or `prune.n_m(2, 4)`, or its name: "row", "2:4". group: the name of
+    the pattern, as in files; it replaces `pattern`. ValueError for a sparsity outside of
     0 <= s < 1, and for a pattern that is unknown or does not fit.
     """
     check_whole(model, "wrap")

@@ -86,19 +86,21 @@ def n_m(n, m):
 
 
 def given(pattern):
-    """The pattern itself; ValueError for anything else."""
+    """The pattern itself, or the one with this name; ValueError for anything else."""
+    if isinstance(pattern, str):
+        return named(pattern, "pattern")
     if not isinstance(pattern, Pattern):
         raise ValueError(f"pattern={pattern!r} is none of prune.row, prune.matrix, prune.model and "
                          "prune.n_m(2, 4)")
     return pattern
 
 
-def named(name):
-    """The pattern with a name such as "row" or "2:4"; ValueError for other names."""
+def named(name, argument="group"):
+    """The pattern with a name such as "row" or "2:4"; ValueError, with `argument`, for others."""
     if isinstance(name, str) and (found := re.fullmatch(r"(\d+):(\d+)", name)):
         return n_m(*map(int, found.groups()))
     try:
-        options.one_of("group", name, GROUPS)
+        options.one_of(argument, name, GROUPS)
     except ValueError as error:
         raise ValueError(f"{error}, or N:M such as '2:4'") from None
     return {"row": row, "matrix": matrix, "model": model}[name]

@@ -43,15 +43,17 @@ def wrap(model, examples, targets=None, *, name=None, sparsity=0.5, pattern=patt
     examples: texts to calibrate with, as `calibrate.stream` takes them; the paper uses
     128 of 2048 tokens. targets: see `registry.select`; by default every linear leaf but
     the output head and tied matrices. name: what the masks are called. sparsity: the
-    share of zeros. pattern: `prune.row`, `prune.matrix` or `prune.n_m(2, 4)`.
-    batch_size: examples in a forward pass. progress: whether to show a bar.
+    share of zeros. pattern: `prune.row`, `prune.matrix` or `prune.n_m(2, 4)`, or its
+    name: "row", "2:4". batch_size: examples in a forward pass. progress: whether to
+    show a bar.
 
     ValueError, before any leaf is changed, where prune.wrap or `calibrate.stream` has
     one. After an interruption, the leaves that were done keep their masks.
     """
     options.share("sparsity", sparsity)
     name = check_name(name, Mask.kind, model)
-    if patterns.given(pattern).joint:
+    pattern = patterns.given(pattern)
+    if pattern.joint:
         raise ValueError(f"pattern={pattern.name} compares all leaves at once, and Wanda masks one "
                          "after another: use prune.row, prune.matrix or prune.n_m")
     sites = select(model, targets, calibrate.linear, hidden_linears(model))

@@ -8,10 +8,11 @@
     col       JA             (nnz,)       int32, rising within a row
     crow      IA             (out + 1,)   int32
 
-Cost: 4 bytes for the column of each value. In float32 CSR saves memory from 50% zeros
-on, in bfloat16 from 67%. On a CPU it is faster than a dense float32 product from about
-75% zeros on. No accuracy is lost, because W itself is stored: prune and merge first.
-LoRA fills the zeros, so it cannot be merged into such a leaf, unless `anyway`.
+Cost: 4 bytes for the column of each value, and 4 for each row. In float32 CSR saves
+memory above 50% zeros, in bfloat16 above 67%. On a CPU it is faster than a dense
+float32 product from about 75% zeros on. No accuracy is lost, because W itself is
+stored: prune and merge first. LoRA fills the zeros, so it cannot be merged into such a
+leaf, unless `anyway`.
 
 torch has `torch.sparse_csr_tensor`, but a Parameter of that kind breaks `.to`, deepcopy
 and safetensors. So this format keeps three ordinary buffers and makes the sparse view
@@ -89,17 +90,19 @@ class CSR(Format):
                              "repeated")
 
     def pays(self, where):
-        zeros = 1 - self.values.numel() / (self.shape[0] * self.shape[1])
         if not self.anyway:
-            smaller(where, zeros, self.dtype, "Unwrap sparse first, or wrap it with anyway=True")
+            smaller(where, self.shape, self.values.numel(), self.dtype,
+                    "Unwrap sparse first, or wrap it with anyway=True")
 
 
-def smaller(where, zeros, dtype, remedy):
-    """ValueError if CSR needs more bytes than dense, at this share of zeros."""
-    break_even = 1 - dtype.itemsize / (dtype.itemsize + 4)
-    if zeros < break_even:
-        raise ValueError(f"{where!r} has {zeros:.0%} zeros; CSR is smaller than {dtype} from "
-                         f"{break_even:.0%} on. {remedy}")
+def smaller(where, shape, kept, dtype, remedy):
+    """ValueError if CSR needs more bytes than dense, with so many values kept."""
+    n, size = shape[0] * shape[1], dtype.itemsize
+    csr, dense = kept * (size + 4) + 4 * (shape[0] + 1), n * size
+    if csr > dense:
+        raise ValueError(f"{where!r} has {1 - kept / n:.0%} zeros: CSR would take {csr:,} bytes, "
+                         f"and {dtype} takes {dense:,}. CSR is smaller only above "
+                         f"{4 / (size + 4):.0%} zeros. {remedy}")
 
 
 def wrap(model, targets=None, *, anyway=False):
@@ -112,7 +115,7 @@ def wrap(model, targets=None, *, anyway=False):
     options.flag("anyway", anyway)
     for site in () if anyway else select(model, targets, CSR.accepts, hidden_linears(model)):
         W, _ = dense(site.module)
-        smaller(site.name, (W == 0).float().mean().item(), W.dtype,
+        smaller(site.name, W.shape, int((W != 0).sum()), W.dtype,
                 "Prune and merge first, or give anyway=True")
     return attach(CSR, model, targets, anyway=anyway)
 

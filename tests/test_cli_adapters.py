@@ -1,0 +1,64 @@
+"""`minillm train --adapter`: the technique that is asked for trains, and every output loads."""
+# flake8: noqa: F811  (fixtures)
+
+import pytest
+from small_model import model, run  # noqa: F401
+from test_nothing_lost import learn
+
+from minillm.registry import store
+
+
+@pytest.mark.parametrize("first, second, kind, name", [
+    ("lora", "dora", "dora", "dora"), ("dora", "lora", "lora", "lora"),
+    ("lora", "pissa", "lora", "pissa"), ("prune", "wanda", "prune", "wanda"),
+])
+def test_another_technique_of_the_family_trains_over_the_file(first, second, kind, name, run):
+    learn(run, first, "--out", "a.safetensors", steps=2)
+    learn(run, second, "--adapter", "a.safetensors", "--out", "b.safetensors", steps=2)
+    told = store.read("b.safetensors")[1]
+    assert (told["kind"], told["name"]) == (kind, name)
+    both = ("--adapter", "a.safetensors", "--adapter", "b.safetensors")
+    run("eval", *both, "--text", "a.txt", "--length", 64)
+    if kind == name:  # the same technique again continues the new file
+        learn(run, second, *both, "--out", "c.safetensors", steps=2)
+        assert store.read("c.safetensors")[0].keys() == store.read("b.safetensors")[0].keys()
+
+
+@pytest.mark.parametrize("first, second", [("quant", "gptq"), ("nf4", "quant"), ("quant", "nf4")])
+def test_a_format_over_a_format_is_one_line_with_both(first, second, run):
+    narrow = {"nf4": ("--option", "group=32")}
+    learn(run, first, *narrow.get(first, ()), "--out", "a.safetensors", steps=1)
+    said = learn(run, second, *narrow.get(second, ()), "--adapter", "a.safetensors", "--out",
+                 "b.safetensors", code=1)
+    assert f"--technique {second} " in said and "a.safetensors" in said and first in said
+
+
+def test_a_name_that_another_kind_has_is_refused(run):
+    learn(run, "lora", "--option", "name=sql", "--out", "a.safetensors", steps=1)
+    for technique in ("dora", "pissa"):
+        said = learn(run, technique, "--adapter", "a.safetensors", "--option", "name=sql", "--out",
+                     "b.safetensors", code=1)
+        assert "--option name=sql: a.safetensors holds lora under that name" in said
+
+
+@pytest.mark.parametrize("first", ["lora", "quant"])
+def test_what_lies_beneath_another_adapter_does_not_learn_on(first, run):
+    learn(run, first, "--out", "one.safetensors", steps=2)
+    learn(run, "dora", "--adapter", "one.safetensors", "--out", "two.safetensors", steps=2)
+    said = learn(run, first, "--adapter", "one.safetensors", "--adapter", "two.safetensors",
+                 "--out", "more.safetensors", code=1)
+    assert f"two.safetensors: dora was trained over {first}, and would fit no {first}" in said
+    assert f"Continue {first} without --adapter two.safetensors" in said
+    learn(run, "dora", "--adapter", "one.safetensors", "--adapter", "two.safetensors", "--out",
+          "more.safetensors", steps=2)
+
+
+@pytest.mark.parametrize("second, options", [
+    ("qat", ()), ("bitfit", ("--option", "targets=.*norm")), ("wanda", ())])
+def test_another_technique_over_quant_and_freeze_trains(second, options, run):
+    first = dict(qat="quant", bitfit="freeze", wanda="quant")[second]
+    learn(run, first, "--out", "a.safetensors", steps=1)
+    learn(run, second, *options, "--adapter", "a.safetensors", "--out", "b.safetensors", steps=2)
+    assert store.read("b.safetensors")[1]["kind"] == dict(wanda="prune").get(second, second)
+    run("eval", "--adapter", "a.safetensors", "--adapter", "b.safetensors", "--text", "a.txt",
+        "--length", 64)
