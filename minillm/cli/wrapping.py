@@ -54,7 +54,10 @@ def wrap(model, technique, keywords, args):
             over = [f"{one.path} ({one.kind})" for one in brought if a_format(one.kind)]
             both = over and a_format(technique.kind)
             where = f"--technique {technique.name} over {', '.join(over)}: " if both else ""
-            raise ValueError(where + of_technique(error, keywords)) from error
+            same = [one for one in brought if one.kind == technique.kind and not a_format(one.kind)]
+            hint = same and (f"; --technique {technique.kind} continues the training of "
+                             f"{same[0].path}")
+            raise ValueError(where + of_technique(error, keywords) + (hint or "")) from error
     learning.settle(model)  # what learns now: a fixed patch claims nothing
     check_saved(model, technique, name)
     try_out(model)
