@@ -25,9 +25,9 @@ def of_readme():
     lines = ["| | technique | what it does | paper |", "|---|---|---|---|"]
     for heading, methods in groups().items():
         for i, method in enumerate(methods):
-            lines.append(
-                f"| {'' if i else heading} | `{method.path}` | {method.does} | {method.paper} |"
-            )
+            file = pathlib.Path(method.module.__file__).relative_to(ROOT.parent).as_posix()
+            lines.append(f"| {'' if i else heading} | [`{method.path}`]({file}) | {method.does} "
+                         f"| {method.paper} |")
     return "\n".join(lines) + "\n"
 
 

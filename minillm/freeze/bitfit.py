@@ -14,7 +14,7 @@ Cost: GPT-2's biases are 0.08% of its parameters. The gradient still runs throug
 whole model, because the lowest bias learns too, but no gradient of a weight is
 computed. After training there is no cost.
 
-The Llama family has no biases, so there BitFit is an error. The nearest method is to
+Llama has no biases, so there BitFit is an error. The nearest method is to
 name the norms in `targets`. The paper also trains the classifier on top; here the
 caller unfreezes a separate head. Not included: the paper's smaller sets, which are the
 biases of the queries and of the MLP's second layer: name them in `targets`.
