@@ -50,6 +50,9 @@ print(f"{N:,} weights in the blocks take {4 * N:,} bytes, the rest {REST:,}; {wh
 # group of neighbours:
 #
 # $$s = \max |w| / 127, \qquad q = \mathrm{round}(w / s), \qquad w \approx s q$$
+#
+# That is 8 bits, with the codes -127 to 127. With fewer bits the codes go from $-2^{b-1}$ to
+# $2^{b-1} - 1$, and $s$ is the smallest scale with which both ends of the row fit.
 
 # %%
 print(inspect.getsource(minillm.quant.grid.Grid.fit))
