@@ -107,7 +107,7 @@ def test_the_preview_does_not_hide_what_the_held_out_data_lost(run, tmp_path):
     assert "skipped: 1 bad record" in out and "odd.jsonl: " not in run.error
 
 
-@pytest.mark.parametrize("length", [64, 65])
+@pytest.mark.parametrize("length", [65, pytest.param(64, marks=pytest.mark.slow)])
 def test_eval_measures_windows_of_the_length_it_says(length, run):
     said = run("eval", "--task", "language", "--length", length, "--windows", 3)
     model, tokenizer = minillm.load(run.model)

@@ -22,15 +22,15 @@ HERE = pathlib.Path(__file__).parent
 RUN = """
 import sys, torch
 from test_distributed import run
-run(sys.argv[1], sys.argv[2])
+run(*sys.argv[1:])
 """
 
 
-def run(kind, directory):
+def run(kind, directory, *cases):
     """One of the processes: full, LoRA and LoRA on int8; then the same again from a checkpoint."""
     distributed.start()
     torch.set_num_threads(1)
-    for name, wraps in CASES.items():
+    for name, wraps in ((name, CASES[name]) for name in cases):
         for again in (False, True):
             model = wrapped(wraps, name)
             if kind == "sharded":
@@ -110,15 +110,18 @@ def measure(name):
     return dict(evaluate=lambda model: next(values), every=2)
 
 
-@pytest.mark.parametrize("kind", ["data parallel", "sharded"])
-def test_two_processes_train_as_one(tmp_path, kind):
+@pytest.mark.parametrize("kind, cases", [
+    ("data parallel", ("full", "lora")), ("sharded", ("lora on int8", "hf_gpt2")),
+    *(pytest.param(kind, (*CASES,), marks=pytest.mark.slow)
+      for kind in ("data parallel", "sharded"))])
+def test_two_processes_train_as_one(tmp_path, kind, cases):
     (tmp_path / "run.py").write_text(RUN)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*torchrun, str(tmp_path / "run.py"), kind, str(tmp_path)]
+    command = [*torchrun, str(tmp_path / "run.py"), kind, str(tmp_path), *cases]
     environment = {**os.environ, "PYTHONPATH": f"{HERE}:{HERE.parent}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    for name, wraps in CASES.items():
+    for name, wraps in ((name, CASES[name]) for name in cases):
         model = wrapped(wraps, name)
         expected = training(model, **measure(name))
         rough = 300 if "bfloat16" in wraps else 1  # the processes' gradients are rounded too

@@ -148,7 +148,7 @@ def test_a_last_write_that_fails_saves_where_there_is_room(run, tmp_path, monkey
     with monkeypatch.context() as patched:
         full(patched, tmp_path / "out")
         said = last_line(run, capsys, 1, *more)
-    assert "out/a.safetensors'; all steps are done, and saved in " in said
+    assert "out/a.safetensors: no space left on device; all steps are done, and saved in " in said
     (there,) = (tmp_path / "cache").iterdir()
     assert (
         f"{there}/step-00000004.safetensors: --checkpoints {there} --resume goes on from there"

@@ -44,10 +44,10 @@ WHOLE = [pytest.param(Whole(kind), marks=pytest.mark.slow, id=f"{kind}-all") for
 every_model = pytest.mark.parametrize("kind", [*MODELS, *WHOLE])
 
 
-def pairs(kind):
+def pairs(kind, each=1):
     """Pairs of kinds for one model: each pair is run on one of the six models, and under
-    `slow` on all."""
-    return PAIRS if isinstance(kind, Whole) else PAIRS[list(MODELS).index(kind) :: 6]
+    `slow` on all. each=3: every third of them, and under `slow` all."""
+    return PAIRS if isinstance(kind, Whole) else PAIRS[list(MODELS).index(kind) :: 6 * each]
 
 
 def alone(kind):
@@ -399,7 +399,7 @@ def test_loading_computes_nothing(key, tmp_path, monkeypatch):
 
 @every_model
 def test_deepcopy_state_dict_and_half_precision(kind):
-    for names in alone(kind) + pairs(kind):
+    for names in alone(kind) + pairs(kind, 3):
         what = f"{names} on {kind}"
         model = attach(build(kind), *names)
         expected = logits(model)
@@ -425,8 +425,7 @@ def test_deepcopy_state_dict_and_half_precision(kind):
 @every_model
 def test_training_mode(kind):
     """What is wrapped follows the model's mode, and only dropout tells the modes apart."""
-    some = pairs(kind)[:: 1 if isinstance(kind, Whole) else 4]
-    for names in alone(kind) + some:
+    for names in alone(kind) + pairs(kind, 6):
         model = attach(build(kind), *names)
         expected, what = logits(model), f"{names} on {kind}"
         model.train()
@@ -442,7 +441,8 @@ def test_training_mode(kind):
             f"{what}: put into eval mode")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16,
+                                   pytest.param(torch.float16, marks=pytest.mark.slow)])
 @every_model
 def test_merges_formats_and_casts_in_sequence(kind, dtype):
     """merge, cast, unmerge, unwrap, with and without a format beneath: one dtype

@@ -39,7 +39,8 @@ UNWRAPS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["Linear", "gpt2", "hf_gpt2"])
+@pytest.mark.parametrize("kind", ["gpt2", *(pytest.param(kind, marks=pytest.mark.slow)
+                                            for kind in ("Linear", "hf_gpt2"))])
 def test_bitfit_under_and_over_others(kind):
     every, all_biases = learning(build(kind)), biases(build(kind))
     top = learning(minillm.freeze.wrap(build(kind), last=1))

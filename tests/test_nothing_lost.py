@@ -29,8 +29,8 @@ def learn(run, technique, *more, steps=4, **options):
 # --- an adapter that is loaded stays as it is ---------------------------------------------------
 
 
-@pytest.mark.parametrize("first", ["lora", "quant",
-                                   pytest.param("prompts", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("first", ["lora", *(
+    pytest.param(name, marks=pytest.mark.slow) for name in ("prompts", "quant"))])
 def test_what_learns_over_a_loaded_adapter_is_saved(first, run):
     """The two files together have the held-out loss that the training reported."""
     learn(run, first, "--out", "first.safetensors")
