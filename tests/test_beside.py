@@ -104,3 +104,19 @@ def test_a_format_of_other_options_takes_the_place(before, after, tmp_path):
     assert [form.config() for form in forms] == [form.config() for form in expected]
     minillm.quant.unwrap(other), minillm.lora.unwrap(other)
     assert isinstance(other.layers[0].mlp.up_proj, torch.nn.Linear)
+
+
+def test_a_file_of_another_model_does_not_ask_for_itself(tmp_path):
+    """The hint names what was attached beside the file's own technique, or nothing."""
+    torch.manual_seed(0)
+    model = minillm.lora.wrap(build("llama"), r=2)
+    minillm.lora.save(model, tmp_path / "alone")
+    minillm.quant.wrap(model, bits=2)
+    minillm.lora.save(model, tmp_path / "beside")
+    other = build("llama")
+    other.layers[0].mlp.up_proj.weight.data += 9
+    with pytest.raises(ValueError, match="belongs to another model") as error:
+        minillm.lora.load(other, tmp_path / "alone")
+    assert "made beside" not in str(error.value)
+    with pytest.raises(ValueError, match="made beside quant: load the file of quant first"):
+        minillm.lora.load(other, tmp_path / "beside")

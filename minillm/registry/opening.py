@@ -169,8 +169,9 @@ def check_base(model, metadata, path, any_base=False):
     if difference and missing:
         first = missing[0]
         difference += f". It was made over {first}: load the file of {first} first"
-    beside = metadata.get("beside") and set(map(str, field(metadata, "beside", path, list)))
-    if difference and not missing and (gone := sorted((beside or set()) - here_names(model))):
+    own = {metadata.get("name"), metadata["technique"]}
+    gone = sorted((beside(metadata, path) or set()) - here_names(model) - own)
+    if difference and not missing and gone:
         difference += f". It was made beside {gone[0]}: load the file of {gone[0]} first"
     if lack:
         difference = (f"{lack}. Load the file of each technique in the order in which they were "
@@ -179,6 +180,13 @@ def check_base(model, metadata, path, any_base=False):
         raise ValueError(f"{path} belongs to another model: {difference}; "
                          "any_base=True loads it all the same")
     return over
+
+
+def beside(metadata, path):
+    """The names of what was attached when the file was written; None for an earlier minillm's."""
+    if "beside" in metadata:
+        return set(map(str, field(metadata, "beside", path, list)))
+    return None
 
 
 def here_names(model):
@@ -194,12 +202,10 @@ def check_beside(model, name, metadata, path, own, made, any_base=False):
     own: learned parameters of the file; made: {site: new Patch or Format}.
     """
     others = (names_of(model) | {one.brought for *_, one in said(model) if one.brought}) - {name}
-    if "beside" in metadata:
-        others -= set(map(str, field(metadata, "beside", path, list)))
-    else:
-        others = set()
-    if any_base or not others:
+    before = beside(metadata, path)
+    if any_base or before is None or not others - before:
         return
+    others -= before
     here = {slot: p for slot, p, _ in said(model) if p is not None}
     here |= {f"{site.name}.weight": site.module.weight
              for site in walk(model) if isinstance(site.module, Format)}

@@ -135,11 +135,11 @@ def over(name, model, own=()):
     stored = [site for site in walk(model)
               if isinstance(site.module, Format) and site.module.name == name]
     if stored:
-        if any(p.requires_grad for p in dict(own).values()):
-            return {patch.name for patch in patches(model)
-                    if patch.active and any(True for _ in patch.parameters())}
-        return {patch.name for site in stored if site.layer
-                for patch in site.layer.patches.values() if patch.start}
+        learns = any(p.requires_grad for p in dict(own).values())
+        adapters = [patch for patch in patches(model) if any(True for _ in patch.parameters())]
+        return ({patch.name for site in stored if site.layer
+                 for patch in site.layer.patches.values() if patch.start}
+                | {patch.name for patch in adapters if learns and patch.active})
     return here & {one for patch in patches(model) if patch.name == name for one in patch.over}
 
 
