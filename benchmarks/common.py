@@ -23,19 +23,31 @@ import warnings
 import torch
 from tqdm.auto import tqdm
 
+import minillm
 from minillm import checkpoints, files, zoo
 from minillm.measure import report
 
 HERE = pathlib.Path(__file__).parent
+SHAPES = {  # with SmolLM2's tokenizer; its own weights where there is no configuration
+    "smollm2": None,
+    "1b": minillm.Config(49152, 2048, 16, 32, kv_heads=8, ffn=8192, positions=4096),
+}
 
 
-def arguments(text):
+def arguments(text, **numbers):
+    """The options of all benchmarks, and a benchmark's own `numbers` with their defaults."""
     parser = argparse.ArgumentParser(description=text)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2",
+                        help="smollm2: SmolLM2-135M itself; 1b: a Llama of 1.1B random weights")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sides", nargs="+", help="only these")
     parser.add_argument("--threads", type=int, help="of the CPU; by default all cores")
-    return parser.parse_args()
+    for name, default in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    args = parser.parse_args()
+    args.numbers = numbers
+    return args
 
 
 def run(module, sides, args, settings):
@@ -103,11 +115,16 @@ def ratio(rows, base, key):
     return statistics.median(a[key] / b[key] for a, b in zip(rows, base))
 
 
-def checkpoint():
-    """A directory with SmolLM2 in float32, in the Hugging Face layout, that all sides load."""
-    path = files.cache() / "smollm2-float32"
+def checkpoint(shape="smollm2"):
+    """A directory with the model of the shape in the Hugging Face layout, that all sides load:
+    SmolLM2 in float32, or random weights in bfloat16."""
+    config = SHAPES[shape]
+    path = files.cache() / (f"llama-{shape}-bfloat16" if config else "smollm2-float32")
     if not (path / "config.json").exists():
         model, tokenizer = zoo.load("smollm2", dtype="float32")
+        if config:
+            torch.manual_seed(0)
+            model = minillm.Transformer(config).bfloat16()
         checkpoints.save(model, path, tokenizer=tokenizer)
     return str(path)
 
@@ -155,6 +172,12 @@ def keep(name, args, settings, rows, limits):
         except ImportError:
             pass
     command = f"python -m benchmarks.{name}" + f" --device {device}" * (device != "cpu")
+    if args.shape != "smollm2":
+        command += f" --shape {args.shape}"
+        name += f"-{args.shape}"
+    for option, default in args.numbers.items():
+        if getattr(args, option) != default:
+            command += f" --{option} {getattr(args, option)}"
     if args.sides:
         command += " --sides " + " ".join(f'"{side}"' for side in args.sides)
     kept = dict(benchmark=name, command=command,
@@ -164,9 +187,9 @@ def keep(name, args, settings, rows, limits):
     with files.atomic(HERE / "results" / f"{name}-{device}{some}.json") as new:
         new.write_text(json.dumps(kept, indent=2) + "\n")
     parts = [
-        "# Benchmarks\n\nSmolLM2-135M. The command above each table writes it; "
-        "`benchmarks/common.py` explains how it measures. Ratios are medians over the rounds of "
-        "one run, in which the sides take turns."
+        "# Benchmarks\n\nSmolLM2-135M, or the shape that the command names. The command above "
+        "each table writes it; `benchmarks/common.py` explains how it measures. Ratios are "
+        "medians over the rounds of one run, in which the sides take turns."
     ]
     every = [json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))]
     parts += [section(one) for one in every if "benchmark" in one]

@@ -101,7 +101,7 @@ def llama_cpp(side, settings):
             if len(new) == settings["new"]:
                 return new
 
-    return prefill, generate, 134_515_008 * 4
+    return prefill, generate, settings["parameters"] * 4
 
 
 def weights(model):
@@ -119,8 +119,9 @@ def memory(module):
 
 def main():
     args = common.arguments(__doc__)
-    settings = dict(SETTINGS, checkpoint=common.checkpoint())
+    settings = dict(SETTINGS, checkpoint=common.checkpoint(args.shape))
     model, tokenizer = minillm.load(settings["checkpoint"])
+    settings["parameters"] = sum(p.numel() for p in model.parameters())
     try:
         import llama_cpp  # noqa: F401
 

@@ -1,5 +1,5 @@
 """A training step of LoRA, and of DoRA, on SmolLM2, beside transformers + peft: r=8 on
-the seven projections, 4 x 128 tokens, AdamW.
+the seven projections, 4 x 128 tokens (--batch, --length), AdamW.
 
 All sides start from the same adapter tensors and take the same batches, so their losses
 have to agree; the table says how far they are apart. A LoRA step takes about 4 N
@@ -19,7 +19,7 @@ SIDES = {f"{library} {technique}{dtype}{' compiled' * compiled}": dict(
          for technique, dtype in (("", "float32"), ("", "bfloat16"), ("DoRA ", "float32"))
          for library, compiled in (("peft", False), ("minillm", False), ("minillm", True))}
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-SETTINGS = dict(r=8, alpha=16, batch=4, length=128, lr=1e-4, steps=4, warmup=3)
+SETTINGS = dict(r=8, alpha=16, lr=1e-4, steps=4, warmup=3)
 
 
 def setup(side, settings):
@@ -87,9 +87,12 @@ def setup(side, settings):
 
 
 def main():
-    args = common.arguments(__doc__)
-    settings = dict(SETTINGS, checkpoint=common.checkpoint())
-    _, tokenizer = minillm.load(settings["checkpoint"])
+    args = common.arguments(__doc__, batch=4, length=128)
+    settings = dict(SETTINGS, batch=args.batch, length=args.length,
+                    checkpoint=common.checkpoint(args.shape))
+    model, tokenizer = minillm.load(settings["checkpoint"])
+    size = sum(p.numel() for p in model.parameters())
+    del model
     ids = tokenizer.encode(minillm.data.topics())
     settings["ids"] = ids[
         : settings["batch"]
@@ -98,7 +101,7 @@ def main():
     ]
     limits = common.limits(args.device)
     found = common.run("benchmarks.lora_step", SIDES, args, settings)
-    size, rows = 134_515_008, []
+    rows = []
     for name, measured in found.items():
         dtype = SIDES[name]["dtype"]
         base = found.get(f"peft {'DoRA ' * SIDES[name]['dora']}{dtype}", measured)

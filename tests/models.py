@@ -1,11 +1,17 @@
 """The models that the laws are run on, each small and random: ids (b, t) of 0 .. 23 ->
 logits (b, t, 24)."""
 
+import os
+
 import torch
 from conftest import hugging_face
 from torch import nn
 
 import minillm
+
+
+# With MINILLM_TEST_DEVICE=cuda, tests/test_laws.py and all that use `build` run there.
+DEVICE = os.environ.get("MINILLM_TEST_DEVICE", "cpu")
 
 
 class Block(nn.Module):
@@ -76,7 +82,7 @@ def build(name):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)
-    return model
+    return model.to(DEVICE)
 
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])
@@ -85,9 +91,10 @@ IDS = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])
 def logits(model, ids=None):
     """The model's logits for ids, or for IDS as the attached techniques prepare them (soft
     prompts in front)."""
+    device = next(iter(model.state_dict().values())).device
     if ids is None:
-        ids, _, _ = minillm.prepare(model, IDS.to(next(iter(model.state_dict().values())).device))
-    output = model(ids)
+        ids, _, _ = minillm.prepare(model, IDS.to(device))
+    output = model(ids.to(device))
     return getattr(output, "logits", output)
 
 

@@ -514,7 +514,9 @@ def test_on_cuda(kind):
     for names in alone(kind) + pairs(kind):
         model = attach(build(kind), *names)
         expected = logits(model)
-        close("7 cuda", logits(model.cuda()).cpu(), expected, f"{names} on {kind}", 1e-4)
+        # a weight in the middle between two codes is rounded to either of them
+        near = 0.05 if coarse(*names) and forgets(*names) else 1e-4
+        close("7 cuda", logits(model.cuda()).cpu(), expected.cpu(), f"{names} on {kind}", near)
         there = attach(build(kind).cuda(), *names)
         law("7 cuda", all(t.is_cuda for t in there.state_dict().values()),
             f"{names} on {kind}: wrapped on the device")

@@ -119,7 +119,7 @@ def stored(name, t, wanted):
         if not largest <= torch.finfo(torch.float16).max:
             raise ValueError(f"{name} holds {largest:.3g}, which a 16-bit float cannot: write the "
                              "GGUF as 'bf16' or 'f32'")
-    return gguf.quants.quantize(t.float().contiguous().numpy(), wanted)
+    return gguf.quants.quantize(t.float().contiguous().cpu().numpy(), wanted)
 
 
 def add_field(writer, name, value):

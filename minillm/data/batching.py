@@ -50,8 +50,8 @@ class Batches:
         """The epoch's permutation of the examples."""
         if self.shuffled[0] != self.epoch:
             digest = hashlib.sha256(f"{self.seed} {self.epoch}".encode()).digest()
-            draw = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-            order = torch.randperm(len(self.examples), generator=draw).tolist()
+            draw = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            order = torch.randperm(len(self.examples), generator=draw, device="cpu").tolist()
             self.shuffled = self.epoch, order
         return self.shuffled[1]
 

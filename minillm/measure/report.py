@@ -99,8 +99,8 @@ def report(model, batch=1, length=128, repeats=5, vocabulary=None):
     length = min(
         length, getattr(config, "positions", getattr(config, "max_position_embeddings", length))
     )
-    numbers = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocabulary, (batch, length), generator=numbers).to(device)
+    numbers = torch.Generator("cpu").manual_seed(0)
+    ids = torch.randint(vocabulary, (batch, length), generator=numbers, device="cpu").to(device)
     return Report(
         parameters=sum(p.numel() for p in model.parameters()),
         trainable=sum(p.numel() for p in learning),

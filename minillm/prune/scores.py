@@ -41,5 +41,6 @@ class Random:
     seed: int = 0
 
     def __call__(self, site):
-        draw = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {site.name}".encode()))
-        return torch.rand(site.shape, generator=draw).to(site.new(0).device)
+        draw = torch.Generator("cpu")  # the same numbers whatever the device is
+        draw.manual_seed(zlib.crc32(f"{self.seed} {site.name}".encode()))
+        return torch.rand(site.shape, generator=draw, device="cpu").to(site.new(0).device)

@@ -41,7 +41,7 @@ def threads(work, pieces):
 def by_rows(scores, sparsity):
     """Scores (n, m) -> mask (n, m): round(sparsity * m) of each row are False."""
     n, m = scores.shape
-    k, keep = round(sparsity * m), torch.ones(n, m, dtype=torch.bool)
+    k, keep = round(sparsity * m), torch.ones(n, m, dtype=torch.bool, device="cpu")
     if k and n:
         s, few = floats(scores), max(PIECE // m, 1)
         threads(lambda s, keep: some_rows(s, k, keep),
@@ -68,7 +68,7 @@ def some_rows(s, k, keep):
 
 def together(every, sparsity):
     """The masks of several score matrices: exactly this share of all is False."""
-    keep = [torch.ones(scores.shape, dtype=torch.bool) for scores in every]
+    keep = [torch.ones(scores.shape, dtype=torch.bool, device="cpu") for scores in every]
     size = sum(scores.numel() for scores in every)
     if k := round(sparsity * size):
         flat = [(floats(s).ravel(), mask.numpy().ravel()) for s, mask in zip(every, keep)]
@@ -102,7 +102,7 @@ def threshold(parts, k):
 
 def by_neighbours(scores, k, m):
     """Scores (n, i) -> mask (n, i), False at the k smallest of each m neighbours."""
-    keep, some = torch.ones(scores.shape, dtype=torch.bool), PIECE // m
+    keep, some = torch.ones(scores.shape, dtype=torch.bool, device="cpu"), PIECE // m
     s, mask = floats(scores).reshape(-1, m), keep.numpy().reshape(-1, m)  # (n, i) -> (n * i / m, m)
     threads(lambda s, mask: some_neighbours(s, k, mask),
             [(s[i : i + some], mask[i : i + some]) for i in range(0, len(s), some)])
