@@ -17,6 +17,7 @@ import multiprocessing
 import pathlib
 import platform
 import statistics
+import threading
 import time
 import warnings
 
@@ -85,6 +86,7 @@ def run(module, sides, args, settings):
 def serve(module, side, settings, pipe):
     """A side's process: set up, then measure whenever asked."""
     warnings.simplefilter("ignore")  # of the libraries that are measured
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed process leaves
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
     try:

@@ -120,3 +120,7 @@ def test_a_file_of_another_model_does_not_ask_for_itself(tmp_path):
     assert "made beside" not in str(error.value)
     with pytest.raises(ValueError, match="made beside quant: load the file of quant first"):
         minillm.lora.load(other, tmp_path / "beside")
+    both = minillm.quant.qat.wrap(minillm.quant.wrap(build("llama"), bits=2))  # of one family
+    minillm.quant.save(both, tmp_path / "qat", "qat")
+    with pytest.raises(ValueError, match="made beside quant: load the file of quant first"):
+        minillm.quant.load(other, tmp_path / "qat")

@@ -550,8 +550,19 @@ def test_a_stack_of_several_methods(number, tmp_path):
     again = build(kind)
     for i, key in enumerate(names):
         technique(key).save(model, tmp_path / str(i))
-    for i, key in enumerate(names):
-        technique(key).load(again, tmp_path / str(i))
+    files = list(enumerate(names))
+    while files:
+        i, key = files[0]
+        try:
+            technique(key).load(again, tmp_path / str(i))
+        # GPTQ's codes are not W rounded: what was wrapped before it was saved over another base
+        except ValueError as error:
+            law("8 stacks", "made beside quant: load the file of quant first" in str(error)
+                and same(state(again), state(build(kind))), f"{what}: {error}")
+            files.sort(key=lambda file: name_of(file[1]) != "quant")
+            assert files[0][1].startswith("gptq"), what
+        else:
+            files.pop(0)
     close("8 stacks", logits(again), expected, f"{what}: loaded")
     plain, left = build(kind), list(names)
     while left:

@@ -217,6 +217,7 @@ def ignored():
 def answer(there):
     """The work of the process that `apart` starts."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # for Windows, where nothing is inherited
+    tqdm.set_lock(threading.RLock())  # tqdm's own is a semaphore, which a killed process leaves
     try:
         function, arguments = there.recv()
         found = function(*arguments), None

@@ -10,7 +10,7 @@ import safetensors
 import torch
 
 from minillm.registry import fingerprint
-from minillm.registry.kinds import Format
+from minillm.registry.kinds import Format, Patch
 from minillm.registry.learned import shapes
 from minillm.registry.learning import noted, said
 from minillm.registry.names import names_of
@@ -169,8 +169,8 @@ def check_base(model, metadata, path, any_base=False):
     if difference and missing:
         first = missing[0]
         difference += f". It was made over {first}: load the file of {first} first"
-    own = {metadata.get("name"), metadata["technique"]}
-    gone = sorted((beside(metadata, path) or set()) - here_names(model) - own)
+    own = {metadata.get("name"), metadata.get("kind", metadata["technique"])}
+    gone = sorted((beside(metadata, path) or set()) - here_names(model) - own, key=moves)
     if difference and not missing and gone:
         difference += f". It was made beside {gone[0]}: load the file of {gone[0]} first"
     if lack:
@@ -180,6 +180,11 @@ def check_base(model, metadata, path, any_base=False):
         raise ValueError(f"{path} belongs to another model: {difference}; "
                          "any_base=True loads it all the same")
     return over
+
+
+def moves(name):
+    """A key that sorts formats first, which may have changed every number of the base."""
+    return not issubclass(KINDS.get(name, Patch), Format), name
 
 
 def beside(metadata, path):
