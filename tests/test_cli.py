@@ -361,3 +361,20 @@ def test_chat_takes_a_template_that_joins_texts(run, model, tmp_path, monkeypatc
     lines = iter(["hello", ""])
     monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
     run("chat", "--model", "joins", "--max-new-tokens", 2)
+
+
+def test_every_option_reaches_the_training(run, monkeypatch):
+    """train.train gets what each option says."""
+    seen, train = {}, minillm.train.train
+    monkeypatch.setattr(minillm.train, "train",
+                        lambda *args, **told: seen.update(told) or train(*args, **told))
+    given = dict(steps=7, rate=0.02, batch_size=3, accumulate=2, schedule="linear", warmup=2,
+                 weight_decay=0.3, clip=0.5, seed=4, every=5, patience=6, save_every=3, keep=1,
+                 checkpoints="states", log="log.jsonl")
+    options = [text for name, value in given.items()
+               for text in (f"--{name.replace('_', '-')}", value)]
+    run("train", "--data", "a.txt", "--length", 64, "--eval-share", 0.5, "--out", "x.safetensors",
+        *options)
+    given["lr"] = given.pop("rate")
+    assert {name: str(seen[name]) for name in given} == {n: str(v) for n, v in given.items()}
+    assert seen["epochs"] is None and seen["resume"] is False and seen["held_out"]

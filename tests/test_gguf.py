@@ -176,3 +176,6 @@ def test_values_of_every_type_are_skipped(tmp_path, tokenizer):
     writer.write_tensors_to_file()
     writer.close()
     ours.check(tmp_path / "m.gguf")
+    with pytest.raises(ValueError, match="lacks|has no|missing") as error:
+        zoo.load(tmp_path / "m.gguf")
+    assert "not a whole GGUF file" not in str(error.value)

@@ -190,6 +190,13 @@ def test_questions_are_what_comes_before_the_answer(write, tokenizer, bare):
     assert data.questions(write("a.txt", "hello"), bare).texts == 1
 
 
+def test_a_question_has_the_special_tokens_of_its_template_alone(write, bare):
+    """A tokenizer that ends each text does not end the question."""
+    ends = SentencePiece(bare.proto, user_files.CHAT, add_eos=True)
+    [ids] = data.questions(write("a.jsonl", [{"messages": [USER, BOT]}]), ends).ids
+    assert ends.encode("hi")[-1] == ends.eos and ends.eos not in ids
+
+
 # --- what is shown -------------------------------------------------------------------------------
 
 

@@ -220,3 +220,14 @@ def test_what_waits_has_no_gradient():
 def test_conv1d_has_the_same_parts():
     assert [block.mlp.name
             for block in roles.parts(conv1d()).blocks] == [f"layers.{i}.mlp" for i in range(3)]
+
+
+@pytest.mark.parametrize("layers, last, message", [
+    (1, 1, "last=1: 'layers' has one block, and none below it to freeze"),
+    (3, 0, "last=0: 'layers' has 3 blocks, so last is from 1 to 2"),
+    (3, 3, "last=3: 'layers' has 3 blocks, so last is from 1 to 2"),
+])
+def test_how_many_blocks_can_learn(layers, last, message):
+    model = minillm.Transformer(minillm.Config(24, 16, layers, 2))
+    with pytest.raises(ValueError, match=message):
+        minillm.freeze.wrap(model, last=last)

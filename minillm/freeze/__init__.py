@@ -64,6 +64,8 @@ def lowest(model, last):
     if len({id(block.module) for block in blocks}) < n:
         raise ValueError(f"a block of {name!r} occurs twice, so it is not clear which blocks are "
                          "the last: name the modules in targets=")
+    if n == 1:
+        raise ValueError(f"last={last}: {name!r} has one block, and none below it to freeze")
     if not 0 < last < n:
         raise ValueError(f"last={last}: {name!r} has {n} blocks, so last is from 1 to {n - 1}")
     first = blocks[n - last].name
