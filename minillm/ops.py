@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 # torch 2.12.
 AUTOCAST = {device for device in ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "maia")
             if torch.amp.is_autocast_available(device)}
+AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def linear(x, W, b=None):
@@ -48,10 +49,14 @@ def single(x):
 
 
 def words_fit(x, q):
-    """Whether `row_of_codes` applies: one row x without a gradient, rows of whole words."""
+    """Whether `row_of_codes` applies: one row x without a gradient, rows of whole words.
+
+    With AVX-512, `linear` is as fast for int8: one instruction loads 16 codes as integers.
+    """
     learns = torch.is_grad_enabled() and x.requires_grad
     whole = q.shape[1] % 4 == 0 and q.is_contiguous()
-    return single(x) and not learns and whole and x.dtype != torch.float64
+    fast = AVX512 and q.dtype == torch.int8 and x.dtype == torch.float32
+    return single(x) and not learns and whole and not fast and x.dtype != torch.float64
 
 
 def row_of_codes(x, q, width, zero=0):

@@ -6,7 +6,7 @@ from models import build
 
 import minillm
 from minillm import data
-from minillm.model.attention import attend, count, fused, visible
+from minillm.model.attention import attend, attend_once, count, fused, visible
 from minillm.model.cache import Cache
 from minillm.model.generate import left_pad
 from minillm.train import loss_sum
@@ -36,6 +36,19 @@ def test_the_fused_kernel_computes_what_is_written_out(t, s, grouped, masked):
     if masked:
         mask[..., 0] = True
     close(attend(q, k, v, mask), fused(q, k, v, mask))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_one_token_in_compiled_code_is_the_same_attention(groups):
+    q, mask = torch.randn(1, 4, 1, 8), torch.rand(1, 1, 1, 9) < 0.6
+    k, v = (torch.randn(1, groups, 9, 8) for _ in range(2))
+    mask[..., 0] = True
+    close(attend_once(q, k, v, mask), attend(q, k, v, mask))
+    compiled = torch.compile(fused, backend="eager", fullgraph=True)
+    assert compiled(q, k, v, mask).equal(attend_once(q, k, v, mask))
+    assert compiled(q, k, v, None).equal(fused(q, k, v, None)), "not without a mask"
+    two = (torch.cat([t, t]) for t in (q, k, v))
+    close(compiled(*two, mask)[:1], attend(q, k, v, mask))
 
 
 def test_each_token_sees_what_the_rule_says():

@@ -294,10 +294,12 @@ def test_a_row_of_codes_is_the_product_with_the_codes(options, into):
 
 
 def test_a_row_of_codes_is_for_one_row_in_compiled_code():
-    q, x = torch.zeros(5, 16, dtype=torch.int8), torch.randn(1, 16)
+    q, x = torch.zeros(5, 16, dtype=torch.uint8), torch.randn(1, 16)
     assert not ops.words_fit(x, q)
     compiled = torch.compile(lambda x, q: torch.tensor(ops.words_fit(x, q)), backend="eager")
     assert compiled(x, q)
+    assert compiled(x, q.to(torch.int8)) != ops.AVX512
+    assert compiled(x.bfloat16(), q.to(torch.int8))
     for x, q in ((torch.randn(2, 16), q), (x.double(), q), (x.clone().requires_grad_(), q),
                  (x, q[:, :14]), (x, q.T)):
         assert not compiled(x, q)

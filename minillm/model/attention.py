@@ -37,6 +37,7 @@ of the first document no longer sees the first:
 import torch
 import torch.nn.functional as F
 
+from minillm import ops
 from minillm.registry import same_shape
 
 
@@ -114,8 +115,22 @@ def attend(q, k, v, mask=None):
     return score.masked_fill(~mask, -torch.inf).softmax(-1) @ v
 
 
+def attend_once(q, k, v, mask):
+    """What `attend` computes for one token of one row, as multiplications and sums.
+
+    torch.compile fuses these with the operations around them, where a call of `fused`'s
+    kernel would divide the block into two pieces.
+    """
+    q = q.unflatten(1, (k.shape[1], -1)) / q.shape[-1] ** 0.5  # (1, h, 1, d) -> (1, g, h/g, 1, d)
+    score = (q * k[:, :, None]).sum(-1)  # (1, g, h/g, s)
+    p = score.masked_fill(~mask, -torch.inf).softmax(-1)
+    return (p[..., None] * v[:, :, None]).sum(-2)[:, :, :, None].flatten(1, 2)  # (1, h, 1, d)
+
+
 def fused(q, k, v, mask=None):
     """What `attend` computes, in one kernel: the scores (b, h, t, s) are never stored whole."""
+    if mask is not None and ops.single(q.flatten(1)):
+        return attend_once(q, k, v, mask)
     causal = mask is None and q.shape[2] > 1
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
