@@ -12,6 +12,7 @@ from minillm import measure
 from minillm.calling import logits, native
 from minillm.train import loss_sum
 from minillm.train.loop import check_compiled
+from minillm.train.room import positions
 
 ROWS = [[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5], [8, 9, 7, 9, 3]]
 
@@ -148,6 +149,29 @@ FIRST_POSITIONS = {  # {class: options of its configuration}; those before OPT h
 }
 
 
+@torch.no_grad()
+def made(name):
+    torch.manual_seed(0)
+    cls = getattr(hugging_face(), name)
+    model = cls(cls.config_class(**FIRST_POSITIONS[name])).eval()
+    for p in model.parameters():
+        p.add_(0.2 * torch.randn_like(p))
+    return model
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", FIRST_POSITIONS)
+@torch.no_grad()
+def test_the_longest_text_fits_and_one_more_token_does_not(name):
+    model = made(name)
+    room = positions(model)
+    assert (room is None) == (name == "XGLMForCausalLM")  # its positions are computed
+    if room:
+        assert model(torch.full((1, room), 5)).logits.shape[1] == room
+        with pytest.raises((IndexError, RuntimeError)):
+            model(torch.full((1, room + 1), 5))
+
+
 @pytest.mark.parity
 @pytest.mark.parametrize("left", [True, False])
 @pytest.mark.parametrize("name, family", [
@@ -158,12 +182,7 @@ FIRST_POSITIONS = {  # {class: options of its configuration}; those before OPT h
 @torch.no_grad()
 def test_padded_rows_have_the_positions_that_they_have_alone(name, family, left):
     """Also the row with the id 1, which some of these models take for padding."""
-    transformers = hugging_face()
-    torch.manual_seed(0)
-    cls = getattr(transformers, name)
-    model = cls(cls.config_class(**FIRST_POSITIONS[name])).eval()
-    for p in model.parameters():
-        p.add_(0.2 * torch.randn_like(p))
+    model = made(name)
     if family:
         family.wrap(model, ["position_embeddings"])
     ids, _, mask = padded(left)

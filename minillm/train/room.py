@@ -42,12 +42,18 @@ def check_room(model, examples, what="example"):
 
 
 def positions(model):
-    """How many positions the model has; None if they are unlimited or unknown."""
+    """How many positions the model has; None if they are unlimited or unknown.
+
+    A table with a padding_idx (RoBERTa's) has the first position in the row after it.
+    """
     config = getattr(model, "config", None)
     own = getattr(config, "positions", None)  # of minillm's Transformer
-    table = any(site.name.rsplit(".", 1)[-1] in LEARNED and isinstance(site.module, nn.Embedding)
-                for site in walk(model))  # transformers' rotary positions are unlimited
-    return own or (getattr(config, "max_position_embeddings", None) if table else None)
+    tables = [site for site in walk(model) if site.name.rpartition(".")[2] in LEARNED
+              and (isinstance(site.module, nn.Embedding) or site.leaf and site.leaf.lookup)]
+    rows = getattr(config, "max_position_embeddings", None)
+    if own or not tables or rows is None:  # transformers' rotary positions are unlimited
+        return own
+    return rows - min(1 + site.padding if site.padding is not None else 0 for site in tables)
 
 
 def longest(example):
