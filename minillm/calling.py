@@ -5,7 +5,7 @@ import inspect
 import torch
 
 from minillm.model.transformer import Transformer
-from minillm.registry import walk
+from minillm.registry import by_rows, walk
 
 POSITIONS = ("position_embeddings", "embed_positions")  # tables of positions with a padding_idx
 
@@ -82,7 +82,8 @@ def positions(model, ids, mask):
 def logits_at(model, ids, mask, keep):
     """The logits (n, vocab) at the n places of ids[:, :-1] where keep (b, t - 1) is True."""
     if native(model):
-        return model.lm_head(model.hidden(ids, mask)[:, :-1][keep])
+        h, head = model.hidden(ids, mask)[:, :-1], model.lm_head  # (b, t - 1, width)
+        return head(h)[keep] if by_rows(head) else head(h[keep])
     return logits(model, ids, mask, alone=False)[:, :-1][keep]
 
 

@@ -50,6 +50,9 @@ def test_one_token_in_compiled_code_is_the_same_attention(groups):
     assert compiled(q, k, v, None).equal(fused(q, k, v, None)), "not without a mask"
     two = (torch.cat([t, t]) for t in (q, k, v))
     close(compiled(*two, mask)[:1], attend(q, k, v, mask))
+    q, mask = torch.randn(1, 4, 3, 8), torch.rand(1, 1, 3, 9) < 0.6
+    mask[..., 0] = True
+    close(compiled(q, k, v, mask), attend(q, k, v, mask))  # a row of three tokens: a prompt
 
 
 def test_each_token_sees_what_the_rule_says():

@@ -23,7 +23,7 @@ inputs that they do not get in the changed model.
 Memory: the hidden states of all tokens, and the activations of one block for one batch.
 Time: about four forward passes. A group of leaves outside of the blocks (a head that is
 named) costs one more pass of the whole model. So does every group of a model without
-blocks.
+blocks, and of one that calls a block more than once (ALBERT).
 
 Padding never counts. Each block has to get the hidden state that the block before it
 returns; a model that changes it in between is an error. GPTQ's code gives the masks of
@@ -46,7 +46,7 @@ import torch
 from tqdm.auto import tqdm
 
 from minillm import options
-from minillm.calibrate.watch import enter, gather, groups, standing, state
+from minillm.calibrate.watch import called_again, enter, gather, groups, standing, state
 from minillm.calling import arguments, logits, native
 from minillm.data import Example, check_examples, collate
 from minillm.model.generate import evaluating
@@ -105,18 +105,24 @@ def stream(model, examples, change, targets=None, *, statistic=Gram, batch_size=
         if len(site.places) > 1:
             raise ValueError(f"{site.name!r} is used in {len(site.places)} places, which have "
                              "different inputs: leave it out of targets=")
+    def whole(batch):
+        give = model if native(model) else lambda *known: logits(model, *known)
+        give(batch.ids, batch.mask)
+
     blocks = roles.blocks(model) if roles.lists(model) else []
-    inside = [[site for site in sites if f"{site.name}.".startswith(f"{block.name}.")]
-              for block in blocks]
-    while inside and not inside[-1]:  # no leaf of the last block is chosen
-        blocks, inside = blocks[:-1], inside[:-1]
-    within = {site.name for group in inside for site in group}
-    names = [site.name for site in order]
-    first = names.index(blocks[0].name) if blocks else len(names)
-    rest = [site for site in sites if site.name not in within]
-    before = [site for site in rest if names.index(site.name) < first]
     with quiet(model), tqdm(total=len(sites), desc="calibrate", disable=not progress) as bar:
         batches = list(cut(model, examples, options.whole("batch_size", batch_size)))
+        if called_again(whole, blocks, batches[0]):
+            blocks = []
+        inside = [[site for site in sites if f"{site.name}.".startswith(f"{block.name}.")]
+                  for block in blocks]
+        while inside and not inside[-1]:  # no leaf of the last block is chosen
+            blocks, inside = blocks[:-1], inside[:-1]
+        within = {site.name for group in inside for site in group}
+        names = [site.name for site in order]
+        first = names.index(blocks[0].name) if blocks else len(names)
+        rest = [site for site in sites if site.name not in within]
+        before = [site for site in rest if names.index(site.name) < first]
 
         def settle(run, chosen):
             for group, once in groups(run, batches[0], chosen):
@@ -124,10 +130,6 @@ def stream(model, examples, change, targets=None, *, statistic=Gram, batch_size=
                 for site in group:
                     change(site, found)
                     bar.update()
-
-        def whole(batch):
-            give = model if native(model) else lambda *known: logits(model, *known)
-            give(batch.ids, batch.mask)
 
         settle(whole, before)
         enter(whole, blocks, batches, [site for group in inside for site in group])

@@ -7,6 +7,7 @@ patch changes the input, the hook is on the leaf itself.
 
 import collections
 import contextlib
+import dataclasses
 
 import torch
 
@@ -111,9 +112,6 @@ def tokens(x, mask, name):
 
 def enter(run, blocks, batches, sites):
     """Record the blocks' inputs in each batch; ValueError if they form no chain."""
-    if len({id(block.module) for block in blocks}) < len(blocks):
-        raise ValueError(f"some of the blocks of {blocks[0].name.rpartition('.')[0]!r} are the "
-                         "same module, which has different inputs each time")
     reached = set()
     notes = [on_input(site, lambda x, name=site.name: reached.add(name)) for site in sites]
     for batch in batches if blocks else ():
@@ -125,6 +123,21 @@ def enter(run, blocks, batches, sites):
     if missed:
         raise ValueError(f"no example reaches {missed[0]!r} ({len(missed)} such): give more of "
                          "them, or leave it out of targets=")
+
+
+def called_again(run, blocks, batch):
+    """Whether the model calls a block more than once, seen with one row of a batch."""
+    calls = collections.Counter()
+
+    def count(block):
+        module = standing(block)
+        return lambda: module.register_forward_pre_hook(lambda *_: calls.update([id(module)]))
+
+    row = dataclasses.replace(batch, ids=batch.ids[:1],
+                              mask=None if batch.mask is None else batch.mask[:1])
+    with watching(*[count(block) for block in {id(block): block for block in blocks}.values()]):
+        run(row)
+    return any(n > 1 for n in calls.values())
 
 
 def doors(blocks, batch):

@@ -8,7 +8,7 @@ from minillm.calling import logits, native
 from minillm.data import check_examples, collate
 from minillm.measure.intervals import score
 from minillm.measure.scores import listed, metric
-from minillm.registry import prepare
+from minillm.registry import by_rows, prepare
 from minillm.model.generate import evaluating, left_pad
 
 
@@ -27,12 +27,13 @@ def nll(model, ids, labels, mask=None):
         )
         target, keep = labels[:, 1:], labels[:, 1:] != -100
         if native(model):
-            h = model.hidden(ids, mask)[:, :-1][keep]  # (kept, width)
-            # The head is applied to 512 rows at a time, which bounds the memory of the logits.
-            pieces = [
-                F.cross_entropy(model.lm_head(x).float(), y, reduction="none")
-                for x, y in zip(h.split(512), target[keep].split(512))
-            ]
+            h = model.hidden(ids, mask)[:, :-1]  # (b, t - 1, width)
+            if by_rows(model.lm_head):  # its adapters need the rows of the batch
+                pieces = [F.cross_entropy(model.lm_head(h)[keep].float(), target[keep],
+                                          reduction="none")]
+            else:  # 512 tokens at a time, which bounds the memory of the logits
+                pieces = [F.cross_entropy(model.lm_head(x).float(), y, reduction="none")
+                          for x, y in zip(h[keep].split(512), target[keep].split(512))]
             kept = torch.cat(pieces) if pieces else h.new_zeros(0)
         else:
             kept = F.cross_entropy(

@@ -129,7 +129,7 @@ def attend_once(q, k, v, mask):
 
 def fused(q, k, v, mask=None):
     """What `attend` computes, in one kernel: the scores (b, h, t, s) are never stored whole."""
-    if mask is not None and ops.single(q.flatten(1)):
+    if mask is not None and q.shape[2] == 1 and ops.single(q.flatten(1)):  # one row, one token
         return attend_once(q, k, v, mask)
     causal = mask is None and q.shape[2] > 1
     grouped = q.shape[1] != k.shape[1]

@@ -1,6 +1,7 @@
 """A Transformer's configuration: its sizes, and the choices of each family."""
 
 import dataclasses
+import functools
 import math
 
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ ACTIVATIONS = {
     "silu": F.silu,
     "relu": F.relu,
     "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
 }
 NORMS = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
 

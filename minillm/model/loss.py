@@ -42,7 +42,7 @@ def cross_entropy_sum(h, labels, head, chunk=256):
     """Sum over n of -log softmax(head(h))[label]: h (n, width), labels (n,) -> ().
 
     `head` is any module (n, width) -> (n, vocab). The sum is float32, or float64 for a
-    float64 h.
+    float64 h. An adapter of the head that takes no part gets no gradient.
     """
     parameters = [p for p in head.parameters() if p.requires_grad]
     if torch.is_grad_enabled() and (h.requires_grad or parameters):
@@ -61,7 +61,8 @@ class CrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, labels, head, chunk, *parameters):
-        total, grads = wide(h.new_zeros(())), [wide(torch.zeros_like(p)) for p in parameters]
+        total = wide(h.new_zeros(()))
+        grads = [None if len(h) else wide(torch.zeros_like(p)) for p in parameters]
         grad_h = torch.empty_like(h)
         for i in range(0, len(h), chunk):
             y = labels[i : i + chunk, None]  # (c, 1)
@@ -73,10 +74,11 @@ class CrossEntropySum(torch.autograd.Function):
             onehot = torch.ones_like(y, dtype=log_p.dtype)
             d = log_p.exp_().scatter_add_(1, y, -onehot)  # in place: softmax - onehot
             d = d.to(logits.dtype)
-            grad_h[i : i + chunk], *more = torch.autograd.grad(logits, [x, *parameters], d)
-            for sum_of_chunks, grad in zip(grads, more):
-                sum_of_chunks += grad
-        grads = [g.to(p.dtype) for g, p in zip(grads, parameters)]
+            found = torch.autograd.grad(logits, [x, *parameters], d, allow_unused=True)
+            grad_h[i : i + chunk], *more = found  # None for an adapter that takes no part
+            grads = [old if new is None else wide(new).clone() if old is None else old.add_(new)
+                     for old, new in zip(grads, more)]
+        grads = [g if g is None else g.to(p.dtype) for g, p in zip(grads, parameters)]
         ctx.save_for_backward(grad_h, *grads)
         return total
 
@@ -85,7 +87,7 @@ class CrossEntropySum(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: the saved gradients are constants
             raise RuntimeError("the fused loss has no second derivative (create_graph=True): use "
                                "torch.nn.functional.cross_entropy on the model's logits instead")
-        grad_h, *grads = (scaled(g, grad) for g in ctx.saved_tensors)
+        grad_h, *grads = (g if g is None else scaled(g, grad) for g in ctx.saved_tensors)
         return grad_h, None, None, None, *grads
 
 

@@ -31,6 +31,7 @@ included: dropout, biases of attention by distance (ALiBi), mixtures of experts.
 import contextlib
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -38,10 +39,10 @@ from minillm.model.attention import check_mask, fused, look
 from minillm.model.cache import Cache, write  # noqa: F401
 from minillm.model.config import ACTIVATIONS, NORMS, Config  # noqa: F401
 from minillm.model.generate import generate, left_pad, sample  # noqa: F401
-from minillm.model.loss import cross_entropy_sum, learnt
+from minillm.model.loss import cross_entropy_sum, learnt, wide
 from minillm.model.rope import rope_table, rotate
 from minillm.ops import linear
-from minillm.registry import same_shape
+from minillm.registry import again, by_rows, same_shape
 
 
 class Linear(nn.Linear):
@@ -187,7 +188,7 @@ class Transformer(nn.Module):
         if cache is None:
             for block in self.layers:
                 if self.recompute and torch.is_grad_enabled():
-                    x = checkpoint(block, x, rope, visible, use_reentrant=False)
+                    x = recomputed(block, x, rope, visible)
                 else:
                     x = block(x, rope, visible)
             return x
@@ -215,8 +216,11 @@ class Transformer(nn.Module):
             raise ValueError(f"reduction={reduction!r} is unknown; known: 'mean', 'sum'")
         same_shape(ids, labels=labels)  # `hidden` checks the mask
         keep, y = learnt(labels, self.config.vocab_size)  # (b, t - 1), (n,)
-        h = self.hidden(ids, mask)[:, :-1][keep]  # (n, width)
-        total = cross_entropy_sum(h, y, self.lm_head)
+        h = self.hidden(ids, mask)[:, :-1]  # (b, t - 1, width)
+        if by_rows(self.lm_head):  # its adapters need the rows of the batch
+            total = F.cross_entropy(wide(self.lm_head(h)[keep]), y, reduction="sum")
+        else:
+            total = cross_entropy_sum(h[keep], y, self.lm_head)
         return total / len(y) if reduction == "mean" else total
 
     generate = generate
@@ -224,6 +228,15 @@ class Transformer(nn.Module):
     def __getstate__(self):
         """A copy or a pickle is not compiled: torch omits the code, and we the flag."""
         return {key: value for key, value in super().__getstate__().items() if key != "compiled"}
+
+
+def recomputed(block, *inputs):
+    """block(*inputs), which keeps only its inputs: the backward pass calls the block again."""
+    if torch.compiler.is_compiling():
+        return checkpoint(block, *inputs, use_reentrant=False)
+    second = again(block)
+    return checkpoint(block, *inputs, use_reentrant=False,
+                      context_fn=lambda: (contextlib.nullcontext(), second))
 
 
 def compile(model):

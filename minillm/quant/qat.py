@@ -65,16 +65,17 @@ class FakeQuant(Patch):
         return site.leaf is not None
 
     def forward(self, below, x):
-        W, b = below.dense()
+        dense = below.recipe()
+        W, b = dense()
         if self.lookup or not torch.is_grad_enabled():
             return below.compute(x, *self.fold(W, b))
         x = ops.in_autocast(x)
         if W.requires_grad and below.depth == 0:
             y = ops.straight_linear(x, W, self.rounded)
         elif W.requires_grad:  # made of W and of a patch's parameters
-            y = ops.remade(lambda x: ops.linear(x, self.fold(*below.dense())[0].to(x.dtype)), x)
+            y = ops.remade(lambda x: ops.linear(x, self.fold(*dense())[0].to(x.dtype)), x)
         else:
-            y = ops.remade_linear(x, lambda: self.fold(*below.dense())[0].to(x.dtype))
+            y = ops.remade_linear(x, lambda: self.fold(*dense())[0].to(x.dtype))
         return y if b is None else y + b.to(y.dtype)
 
     def fold(self, W, b):

@@ -9,7 +9,7 @@ from minillm.registry.layer import Layer
 from minillm.registry.learning import came, say
 from minillm.registry.names import check_name, follow, names_of, taking_part, version
 from minillm.registry.past import Aside, past
-from minillm.registry.sites import check_whole, ties
+from minillm.registry.sites import check_whole, shared_biases, ties
 from minillm.registry.targets import hidden_linears, select
 
 
@@ -57,8 +57,8 @@ def surround(model, name, pairs, over):
     before = frozenset(names_of(model))
     for _, patch in pairs:
         patch.name = name
-    tied = ties(model)
-    bases = [(site, remainder(site, patch, tied)) for site, patch in pairs if patch.start]
+    tied, biases = ties(model), shared_biases(model)
+    bases = [(site, remainder(site, patch, tied, biases)) for site, patch in pairs if patch.start]
     for site, base in bases:
         put(site, base)
     for site, patch in pairs:

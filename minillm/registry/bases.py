@@ -75,7 +75,7 @@ def fold_in(site, patch, base, keep, tolerance):
 
 
 @torch.no_grad()
-def remainder(site, patch, tied):
+def remainder(site, patch, tied, biases):
     """The base without the part with which the patch starts.
 
     Its `past` keeps the old base, for unwrap.
@@ -87,9 +87,11 @@ def remainder(site, patch, tied):
                          "store it again afterwards")
     others = site.layer.patches.values() if site.layer else ()
     wrong = [one for one in others if one.touches == "weight" and (one.start or not one.additive)]
-    if wrong or site.name in tied:
-        others = ", ".join(tied.get(site.name, ()))
-        what = f"{others} shares that weight: minillm.untie(model) first"
+    if wrong or site.name in tied or site.name in biases:
+        if site.name in tied:
+            what = f"{', '.join(tied[site.name])} shares that weight: minillm.untie(model) first"
+        elif site.name in biases:
+            what = f"{', '.join(biases[site.name])} is its bias too: minillm.untie(model) first"
         if wrong:
             did = "has taken one" if wrong[0].start else "lies around it"
             what = f"{wrong[0].name} {did}: unwrap {wrong[0].name} first"

@@ -55,6 +55,7 @@ class Patch(Kind):
     reads = True  # whether `fill` reads the model; False: it only draws random numbers
     active = True  # whether it takes part: `minillm.use` switches it
     rows = None  # the rows of a batch in which it takes part, (b,) of bool; None: all
+    outside = True  # `active` outside of the context `minillm.rows`
     fixed = False  # whether its training is over; then it claims no parameters
     start = False  # whether it takes a part out of the base when it comes: see `part`
     random = False  # whether `forward` draws at random now, which `fold` cannot do
@@ -110,6 +111,13 @@ class Patch(Kind):
     def prepare(self, ids, labels, mask):
         """(ids, labels, mask), each (b, t) or None, with what the technique adds to a batch."""
         return ids, labels, mask
+
+    def __getstate__(self):
+        """A copy or a pickle lies outside of the context `minillm.rows`."""
+        state = super().__getstate__()
+        if self.rows is not None:
+            state = dict(state, rows=None, active=self.outside)
+        return state
 
 
 class Once:

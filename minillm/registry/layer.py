@@ -69,7 +69,7 @@ class Layer(nn.Module):
 
     def dense(self):
         """The folded (W, b): what a plain leaf would hold to compute the same output."""
-        return folded(self.base, self.stack())
+        return folded(self.base, active(self.stack()))
 
     @property
     def weight(self):
@@ -84,7 +84,7 @@ class Layer(nn.Module):
         if not changes:
             return self.base.weight
         try:
-            W, _ = folded(self.base, changes)
+            W, _ = folded(self.base, active(changes))
         except CannotMerge as error:
             raise CannotMerge(f"the model reads the weight of a leaf instead of calling it, and "
                               f"{error}. nn.TransformerEncoder reads it for padded rows in eval: "
@@ -128,19 +128,32 @@ class Below:
 
     def dense(self):
         """(W, b), W (out, in): the base's, with the patches of the weight beneath folded in."""
-        changes = [patch for patch in self.patches() if patch.touches == "weight"]
-        return folded(self.layer.base, changes)
+        return self.recipe()()
+
+    def recipe(self):
+        """A function that computes `dense()`, then or later, with the patches active now.
+
+        A backward pass needs it: `minillm.use` may have come after the forward pass.
+        """
+        base = self.layer.base
+        changes = active(patch for patch in self.patches() if patch.touches == "weight")
+        return lambda: folded(base, changes)
 
     def compute(self, x, W, b=None):
         """The output of the leaf with another matrix W (out', in) and bias b (out',)."""
         return leaf(self.layer.base).compute(x, W, b)
 
 
+def active(patches):
+    """[(patch, whether it takes part now)]"""
+    return [(patch, patch.active) for patch in patches]
+
+
 def folded(base, patches):
-    """(W, b) of the base with these patches folded in, innermost first."""
+    """(W, b) of the base with the patches [(patch, takes part)] folded in, innermost first."""
     W, b = dense(base)
-    for patch in patches:
-        if not patch.active:
+    for patch, takes_part in patches:
+        if not takes_part:
             W, b = patch.idle_fold(W, b)
             continue
         if patch.random:

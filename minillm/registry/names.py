@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from minillm.registry import learning
+from minillm.registry.kinds import Patch
 from minillm.registry.learning import noted, patches
 from minillm.registry.table import KINDS
 
@@ -58,10 +59,24 @@ def taking_part(model):
 
 def follow(model):
     """Update `over` of each patch whose parameters have changed since the last time."""
-    now = taking_part(model)
-    for patch in patches(model):
+    every, now = patches(model), taking_part(model)
+    for patch in every:
         if patch.version != version(patch):
-            patch.over, patch.version = patch.over | patch.before & now, version(patch)
+            apart = {other.name for other in every if not meet(patch, other)}
+            new = patch.over | patch.before & (now - apart)
+            patch.over, patch.version = new, version(patch)
+
+
+def meet(patch, other):
+    """Whether two patches take part in the same row of a batch."""
+    if patch.rows is None or other.rows is None:
+        return True
+    return bool((patch.rows & other.rows.to(patch.rows.device)).any())
+
+
+def by_rows(module):
+    """Whether a patch in this module has its own rows of the batch (see `rows`)."""
+    return any(isinstance(one, Patch) and one.rows is not None for one in module.modules())
 
 
 def adapters(model, names):
@@ -84,23 +99,46 @@ def rows(model, names):
 
     names: for each row a name, a list of names whose adapters add up, or None. An adapter computes
     for all rows, and its output is used in its own rows; the model beneath is computed once.
-    ValueError for a name that no adapter here has. In the model's call, a batch of another size is
-    an error, and so is a mask around the adapters.
+    Adapters that train in different rows do not count as trained over each other, if the
+    optimizer's step is in the context too. ValueError for a name that no adapter here has. In the
+    model's call, a batch of another size is an error, and so is a mask around the adapters.
     """
     asked = [[one] if isinstance(one, str) else list(one or ()) for one in names]
     found = adapters(model, [name for one in asked for name in one])
-    before = [(patch, patch.active) for patch in found]
+    before = [(patch, patch.rows, patch.active, patch.outside) for patch in found]
     follow(model)
     try:
         for patch in found:
             device = next(patch.parameters()).device
+            patch.outside = patch.active if patch.rows is None else patch.outside
             patch.rows = torch.tensor([patch.name in one for one in asked], device=device)
             patch.active = bool(patch.rows.any())
         yield model
     finally:
         follow(model)
-        for patch, active in before:
-            patch.rows, patch.active = None, active
+        for patch, *was in before:
+            patch.rows, patch.active, patch.outside = was
+
+
+@contextlib.contextmanager
+def taking(parts):
+    """A context in which the patches take part as in parts: [(patch, active, rows)]."""
+    before = [(patch, patch.active, patch.rows) for patch, *_ in parts]
+    try:
+        for patch, *now in parts:
+            patch.active, patch.rows = now
+        yield
+    finally:
+        for patch, *was in before:
+            patch.active, patch.rows = was
+
+
+def again(module):
+    """The context in which a backward pass calls the module again: its patches take part as now.
+
+    `minillm.use` may come between the forward and the backward pass.
+    """
+    return taking([(patch, patch.active, patch.rows) for patch in patches(module)])
 
 
 def use(model, *names):
@@ -108,9 +146,13 @@ def use(model, *names):
 
     An adapter is a patch with parameters of its own, so masks stay. Several adapters on one leaf
     add up in the order of their `wrap`. The parameters of one that takes no part get no gradient.
-    A compiled model compiles once for each set of names. ValueError for a name that no adapter has.
+    A compiled model compiles once for each set of names. ValueError for a name that no adapter
+    has, and inside of the context `rows`.
     """
     found = adapters(model, names)
+    if any(patch.rows is not None for patch in found):
+        raise ValueError(f"minillm.use{names}: each row has its own adapter here (minillm.rows); "
+                         "call it outside of that context")
     follow(model)
     for patch in found:
         patch.active = patch.name in names

@@ -156,6 +156,15 @@ def ties(model):
     return {name: [n for n in names if n != name] for names in tied for name in names}
 
 
+def shared_biases(model):
+    """{name of a leaf: names of the other parameters that are its bias too}."""
+    names = {}
+    for name, _, key, p in parameters(model):
+        names.setdefault(id(p), []).append(name)
+    return {name.removesuffix(".bias"): [one for one in names[id(p)] if one != name]
+            for name, _, key, p in parameters(model) if key == "bias" and len(names[id(p)]) > 1}
+
+
 def untie(model):
     """Give every leaf its own copy of a shared matrix; in place, returns the model."""
     check_whole(model, "untie")

@@ -23,7 +23,7 @@ from minillm.registry.kinds import CannotMerge, Format, Patch
 from minillm.registry.layer import Layer
 from minillm.registry.names import follow
 from minillm.registry.past import past
-from minillm.registry.sites import check_whole, ties, walk
+from minillm.registry.sites import check_whole, shared_biases, ties, walk
 from minillm.registry.table import KINDS, attached, formats_of, patches_of, register
 
 log = logging.getLogger("minillm")
@@ -118,7 +118,7 @@ def merge(family, model, name=None, *, keep=True, tolerance=0.5):
         raise ValueError(f"{rows[0]} has its own rows of the batch here (minillm.rows): merge it "
                          "outside of that context")
     follow(model)
-    tied = ties(model)
+    tied, biases = ties(model), shared_biases(model)
     merged = {(site.name, patch.name) for site, patch in found if patch.active}
     for site, patch in found:
         if patch.active:
@@ -131,6 +131,11 @@ def merge(family, model, name=None, *, keep=True, tolerance=0.5):
                 others = ", ".join(tied[site.name])
                 raise ValueError(f"{site.name!r} shares its matrix with {others}: merging "
                                  f"{patch.name} into it would change them too. "
+                                 "minillm.untie(model) first gives each its own")
+            if site.name in biases:
+                others = ", ".join(biases[site.name])
+                raise ValueError(f"the bias of {site.name!r} is also {others}: a merge of "
+                                 f"{patch.name} would make two of it. "
                                  "minillm.untie(model) first gives each its own")
             base = bases.get(site.name, site.module)
             base, rounding = fold_in(site, patch, base, keep, tolerance)
