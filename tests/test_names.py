@@ -313,3 +313,43 @@ def test_a_change_of_the_output_lies_outside():
         assert torch.allclose(layer(x), 2 * (x @ W.T + b))
     finally:
         del KINDS["twice"]
+
+
+@pytest.mark.parametrize("above", ["prune", "qat", "dora", "adapters"])
+def test_what_is_wrapped_around_an_idle_adapter_stays_around_it(above, tmp_path):
+    """Its file needs no adapter, but where the adapter is, it lies beneath."""
+    wraps = dict(prune=minillm.prune.wrap, qat=minillm.quant.qat.wrap,
+                 dora=minillm.lora.dora.wrap, adapters=minillm.adapters.wrap)
+    family = minillm.registry.table.KINDS[above].family
+    model = build("llama")
+    if above == "adapters":
+        minillm.adapters.wrap(model, name="sql", size=2)
+    else:
+        minillm.lora.wrap(model, name="sql", r=2)
+    learnt(model)
+    under = getattr(minillm, "adapters" if above == "adapters" else "lora")
+    under.save(model, tmp_path / "sql.safetensors", name="sql")
+    minillm.use(model)
+    name = "qat" if above == "qat" else "wide"
+    wraps[above](model, **({} if above == "qat" else dict(name=name)))
+    verbs = getattr(minillm, family)
+    verbs.save(model, tmp_path / "wide.safetensors", name=name)
+    minillm.use(model, "sql")
+    y = logits(model, IDS)
+
+    other = under.load(build("llama"), tmp_path / "sql.safetensors")
+    verbs.load(other, tmp_path / "wide.safetensors")
+    assert torch.equal(logits(minillm.use(other, "sql"), IDS), y)
+
+    other = verbs.load(build("llama"), tmp_path / "wide.safetensors")
+    wide = logits(other, IDS)
+    assert torch.equal(wide, logits(minillm.use(model, "wide") if above in ("dora", "adapters")
+                                    else minillm.use(model), IDS))
+    for again in (False, True):  # also from a file that was saved without the adapter
+        with pytest.raises(ValueError, match=f"sql lay beneath {name}.*would now lie around it"):
+            under.load(other, tmp_path / "sql.safetensors")
+        if not again:
+            verbs.save(other, tmp_path / "again.safetensors", name=name)
+            other = verbs.load(build("llama"), tmp_path / "again.safetensors")
+    under.load(other, tmp_path / "sql.safetensors", any_base=True)
+    under.load(build("llama"), tmp_path / "sql.safetensors")

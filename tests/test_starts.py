@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from models import build, two
+from models import IDS, build, logits, two
 from torch import nn
 
 import minillm
@@ -189,3 +189,77 @@ def test_a_taken_name_is_not_replaced():
     with pytest.raises(ValueError, match="'tniy' is none of the models"):
         method("mine", started, does="", paper="", rates=dict(tniy=1))
     assert "mine" not in METHODS and KINDS["lora"] is minillm.lora.LoRA
+
+
+def trained(model):
+    """One step of everything that learns; then the logits."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3)
+    logits(model, IDS).logsumexp(-1).sum().backward()
+    optimizer.step()
+    model.zero_grad()
+    return logits(model, IDS)
+
+
+@pytest.mark.parametrize("kind", ["llama", "hf_gpt2"])
+@pytest.mark.parametrize("first", ["freeze", "prune"])
+@pytest.mark.parametrize("form", [False, True])
+def test_a_weight_learns_and_pissa_takes_its_part_afterwards(kind, first, form, tmp_path):
+    """The file of the first technique holds the whole weight, and fits alone and beneath."""
+    targets = r".*\.(q_proj|c_attn)"
+    model, module = build(kind), getattr(minillm, first)
+    if first == "freeze":
+        minillm.freeze.wrap(model, last=1)
+    else:
+        minillm.prune.wrap(model, r".*\.(o_proj|attn\.c_proj)")
+    alone = trained(model)
+    minillm.lora.pissa.wrap(model, targets, r=2)
+    both = trained(model)
+    if form:
+        minillm.quant.wrap(model, targets)
+        both = logits(model, IDS)
+    module.save(model, tmp_path / "first.safetensors")
+    minillm.lora.save(model, tmp_path / "pissa.safetensors")
+    other = module.load(build(kind), tmp_path / "first.safetensors")
+    assert torch.equal(logits(other, IDS), alone)
+    minillm.lora.load(other, tmp_path / "pissa.safetensors")
+    if form:
+        minillm.quant.wrap(other, targets)
+    assert torch.allclose(logits(other, IDS), both, atol=1e-5)
+
+
+def test_freezing_after_pissa_keeps_what_is_left_of_the_weight(tmp_path):
+    model = minillm.lora.pissa.wrap(build("llama"), ["q_proj"], r=2)
+    minillm.freeze.wrap(model, last=1)
+    for p in model.layers[2].parameters():
+        p.requires_grad_(True)  # the rest of the last block too
+    y = trained(model)
+    minillm.freeze.save(model, tmp_path / "freeze.safetensors")
+    minillm.lora.save(model, tmp_path / "pissa.safetensors")
+    other = minillm.lora.load(build("llama"), tmp_path / "pissa.safetensors")
+    minillm.freeze.load(other, tmp_path / "freeze.safetensors")
+    assert torch.allclose(logits(other, IDS), y, atol=1e-5)
+
+
+def test_what_is_left_of_a_weight_may_learn(tmp_path):
+    model = minillm.freeze.wrap(build("llama"), last=1)
+    minillm.lora.pissa.wrap(model, ["q_proj"], r=2)
+    model.layers[2].self_attn.q_proj.base.weight.requires_grad_(True)
+    trained(model)
+    minillm.freeze.save(model, tmp_path / "freeze.safetensors")
+    other = minillm.freeze.load(build("llama"), tmp_path / "freeze.safetensors")
+    assert torch.allclose(logits(other, IDS), logits(minillm.use(model), IDS), atol=1e-5)
+
+
+def test_a_shared_bias_stays_one():
+    for wrap, message in [(minillm.lora.wrap, "the bias of '0' is also 2.bias: a merge of lora"),
+                          (minillm.prune.wrap, "the bias of '0' is also 2.bias: a merge of prune"),
+                          (minillm.lora.pissa.wrap, "the weight of '0', and 2.bias is its bias too")]:
+        model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        model[2].bias = model[0].bias
+        family = minillm.prune if wrap is minillm.prune.wrap else minillm.lora
+        with pytest.raises(ValueError, match=f"{message}.*minillm.untie"):
+            family.merge(wrap(model, ["0"]))
+        if "0" not in minillm.layers(model):
+            wrap(minillm.untie(model), ["0"])
+        family.merge(minillm.untie(model))
+        assert model[2].bias is not model[0].bias

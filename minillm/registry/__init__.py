@@ -28,6 +28,6 @@ from minillm.registry.targets import computed, hidden_linears, hint, select
 __all__ = [
     "Below", "CannotMerge", "Format", "KINDS", "LEAVES", "Layer", "Leaf", "METHODS", "Patch",
     "Site", "again", "attached", "by_rows", "computed", "dense", "formats_of", "hidden_linears",
-    "hint", "kept", "layers", "leaf", "method", "parameters", "patches_of", "prepare", "register", "rows",
-    "same_shape", "select", "techniques", "ties", "untie", "use", "walk",
+    "hint", "kept", "layers", "leaf", "method", "parameters", "patches_of", "prepare", "register",
+    "rows", "same_shape", "select", "techniques", "ties", "untie", "use", "walk",
 ]

@@ -62,6 +62,7 @@ class Patch(Kind):
 
     before = frozenset()  # the names that the model had before it
     over = frozenset()  # of `before`, the names over which it was filled or trained (see `names`)
+    beneath = frozenset()  # the names that its file says were beneath it
     version = ()  # the version of its parameters when `over` was last updated
 
     @classmethod

@@ -21,9 +21,12 @@ except those through `.data`.)
 
 import dataclasses
 
+import torch
+
 from minillm.registry.foreign import mark
 from minillm.registry.kinds import Format, Patch
-from minillm.registry.layer import Layer
+from minillm.registry.layer import Layer, dense
+from minillm.registry.past import birth
 from minillm.registry.sites import bare, parameters, walk
 
 CHANGED = -1  # no version
@@ -174,9 +177,8 @@ def noted(model):
 
 
 def changed_beside(model, name):
-    """{name: parameter} of what learned beside a technique before another one stopped it."""
-    return {slot: p for slot, p, one in said(model)
-            if p is not None and one.since.get(name) == CHANGED}
+    """The names of what learned beside a technique before another one stopped it."""
+    return {slot for slot, _, one in said(model) if one.since.get(name) == CHANGED}
 
 
 def stopped_by(model, name):
@@ -207,10 +209,29 @@ def left_to_learn(model):
 
 def held_by(model, name):
     """{name: tensor} of the model's own parameters that the file of the technique `name` holds."""
-    if stopped_by(model, name):
-        return left_to_learn(model)
     claimed = claimed_by(model, name)
-    return of_names(model, lambda names: bool(names & claimed))
+    found = (left_to_learn(model) if stopped_by(model, name)
+             else of_names(model, lambda names: bool(names & claimed)))
+    return found | whole_again(model, name, found)
+
+
+@torch.no_grad()
+def whole_again(model, name, slots):
+    """{slot: weight} of the leaves from which a patch took a part after the technique `name` came.
+
+    slots: the names of parameters. The weight has that part in it again.
+    """
+    found = {}
+    for site in walk(model):
+        record, slot = birth(site.module), f"{site.name}.weight"
+        if record is None or name not in record.patch.before or slot not in slots:
+            continue
+        W, _ = dense(record.base)
+        part = record.patch.part().to(W.dtype)
+        if not isinstance(site.module, Format) and not torch.equal(site.stored()[0], W - part):
+            W = site.stored()[0] + part  # the rest has changed since
+        found[slot] = W.T if site.leaf.transposed else W
+    return found
 
 
 def of_names(model, which):

@@ -170,7 +170,7 @@ def check_base(model, metadata, path, any_base=False):
         first = missing[0]
         difference += f". It was made over {first}: load the file of {first} first"
     own = {metadata.get("name"), metadata.get("kind", metadata["technique"])}
-    gone = sorted((beside(metadata, path) or set()) - here_names(model) - own, key=moves)
+    gone = sorted((listed(metadata, "beside", path) or set()) - here_names(model) - own, key=moves)
     if difference and not missing and gone:
         difference += f". It was made beside {gone[0]}: load the file of {gone[0]} first"
     if lack:
@@ -187,17 +187,47 @@ def moves(name):
     return not issubclass(KINDS.get(name, Patch), Format), name
 
 
-def beside(metadata, path):
-    """The names of what was attached when the file was written; None for an earlier minillm's."""
-    if "beside" in metadata:
-        return set(map(str, field(metadata, "beside", path, list)))
-    return None
+def listed(metadata, key, path):
+    """The names in a field of a file, such as `beside`; None for the file of an earlier minillm."""
+    return set(map(str, field(metadata, key, path, list))) if key in metadata else None
 
 
 def here_names(model):
     """The names of all techniques that are attached to the model, formats among them."""
     return names_of(model) | {site.module.name for site in walk(model)
                               if isinstance(site.module, Format)}
+
+
+def lies_over(model, name):
+    """The names of the patches that lie beneath one called `name` and change the same thing.
+
+    Two patches that only add to a weight may lie in either order. Those of which the file of
+    `name` said so count too.
+    """
+    found = set()
+    for site in walk(model):
+        patches = list(site.layer.patches.values()) if site.layer else []
+        for i, patch in enumerate(patches):
+            if patch.name == name:
+                found |= patch.beneath
+                found |= {other.name for other in patches[:i] if other.touches == patch.touches
+                          and not (other.additive and patch.additive)}
+    return found
+
+
+def check_above(model, name, made, path, any_base=False):
+    """ValueError if the file of another patch here says that `name` lay beneath it.
+
+    The other patch does not need it: `name` took no part then (see `minillm.use`). But where both
+    are, their order counts. made: {site: new patch}.
+    """
+    for site in walk(model):
+        for other in site.layer.patches.values() if site.layer else ():
+            if not any_base and site.name in made and name in other.beneath and name != other.name:
+                raise ValueError(f"{path}: {name} lay beneath {other.name} when {other.name} was "
+                                 f"saved, and would now lie around it: load the file of {name} "
+                                 "first, or under another name=; any_base=True loads it all the "
+                                 "same")
 
 
 def check_beside(model, name, metadata, path, own, made, any_base=False):
@@ -207,7 +237,7 @@ def check_beside(model, name, metadata, path, own, made, any_base=False):
     own: learned parameters of the file; made: {site: new Patch or Format}.
     """
     others = (names_of(model) | {one.brought for *_, one in said(model) if one.brought}) - {name}
-    before = beside(metadata, path)
+    before = listed(metadata, "beside", path)
     if any_base or before is None or not others - before:
         return
     others -= before

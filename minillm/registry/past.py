@@ -61,12 +61,18 @@ def past(module):
     return module._modules.get("past")
 
 
-def before_birth(module):
-    """The leaf as it was before a patch changed it when it came; None if no patch did.
+def birth(module):
+    """The Past of the patch that changed this leaf when it came; None if no patch did.
 
     `module` may be a Format that has replaced the leaf since.
     """
     record = past(module)
     if record is None and "shell" in module._modules:
         record = past(module.shell.kept[0])
-    return record.base if record is not None and record.born else None
+    return record if record is not None and record.born else None
+
+
+def before_birth(module):
+    """The leaf as it was before a patch changed it when it came; None if no patch did."""
+    record = birth(module)
+    return record.base if record is not None else None

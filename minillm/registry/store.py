@@ -10,6 +10,7 @@ A file of a technique holds
     base                   a fingerprint of the other parameters: the model that it belongs to
     over                   the techniques over which it was trained, with a fingerprint of each
     beside                 the names of all techniques that were attached to the model
+    beneath                the names of the patches beneath it, also of those that took no part
 
 So the file holds what training changed, and `load` compares the rest with the fingerprint. It
 checks every name, shape and setting (see `opening`) before it changes the model.
@@ -26,12 +27,12 @@ from minillm.registry.attach import check_formats, store, surround
 from minillm.registry.kinds import Format, Patch
 from minillm.registry.learned import check_learned, let_learn, put_back, tied_names
 from minillm.registry.learning import (
-    buffers, changed_beside, claims, held_by, left_to_learn, noted, patches,
+    buffers, changed_beside, claims, held_by, left_to_learn, noted, patches, whole_again,
 )
 from minillm.registry.names import check_name, follow, names_of
 from minillm.registry.opening import (
-    BUFFER, LEARNED, check_base, check_beside, check_free, field, here_names, holds, kind_of,
-    opened, read, remake, sorted_out,
+    BUFFER, LEARNED, check_above, check_base, check_beside, check_free, field, here_names,
+    holds, kind_of, lies_over, listed, opened, read, remake, sorted_out,
 )
 from minillm.registry.past import before_birth
 from minillm.registry.sites import check_whole, walk
@@ -84,8 +85,9 @@ def learned_of(name, model):
         return held_by(model, name)
     others = {slot for other in noted(model) for slot in held_by(model, other)}
     before, left = changed_beside(model, name), left_to_learn(model)
-    return {slot: p for slot, p in fingerprint.own(model).items()
-            if slot not in others and (slot in before or p.requires_grad and not left)}
+    found = {slot: p for slot, p in fingerprint.own(model).items()
+             if slot not in others and (slot in before or p.requires_grad and not left)}
+    return found | whole_again(model, name, found.keys() | before - others)
 
 
 def added(module):
@@ -107,7 +109,8 @@ def write(path, family, kind, name, model, tensors, own, kept, force=False, **me
     base = fingerprint.of(model, held)
     needs = {one: {} for one in sorted(beneath)} | fingerprint.patches(model, beneath)
     shared = {slot: others for slot, others in tied_names(model).items() if slot in own}
-    fields = dict(metadata, base=base, over=needs, shared=shared, beside=sorted(here_names(model)))
+    fields = dict(metadata, base=base, over=needs, shared=shared, beside=sorted(here_names(model)),
+                  beneath=sorted(lies_over(model, name)))
     fields = {key: json.dumps(value) for key, value in fields.items()}
     every = tensors | {LEARNED + slot: p.detach() for slot, p in own.items()}
     every |= {BUFFER + slot: b for slot, b in kept.items()}
@@ -218,9 +221,13 @@ def load(family, model, path, name=None, *, replace=False, any_base=False):
     if a_format:
         check_formats(cls, model, new)
     check_beside(model, name, metadata, path, own, made, any_base)
+    check_above(model, name, made, path, any_base)
+    lay_beneath = frozenset(listed(metadata, "beneath", path) or ())
     put_back(model, own, kept, shared, name)
     if not a_format:
         pairs = [(sites[where], patch) for where, patch in made.items()]
+        for patch in made.values():
+            patch.beneath = lay_beneath
         surround(model, name, pairs, over)
         if any(claims(patch) for patch in made.values()):
             let_learn(model, own)
