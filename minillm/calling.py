@@ -5,7 +5,8 @@ import inspect
 import torch
 
 from minillm.model.transformer import Transformer
-from minillm.registry import by_rows, walk
+from minillm.registry import walk
+from minillm.registry.names import by_rows
 
 POSITIONS = ("position_embeddings", "embed_positions")  # tables of positions with a padding_idx
 

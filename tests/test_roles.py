@@ -231,3 +231,28 @@ def test_how_many_blocks_can_learn(layers, last, message):
     model = minillm.Transformer(minillm.Config(24, 16, layers, 2))
     with pytest.raises(ValueError, match=message):
         minillm.freeze.wrap(model, last=last)
+
+
+def qwen_moe():
+    return hugging("Qwen2MoeConfig", "Qwen2MoeForCausalLM", num_key_value_heads=2, num_experts=4,
+                   num_experts_per_tok=2, moe_intermediate_size=8,
+                   shared_expert_intermediate_size=12, **SIZES)
+
+
+@pytest.mark.parametrize("make", [FAMILIES["hf_mixtral"], qwen_moe])
+def test_a_mixture_of_experts(make, caplog):
+    """An adapter has the width of the residual stream, and what is not wrapped is named."""
+    ids = torch.tensor([[1, 2, 3]])
+    model = make().eval()
+    before = model(ids).logits
+    minillm.adapters.wrap(model, size=2)
+    assert torch.equal(model(ids).logits, before)
+    assert sorted(minillm.layers(model)) == sorted(f"model.layers.{i}.{part}" for i in range(3)
+                                                   for part in ("mlp", "self_attn"))
+    assert not caplog.records, "a sublayer may hold any weights"
+    model = minillm.quant.wrap(make())
+    (record,) = caplog.records
+    text = record.getMessage()
+    assert "6 weights of three dimensions stay as they are" in text
+    assert "'model.layers.0.mlp.experts.gate_up_proj'" in text
+    assert f"{sum(p.numel() for p in model.parameters() if p.dim() == 3):,} numbers" in text

@@ -91,7 +91,7 @@ def test_the_embeddings_of_a_hugging_face_model():
     model.tie_weights()
     assert (torch.equal(logits(model), y)
             and model.get_input_embeddings().weight is model.lm_head.weight)
-    with pytest.raises(TypeError, match="not an instance of .*Embedding"):
+    with pytest.raises(ValueError, match="attached to the embedding or the output head"):
         model.resize_token_embeddings(30)
     model = learnt(minillm.lora.wrap(build("hf_llama"), ["embed_tokens"], r=2))
     # a folded weight cannot be tied
@@ -145,3 +145,16 @@ def test_an_optimizer_of_before_takes_no_step_more():
     before = model[0].base.weight.clone()
     optimizer.step()
     assert torch.equal(model[0].base.weight, before)
+
+
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"]])
+def test_new_tokens_would_lose_a_technique_on_the_embedding_or_the_head(targets):
+    model = minillm.lora.wrap(build("hf_llama"), ["q_proj"], r=2)
+    assert len(model.resize_token_embeddings(30).weight) == 30
+    minillm.lora.wrap(model, targets, name="ends", r=2)
+    with pytest.raises(ValueError, match="attached to the embedding or the output head"):
+        model.resize_token_embeddings(32)
+    assert model(torch.tensor([[1, 2]])).logits.shape == (1, 2, 30)
+    minillm.lora.unwrap(model, name="ends")
+    model.resize_token_embeddings(32)
+    assert model(torch.tensor([[1, 2]])).logits.shape == (1, 2, 32)

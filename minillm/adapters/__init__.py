@@ -71,9 +71,12 @@ class Bottleneck(Patch):
 
     def adapt(self, h):
         """(..., d) -> (..., d)"""
+        if h.is_nested:
+            raise ValueError("nn.TransformerEncoder gives padded rows as a nested tensor here, "
+                             "which an adapter does not take: set its use_nested_tensor = False")
         if h.shape[-1] != self.width:
             raise ValueError(f"width={self.width}: the output that this adapter changes has the "
-                             f"width {h.shape[-1]}")
+                             f"width {h.shape[-1]}; wrap(model, width={h.shape[-1]})")
         parameters = self.down, self.b_down, self.up, self.b_up
         down, b_down, up, b_up = (p.to(h.dtype) for p in parameters)
         return h + F.linear(F.gelu(F.linear(h, down, b_down)), up, b_up)
@@ -88,10 +91,13 @@ def wrap(model, targets=None, *, name=None, size=32, width=None):
     targets: by default the attention and the MLP of each block (see `registry.roles`);
     where a block has no MLP module (OPT, nn.TransformerEncoder), the last leaf directly
     in the block. name: by default "adapters". size: the units of the bottleneck, m.
-    width: the width of the sublayer's output, d, by default that of its last leaf; give
-    it where that is wrong. Only the adapters learn afterwards.
+    width: the width of the sublayer's output, d. By default it is that of its last leaf;
+    of a mixture of experts without `targets`, that of the block's norms. Give it where
+    that is wrong. Only the adapters learn afterwards.
     """
     default = sublayers if targets is None else lambda model: None
+    if targets is None and width is None:
+        width = roles.width_of_experts(model)
     return attach(Bottleneck, model, targets, default=default, what="sublayer", name=name,
                   size=size, width=width)
 

@@ -8,7 +8,8 @@ from minillm.calling import logits, native
 from minillm.data import check_examples, collate
 from minillm.measure.intervals import score
 from minillm.measure.scores import listed, metric
-from minillm.registry import by_rows, prepare
+from minillm.registry import prepare
+from minillm.registry.names import by_rows
 from minillm.model.generate import evaluating, left_pad
 
 

@@ -42,7 +42,8 @@ from minillm.model.generate import generate, left_pad, sample  # noqa: F401
 from minillm.model.loss import cross_entropy_sum, learnt, wide
 from minillm.model.rope import rope_table, rotate
 from minillm.ops import linear
-from minillm.registry import again, by_rows, same_shape
+from minillm.registry import same_shape
+from minillm.registry.names import again, by_rows
 
 
 class Linear(nn.Linear):

@@ -18,7 +18,7 @@ from minillm.registry.batch import prepare, same_shape
 from minillm.registry.kinds import CannotMerge, Format, Patch
 from minillm.registry.layer import Below, Layer, dense, leaf
 from minillm.registry.leaf import LEAVES, Leaf, kept
-from minillm.registry.names import again, by_rows, rows, use
+from minillm.registry.names import rows, use
 from minillm.registry.sites import Site, layers, parameters, ties, untie, walk
 from minillm.registry.table import (
     KINDS, METHODS, attached, formats_of, method, patches_of, register, techniques,
@@ -27,7 +27,7 @@ from minillm.registry.targets import computed, hidden_linears, hint, select
 
 __all__ = [
     "Below", "CannotMerge", "Format", "KINDS", "LEAVES", "Layer", "Leaf", "METHODS", "Patch",
-    "Site", "again", "attached", "by_rows", "computed", "dense", "formats_of", "hidden_linears",
-    "hint", "kept", "layers", "leaf", "method", "parameters", "patches_of", "prepare", "register",
-    "rows", "same_shape", "select", "techniques", "ties", "untie", "use", "walk",
+    "Site", "attached", "computed", "dense", "formats_of", "hidden_linears", "hint", "kept",
+    "layers", "leaf", "method", "parameters", "patches_of", "prepare", "register", "rows",
+    "same_shape", "select", "techniques", "ties", "untie", "use", "walk",
 ]

@@ -30,6 +30,7 @@ from torch.nn import UninitializedParameter
 from minillm.registry.hooks import no_shortcut, take_hooks
 from minillm.registry.kinds import TOUCHES, CannotMerge, Format, positional
 from minillm.registry.leaf import kept
+from minillm.registry.unread import unread
 
 
 class Layer(nn.Module):
@@ -75,7 +76,8 @@ class Layer(nn.Module):
     def weight(self):
         """The folded weight, in the base's layout, for code that reads `.weight`.
 
-        nn.MultiheadAttention reads it. A patch of the ids (a soft prompt) is not folded in.
+        nn.MultiheadAttention reads it. A patch of the ids (a soft prompt) is not folded in. Where
+        another patch cannot be folded in, the weight has no values: see `unread`.
         """
         kind = leaf(self.base)
         if kind is None:
@@ -85,15 +87,18 @@ class Layer(nn.Module):
             return self.base.weight
         try:
             W, _ = folded(self.base, active(changes))
-        except CannotMerge as error:
-            raise CannotMerge(f"the model reads the weight of a leaf instead of calling it, and "
-                              f"{error}. nn.TransformerEncoder reads it for padded rows in eval: "
-                              "set its use_nested_tensor = False") from error
+        except (CannotMerge, ValueError) as error:
+            W, _ = dense(self.base)
+            why = f"the model computes with the weight of a leaf and does not call it, and {error}"
+            return unread((W.T if kind.transposed else W).shape, W.dtype, W.device, why)
         return W.T if kind.transposed else W
 
     @property
     def bias(self):
-        return self.base.bias if leaf(self.base) is None else self.dense()[1]
+        try:
+            return self.base.bias if leaf(self.base) is None else self.dense()[1]
+        except (CannotMerge, ValueError):  # using `weight` raises it
+            return self.base.bias
 
     def __getattr__(self, name):  # the Layer has what the base has: `in_features`, `layer_idx`, ...
         try:

@@ -37,6 +37,7 @@ from minillm.registry.sites import Site, bare, walk
 
 ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
+EXPERTS = re.compile(r"(^|[._])experts?$")
 NORM = re.compile("Norm(1d|2d|3d)?$|Norm[A-Z]")  # the class names of norms: LlamaRMSNorm
 
 
@@ -83,6 +84,19 @@ def lists(model):
     return block_lists(walk(model))
 
 
+def width_of_experts(model):
+    """The width of the vectors between the blocks of a mixture of experts; None if it is none.
+
+    It is that of the norms directly in the blocks. The last leaf of a mixture may be a gate.
+    """
+    every = parts(model).blocks if lists(model) else []
+    mixed = [block for block in every
+             if any(EXPERTS.search(one.name) for one in walk(block.site.module))]
+    found = {norm.module.weight.shape[-1] for block in mixed for norm in block.norms
+             if norm.name.count(".") == block.site.name.count(".") + 1}
+    return found.pop() if len(found) == 1 else None
+
+
 def block_sites(model, sites):
     found = block_lists(sites)
     kind = type(model).__name__
@@ -100,7 +114,7 @@ def block_sites(model, sites):
 def block_lists(sites):
     """The outermost ModuleLists that may hold blocks; lists of bare leaves only if all are."""
     every = [site for site in sites if isinstance(site.module, nn.ModuleList) and len(site.module)]
-    every = [site for site in every if not re.search(r"(^|[._])experts?$", site.name)]
+    every = [site for site in every if not EXPERTS.search(site.name)]
     outer = [site for site in every
              if not any(under(site, other) for other in every if other is not site)]
     holds = [site for site in outer if holds_leaves(site, sites)]

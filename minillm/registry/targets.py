@@ -1,6 +1,7 @@
 """Which sites a technique wraps: those that `targets` names, or its default."""
 
 import difflib
+import logging
 import re
 
 from torch.nn import UninitializedParameter
@@ -8,6 +9,8 @@ from torch.nn import UninitializedParameter
 from minillm.registry.layer import leaf
 from minillm.registry.leaf import kept
 from minillm.registry.sites import bare, ties, walk
+
+log = logging.getLogger("minillm")
 
 
 def hidden_linears(model):
@@ -39,6 +42,8 @@ def select(model, targets, accepts, default, what="leaf"):
         if not chosen:
             raise ValueError(f"no {what} to wrap by default in this {type(model).__name__}; "
                              f"{hint('', sites)}")
+        if what == "leaf":
+            warn_of_stacks(every)
         return chosen
     if callable(targets):
         chosen = [site for site in sites if targets(site.name, site.module)]
@@ -46,7 +51,11 @@ def select(model, targets, accepts, default, what="leaf"):
             called = getattr(targets, "__name__", targets)
             raise ValueError(f"the function {called!r} picked no {what}; {hint('', sites)}")
         return chosen
+    return by_name(targets, sites, every, what)
 
+
+def by_name(targets, sites, every, what):
+    """The sites that a regular expression or a list of name endings names: see `select`."""
     listed = isinstance(targets, str | list | tuple | set | frozenset)
     if not listed or not all(isinstance(t, str) for t in targets):
         raise ValueError(f"targets={targets!r} is neither a regular expression, nor a list of "
@@ -77,6 +86,18 @@ def select(model, targets, accepts, default, what="leaf"):
             raise ValueError(f"target {written!r} matches no {what}: {why}; {hint(written, sites)}")
         chosen.update(matching)
     return [site for site in sites if site.name in chosen]
+
+
+def warn_of_stacks(sites):
+    """Log a warning if the model holds weights of three dimensions, which no technique wraps."""
+    stacks = [(f"{site.name}.{key}", p) for site in sites
+              for key, p in site.module._parameters.items() if p is not None and p.dim() == 3]
+    if stacks:
+        name, p = stacks[0]
+        log.warning("%d weights of three dimensions stay as they are, first %r %s (%s numbers in "
+                    "all): a leaf has one matrix, and these hold several, as the experts of a "
+                    "mixture do", len(stacks), name, tuple(p.shape),
+                    f"{sum(p.numel() for _, p in stacks):,}")
 
 
 def computed(site):
