@@ -105,6 +105,7 @@ def stream(model, examples, change, targets=None, *, statistic=Gram, batch_size=
         if len(site.places) > 1:
             raise ValueError(f"{site.name!r} is used in {len(site.places)} places, which have "
                              "different inputs: leave it out of targets=")
+
     def whole(batch):
         give = model if native(model) else lambda *known: logits(model, *known)
         give(batch.ids, batch.mask)

@@ -127,16 +127,7 @@ def merge(family, model, name=None, *, keep=True, tolerance=0.5):
             check_order(site, patch, merged)
             if not keep:
                 check_kept(site, patch, merged)
-            if site.name in tied:
-                others = ", ".join(tied[site.name])
-                raise ValueError(f"{site.name!r} shares its matrix with {others}: merging "
-                                 f"{patch.name} into it would change them too. "
-                                 "minillm.untie(model) first gives each its own")
-            if site.name in biases:
-                others = ", ".join(biases[site.name])
-                raise ValueError(f"the bias of {site.name!r} is also {others}: a merge of "
-                                 f"{patch.name} would make two of it. "
-                                 "minillm.untie(model) first gives each its own")
+            check_shared(site, patch, tied, biases)
             base = bases.get(site.name, site.module)
             base, rounding = fold_in(site, patch, base, keep, tolerance)
             bases[site.name], worst = base, max(worst, rounding)
@@ -178,6 +169,17 @@ def check_order(site, patch, merged):
         if unmerged and not (other.additive and patch.additive):
             raise ValueError(f"{patch.name} cannot be merged into {site.name!r} while {other.name} "
                              f"lies beneath it: merge or unwrap {other.name} first")
+
+
+def check_shared(site, patch, tied, biases):
+    """ValueError if another module shares the weight or the bias of the leaf."""
+    apart = "minillm.untie(model) first gives each its own"
+    if site.name in tied:
+        raise ValueError(f"{site.name!r} shares its matrix with {', '.join(tied[site.name])}: "
+                         f"merging {patch.name} into it would change them too. {apart}")
+    if site.name in biases:
+        raise ValueError(f"the bias of {site.name!r} is also {', '.join(biases[site.name])}: a "
+                         f"merge of {patch.name} would make two of it. {apart}")
 
 
 def check_kept(site, patch, merged):
