@@ -252,7 +252,8 @@ def test_what_is_left_of_a_weight_may_learn(tmp_path):
 
 def test_a_shared_bias_stays_one():
     also = "the bias of '0' is also 2.bias: a merge of"
-    for wrap, message in [(minillm.lora.wrap, f"{also} lora"), (minillm.prune.wrap, f"{also} prune"),
+    for wrap, message in [(minillm.lora.wrap, f"{also} lora"),
+                          (minillm.prune.wrap, f"{also} prune"),
                           (pissa.wrap, "the weight of '0', and 2.bias is its bias too")]:
         model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
         model[2].bias = model[0].bias
