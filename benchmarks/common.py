@@ -188,6 +188,12 @@ def keep(name, args, settings, rows, limits):
     some = "-some" if args.sides else ""
     with files.atomic(HERE / "results" / f"{name}-{device}{some}.json") as new:
         new.write_text(json.dumps(kept, indent=2) + "\n")
+    document()
+    print(section(kept))
+
+
+def document():
+    """Write docs/benchmarks.md from all results."""
     parts = [
         "# Benchmarks\n\nSmolLM2-135M, or the shape that the command names. The command above "
         "each table writes it; `benchmarks/common.py` explains how it measures. Ratios are "
@@ -197,16 +203,16 @@ def keep(name, args, settings, rows, limits):
     parts += [section(one) for one in every if "benchmark" in one]
     with files.atomic(HERE.parent / "docs" / "benchmarks.md") as new:
         new.write_text("\n\n".join(parts) + "\n")
-    print(section(kept))
 
 
 def section(kept):
+    """A result as Markdown. `note`, written by hand into its file, comes after the table."""
     limits = ", ".join(f"{key} {value / 1e9:,.0f} G" for key, value in kept["limits"].items())
     versions = ", ".join(f"{key} {value}" for key, value in kept["versions"].items())
     return (
         f"## {kept['benchmark']}, {kept['machine']}\n\n`{kept['command']}`, {kept['date']}; "
         f"{versions}. The machine's limits, measured in the same run: {limits}.\n\n"
-        f"{report.table(kept['rows'])}"
+        f"{report.table(kept['rows'])}" + (f"\n\n{kept['note']}" if "note" in kept else "")
     )
 
 
