@@ -14,6 +14,8 @@ Fine-tuning, wrapped in place with `minillm.NAME.wrap(model)`:
                     Liu et al. 2024, arXiv 2402.09353
     lora.pissa      LoRA that starts with the principal part of each weight
                     Meng et al. 2024, arXiv 2404.02948
+    lora.vera       one random low-rank pair for all weights; scales of it learn
+                    Kopiczko et al. 2024, arXiv 2310.11454
     adapters        puts a small network after each sublayer
                     Houlsby et al. 2019, arXiv 1902.00751
 
@@ -61,6 +63,7 @@ import minillm.freeze.gradual
 from minillm import prompts, lora
 import minillm.lora.dora
 import minillm.lora.pissa
+import minillm.lora.vera
 from minillm import adapters, quant
 import minillm.quant.gptq
 import minillm.quant.nf4

@@ -50,12 +50,12 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(f"laws: {sum(LAWS.values())} checks ({each})")
 
 
-def peft_model(model, **config):
-    """peft's LoRA model around a copy of the model, or a skip; the deprecations that it
-    meets are not ours."""
+def peft_model(model, method="LoraConfig", **config):
+    """peft's model of the method around a copy of the model, or a skip; the deprecations
+    that it meets are not ours."""
     peft = pytest.importorskip("peft", reason="needs the extra 'parity'")
     with warnings.catch_warnings(action="ignore"):
-        return peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**config))
+        return peft.get_peft_model(copy.deepcopy(model), getattr(peft, method)(**config))
 
 
 def hugging_face():

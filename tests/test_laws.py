@@ -430,7 +430,7 @@ def test_training_mode(kind):
         expected, what = logits(model), f"{names} on {kind}"
         model.train()
         different = not torch.equal(logits(model), expected)
-        law("7 modes", different == ("lora/dropout" in names),
+        law("7 modes", different == (any(name.endswith("/dropout") for name in names)),
             f"{what}: eval and train differ: {different}")
         law("7 modes", torch.equal(logits(model.eval()), expected), f"{what}: back in eval")
         model = attach(build(kind).train(), *names)
@@ -453,7 +453,7 @@ def test_merges_formats_and_casts_in_sequence(kind, dtype):
             what = f"{patch} on {form} on {kind}, {dtype}"
             model = attach(build(kind), *([form] if form else []), patch)
             expected = logits(model)
-            if form == "sparse" and patch in ("lora", "dora"):
+            if form == "sparse" and patch not in ("prune", "qat"):
                 continue  # the merged matrix has no zeros: refused, tested with the techniques
             try:
                 technique(patch).merge(model)

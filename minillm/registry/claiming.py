@@ -98,7 +98,7 @@ def load(family, model, path, name=None, *, replace=False, any_base=False):
     if cls.named(model) and not replace:
         raise ValueError(f"the model has {cls.kind} already, and {path} would take its place: "
                          "unwrap it first, or say replace=True")
-    _, own, kept = sorted_out(tensors, {}, path)
+    _, own, kept, _ = sorted_out(tensors, {}, path)
     named = set(map(str, field(metadata, "frozen", path, list)))
     shared = field(metadata, "shared", path)
     missing = named - {slot for slot, *_ in slots(model)}

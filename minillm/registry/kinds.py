@@ -47,6 +47,18 @@ class Kind(nn.Module):
         return {name: getattr(self, name) for name in names}
 
 
+class Common(nn.Module):
+    """Tensors that all patches of one `wrap` share, as buffers: each patch has this same module.
+
+    So they are in memory once, in a copy and a pickle once, and in a file once.
+    """
+
+    def __init__(self, **tensors):
+        super().__init__()
+        for name, t in tensors.items():
+            self.register_buffer(name, t)
+
+
 class Patch(Kind):
     """A computation around a leaf or a sublayer. A subclass gives `fold`, or `forward`, or both."""
 
@@ -58,6 +70,7 @@ class Patch(Kind):
     outside = True  # `active` outside of the context `minillm.rows`
     fixed = False  # whether its training is over; then it claims no parameters
     start = False  # whether it takes a part out of the base when it comes: see `part`
+    shares = ()  # the names of the tensors that all patches of one `wrap` share: see Common
     random = False  # whether `forward` draws at random now, which `fold` cannot do
 
     before = frozenset()  # the names that the model had before it
@@ -77,6 +90,10 @@ class Patch(Kind):
         """(W, b) -> (W', b'): a leaf with W' (out, in) and b' computes what `forward` does."""
         raise CannotMerge(f"{self.name} cannot be merged: what it computes is no "
                           "change of a weight")
+
+    def share(self, common):
+        """Use this Common; ValueError if it does not fit. A kind with `shares` has one."""
+        self.common = common
 
     def part(self):
         """The part (out, in) that a patch with a `start` took out of the base when it came."""

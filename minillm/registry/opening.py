@@ -10,14 +10,14 @@ import safetensors
 import torch
 
 from minillm.registry import fingerprint
-from minillm.registry.kinds import Format, Patch
+from minillm.registry.kinds import Common, Format, Patch
 from minillm.registry.learned import shapes
 from minillm.registry.learning import noted, said
 from minillm.registry.names import names_of
 from minillm.registry.sites import walk
 from minillm.registry.table import KINDS, formats_of, patches_of
 
-LEARNED, BUFFER = "learned:", "buffer:"
+LEARNED, BUFFER, COMMON = "learned:", "buffer:", "common:"
 
 
 def kind_of(metadata, path):
@@ -103,18 +103,20 @@ def check_free(family, name, model, configs, path, replace):
 
 
 def sorted_out(tensors, configs, path):
-    """A file's tensors: {site: {name: tensor}}, {learned parameter: tensor}, {buffer: tensor}."""
-    parts, own, kept = {where: {} for where in configs}, {}, {}
+    """A file's tensors: {site: {name: tensor}}, {learned parameter: tensor}, {buffer: tensor},
+    and what the patches share, {name: tensor}.
+    """
+    parts, rest = {where: {} for where in configs}, {LEARNED: {}, BUFFER: {}, COMMON: {}}
     for key, tensor in tensors.items():
         prefix, _, name = key.partition(":")
-        if prefix + ":" in (LEARNED, BUFFER):
-            (own if prefix + ":" == LEARNED else kept)[name] = tensor
+        if prefix + ":" in rest:
+            rest[prefix + ":"][name] = tensor
             continue
         where = max((w for w in configs if key.startswith(w + ".")), key=len, default=None)
         if where is None:
             raise ValueError(f"{path} has the tensor {key!r}, which belongs to none of its sites")
         parts[where][key.removeprefix(where + ".")] = tensor
-    return parts, own, kept
+    return parts, *rest.values()
 
 
 def remake(cls, site, config, tensors, where):
@@ -143,6 +145,24 @@ def remake(cls, site, config, tensors, where):
                          f"the file has {theirs}")
     new.load_state_dict(tensors)
     return new
+
+
+def share(cls, made, sites, tensors, path):
+    """Give the new patches {site: patch} what they share; ValueError if it does not fit."""
+    names = set(cls.shares) if issubclass(cls, Patch) else set()
+    if names != tensors.keys() or not all(t.is_floating_point() for t in tensors.values()):
+        raise ValueError(f"{path}: the patches of {cls.kind} share {sorted(names)}, the file has "
+                         f"{sorted(tensors)}")
+    if any(not torch.isfinite(t).all() for t in tensors.values()):
+        raise ValueError(f"{path}: what its patches share holds nan or infinity")
+    if names and made:
+        like = sites[next(iter(made))].new(0)
+        common = Common(**{key: t.to(like.device, like.dtype) for key, t in tensors.items()})
+        for where, patch in made.items():
+            try:
+                patch.share(common)
+            except (ValueError, IndexError) as error:
+                raise ValueError(f"{path}, {where!r}: {error}") from error
 
 
 def check_base(model, metadata, path, any_base=False):

@@ -2,7 +2,8 @@
 
 A file of a technique holds
 
-    what it added          the tensors of each Patch or Format, as SITE.NAME
+    what it added          the tensors of each Patch or Format, as SITE.NAME; those that the
+                           patches share once, as common:NAME
     what learned with it   the model's own parameters that learn, as learned:NAME (none beneath
                            LoRA, all dense ones beneath a pruning mask); and its buffers, as
                            buffer:NAME, which change without a gradient (BatchNorm's running mean)
@@ -31,8 +32,8 @@ from minillm.registry.learning import (
 )
 from minillm.registry.names import check_name, follow, names_of
 from minillm.registry.opening import (
-    BUFFER, LEARNED, check_above, check_base, check_beside, check_free, field, here_names,
-    holds, kind_of, lies_over, listed, opened, read, remake, sorted_out,
+    BUFFER, COMMON, LEARNED, check_above, check_base, check_beside, check_free, field, here_names,
+    holds, kind_of, lies_over, listed, opened, read, remake, share, sorted_out,
 )
 from minillm.registry.past import before_birth
 from minillm.registry.sites import check_whole, walk
@@ -69,6 +70,8 @@ def save(family, model, path, name=None, *, learned=True, force=False):
     own = learned_of(name, model) if learned else {}
     tensors = {f"{where}.{key}": t
                for where, module in modules.items() for key, t in added(module).items()}
+    for key in found[0][1].shares if isinstance(found[0][1], Patch) else ():
+        tensors[COMMON + key] = getattr(found[0][1].common, key)
     kept = dict(buffers(model)) if learned else {}
     write(path, family, kind, name, model, tensors, own, kept, force,
           sites={where: module.config() for where, module in modules.items()})
@@ -91,8 +94,13 @@ def learned_of(name, model):
 
 
 def added(module):
-    """{name: tensor} of a Patch, or of a Format (its buffers alone: the bias is the model's)."""
-    return dict(module.state_dict()) if isinstance(module, Patch) else dict(module.named_buffers())
+    """{name: tensor} of a Patch, or of a Format (its buffers alone: the bias is the model's).
+
+    What patches share is not among them.
+    """
+    if not isinstance(module, Patch):
+        return dict(module.named_buffers())
+    return {k: t for k, t in module.state_dict().items() if not k.startswith("common.")}
 
 
 def write(path, family, kind, name, model, tensors, own, kept, force=False, **metadata):
@@ -210,9 +218,10 @@ def load(family, model, path, name=None, *, replace=False, any_base=False):
                          "no other name")
     name = cls.kind if a_format else check_name(name or metadata.get("name"), cls.kind, model)
     check_free(family, name, model, configs, path, replace)
-    parts, own, kept = sorted_out(tensors, configs, path)
+    parts, own, kept, common = sorted_out(tensors, configs, path)
     made = {where: remake(cls, sites[where], config, parts[where], f"{path}, {where!r}")
             for where, config in configs.items()}
+    share(cls, made, sites, common, path)
     over = check_base(model, metadata, path, any_base)
     shared = field(metadata, "shared", path)
     check_learned(model, own, kept, shared, path)

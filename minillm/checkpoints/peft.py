@@ -1,0 +1,264 @@
+"""peft's adapter files, both ways: a directory with the settings and the tensors of one adapter.
+
+    minillm.checkpoints.peft.save(model, "sql")    peft.PeftModel.from_pretrained(base, "sql")
+    minillm.checkpoints.peft.load(model, "sql")    peft.PeftModel.save_pretrained wrote it
+
+    kind           peft's type      the tensors of a module, after its name
+    lora           LORA             lora_A.weight (r, in), lora_B.weight (out, r); of an embedding
+                                    lora_embedding_A, lora_embedding_B
+      with a start (PiSSA)          its change since birth: A' = [A; A0], B' = [B, -B0], rank 2r
+    dora           LORA, use_dora   also lora_magnitude_vector (out,)
+    vera           VERA             vera_lambda_d (r,), vera_lambda_b (out,); and once
+                                    base_model.vera_A, base_model.vera_B
+    prompts        PROMPT_TUNING    prompt_embeddings (length, width), without a module
+
+The name of a tensor is base_model.model. + its module + the above. Modules have the names of the
+Hugging Face model, also where the model is minillm's Transformer. (GPT-2 has one leaf for q, k and
+v there and three here, so an adapter of these has no place in the other.)
+
+Loading is strict. Each tensor has to find its place, each target of the settings has to be in the
+file, and a setting that changes what is computed and that minillm lacks is an error. peft warns of
+some of these and ignores others. Saving refuses what peft's files cannot say: that an adapter was
+trained over another one. What the model's own parameters learned goes as `modules_to_save`, by
+whole modules.
+"""
+
+import collections
+import json
+import pathlib
+import re
+
+import torch
+from safetensors.torch import save_file
+
+from minillm import files, prompts
+from minillm.checkpoints import peft_settings
+from minillm.checkpoints.peft_settings import module_names, placed, prompt_settings, settings
+from minillm.registry import KINDS, attached, hint, walk
+from minillm.registry.attach import check_free, surround
+from minillm.registry.learned import check_learned, let_learn, put_back
+from minillm.registry.names import check_name
+from minillm.registry.opening import read, remake, share
+from minillm.registry.sites import check_whole, parameters
+from minillm.registry.store import learned_of, over
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+LORA = {"A": "lora_A.weight", "B": "lora_B.weight"}
+EMBEDDING = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
+SUFFIXES = {"lora": LORA, "dora": LORA | {"m": "lora_magnitude_vector"},
+            "vera": {"d": "vera_lambda_d", "b": "vera_lambda_b"}}
+
+# --- saving -----------------------------------------------------------------------------------
+
+
+def save(model, directory, name=None, *, force=False):
+    """Write one adapter to a directory that peft loads; creates the directory.
+
+    name: which adapter, if the model has several. An adapter of this directory that minillm wrote
+    is replaced. FileExistsError for other files there, unless `force`, and always for an adapter
+    that minillm did not write. ValueError for a kind that peft lacks, for an adapter that was
+    trained over another one, and for leaves without a place in the Hugging Face model.
+    """
+    check_whole(model, "save")
+    found = chosen(model, name)
+    (name, kind), = {(patch.name, patch.kind) for _, patch in found}
+    if beneath := sorted(over(name, model)):
+        raise ValueError(f"{name} was trained over {beneath[0]}, which no file of peft says: merge "
+                         f"{beneath[0]} into the model and save that, or train {name} without it")
+    places = module_names(model)
+    tensors, config = {}, collections.Counter()
+    if kind == "prompts":
+        tensors["prompt_embeddings"] = found[0][1].P
+        config = prompt_settings(model, found)
+    else:
+        for site, patch in found:
+            for key, t in tensors_of(site, patch).items():
+                tensors[f"{PREFIX}{placed(site, places)}.{key}"] = t
+        for key in found[0][1].shares:
+            tensors[f"base_model.vera_{key}"] = getattr(found[0][1].common, key)
+        config = settings(model, found, places)
+    saved, config["modules_to_save"] = whole_modules(model, learned_of(name, model), places)
+    tensors |= saved
+    directory = pathlib.Path(directory)
+    own = ours(directory)
+    files.check_writable(directory, directory=True, force=force, own=own,
+                         needs=re.escape(CONFIG) + "|" + re.escape(TENSORS))
+    with files.atomic(directory, own) as new:
+        new.mkdir()
+        every = {key: t.detach().contiguous().clone() for key, t in tensors.items()}
+        save_file(every, new / TENSORS, {"format": "pt", "written_by": "minillm"})
+        (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def chosen(model, name):
+    """[(site, patch)] of one adapter."""
+    every = [(site, patch) for site in walk(model) if site.layer
+             for patch in site.layer.patches.values() if name in (None, patch.name)]
+    fits = [(site, patch) for site, patch in every if patch.kind in (*SUFFIXES, "prompts")]
+    names = sorted({patch.name for _, patch in fits})
+    if len(names) > 1:
+        raise ValueError(f"the model has the adapters {', '.join(names)}, and a directory holds "
+                         f"one: save(model, directory, name={names[0]!r})")
+    if not fits:
+        known = ", ".join((*SUFFIXES, "prompts"))
+        raise ValueError(f"there is no adapter{f' called {name!r}' * (name is not None)} here that "
+                         f"peft has a file for ({known}); attached: {attached(model)}")
+    return fits
+
+
+def tensors_of(site, patch):
+    """{peft's key: tensor} of a patch."""
+    if patch.start:  # s (B A - B0 A0)
+        pair = {"A": torch.cat([patch.A, patch.A0]), "B": torch.cat([patch.B, -patch.B0], 1)}
+    else:
+        pair = {key: getattr(patch, key) for key in SUFFIXES[patch.kind]}
+    suffixes = EMBEDDING if site.leaf.lookup else SUFFIXES[patch.kind]
+    return {suffixes[key]: t for key, t in pair.items()}
+
+
+def whole_modules(model, learned, places):
+    """({peft's key: tensor}, names) of the modules of which a parameter learned."""
+    owners = {name.rpartition(".")[0] for name in learned}
+    tensors = {f"{PREFIX}{places[owner]}.{key}": p for name, _, key, p in parameters(model)
+               if (owner := name.rpartition(".")[0]) in owners}
+    return tensors, sorted(places[owner] for owner in owners) or None
+
+
+def ours(directory):
+    """The names in the directory that minillm wrote and may replace."""
+    try:
+        return [CONFIG, TENSORS] if read(directory / TENSORS)[1].get("written_by") else []
+    except (OSError, ValueError):
+        return []
+
+
+# --- loading ----------------------------------------------------------------------------------
+
+
+def load(model, directory, name=None):
+    """Attach the adapter of a directory that peft or `save` wrote; in place, returns the model.
+
+    name: its name in this model, by default its kind. ValueError, before the model changes, for a
+    file that does not fit it as a whole (see the top of this page). Nothing is unpickled.
+    """
+    check_whole(model, "load")
+    directory = pathlib.Path(directory)
+    config, tensors = opened(directory)
+    peft_settings.check(config, directory / CONFIG)
+    if config["peft_type"] == "PROMPT_TUNING":
+        kind, parts, common, own = prompt(model, config, tensors, directory)
+    else:
+        kind = ("vera" if config["peft_type"] == "VERA" else
+                "dora" if config.get("use_dora") else "lora")
+        parts, common, own = sorted_out(model, kind, config, tensors, directory)
+    cls, sites = KINDS[kind], {site.name: site for site in walk(model)}
+    name = check_name(name, kind, model)
+    places, made = module_names(model), {}
+    for where, part in parts.items():
+        check_free(sites[where], name, kind)
+        chosen = options(kind, config, places.get(where), part)
+        made[where] = remake(cls, sites[where], chosen, part, f"{directory}, {where!r}")
+    share(cls, made, sites, common, directory)
+    check_learned(model, own, {}, {}, directory)
+    put_back(model, own, {}, {}, name)
+    surround(model, name, [(sites[where], patch) for where, patch in made.items()], ())
+    let_learn(model, own)
+    return model
+
+
+def opened(directory):
+    """(settings, tensors) of a directory."""
+    if (directory / "adapter_model.bin").exists() and not (directory / TENSORS).exists():
+        raise ValueError(f"{directory} has its tensors in adapter_model.bin, a pickle, which can "
+                         "run any code and is not opened: save it as safetensors with peft")
+    config = files.read_json(directory / CONFIG)
+    if not isinstance(config, dict):
+        raise ValueError(f"{directory / CONFIG} is no object of settings")
+    return config, read(directory / TENSORS)[0]
+
+
+def prompt(model, config, tensors, directory):
+    """What `load` needs of a soft prompt."""
+    P = tensors.pop("prompt_embeddings", None)
+    if P is None or P.dim() != 2 or tensors:
+        raise ValueError(f"{directory / TENSORS} should hold prompt_embeddings (length, width) "
+                         f"and nothing else; it holds {sorted(tensors)[:1] or 'another shape'}")
+    if config.get("num_transformer_submodules", 1) not in (1, None):
+        raise ValueError(f"{directory / CONFIG}: a prompt for an encoder and a decoder has no "
+                         "place in this model")
+    default = prompts.first_embedding(model)
+    (site,) = [site for site in walk(model) if default(site)]
+    return "prompts", {site.name: {"P": P}}, {}, {}
+
+
+def sorted_out(model, kind, config, tensors, directory):
+    """({site: {our key: tensor}}, what is shared, {parameter: tensor}); each tensor has a place."""
+    path, cls = directory / TENSORS, KINDS[kind]
+    sites = {theirs: site for site in walk(model)
+             if (theirs := module_names(model).get(site.name)) is not None}
+    leaves = {theirs: site for theirs, site in sites.items() if cls.accepts(site)}
+    parts, common, own = collections.defaultdict(dict), {}, {}
+    for key, t in tensors.items():
+        if kind == "vera" and key.startswith("base_model.vera_"):
+            common[key.removeprefix("base_model.vera_")] = t
+            continue
+        if not key.startswith(PREFIX):
+            raise ValueError(f"{path}: {key!r} does not begin with {PREFIX!r}, so peft would not "
+                             "find it either")
+        key = key.removeprefix(PREFIX)
+        module, ours = split(key, kind)
+        if ours is None:
+            own_or_base(key, t, sites, own, config, path)
+        elif module not in leaves:
+            lookup = EMBEDDING["A"] in key or EMBEDDING["B"] in key
+            possible = [site for site in leaves.values() if bool(site.leaf.lookup) == lookup]
+            raise ValueError(f"{path} has {kind} for {module!r}, which this model lacks; "
+                             f"{hint(module, possible)}")
+        else:
+            parts[leaves[module].name][ours] = t
+    if not parts:
+        raise ValueError(f"{path} holds no tensor of {kind}")
+    names = peft_settings.named(config, leaves, directory / CONFIG)
+    missing = sorted(names - {module_names(model)[where] for where in parts})
+    if missing:
+        raise ValueError(f"{path} has no tensors for {missing[0]!r} ({len(missing)} such), which "
+                         "target_modules names: it was made for another model")
+    return dict(parts), common, own
+
+
+def split(key, kind):
+    """(module, our key) of a name in the file; (None, None) if it is none of the kind's."""
+    for suffixes in (SUFFIXES[kind], EMBEDDING if kind == "lora" else {}):
+        for ours, suffix in suffixes.items():
+            if key.endswith(f".{suffix}"):
+                return key.removesuffix(f".{suffix}"), ours
+    return None, None
+
+
+def own_or_base(key, t, sites, own, config, path):
+    """Enter a tensor of `modules_to_save` in `own`, or check that it is this model's embedding."""
+    module, _, last = key.rpartition(".")
+    base = module.removesuffix(".base_layer")
+    if module != base and base in sites:
+        stored = sites[base].module.weight
+        if stored.shape == t.shape and torch.equal(stored, t.to(stored)):
+            return
+        raise ValueError(f"{path} holds another embedding than this model, {key!r}: it was made "
+                         "for another model")
+    if module not in sites or not peft_settings.matches(module, config.get("modules_to_save")):
+        raise ValueError(f"{path} holds {key!r}, which is no part of the adapter and of no module "
+                         "in modules_to_save that this model has")
+    own[f"{sites[module].name}.{last}"] = t
+
+
+def options(kind, config, module, part):
+    """Our options of one patch."""
+    if kind == "prompts":
+        return dict(length=len(part["P"]))
+    if kind == "vera":
+        return dict(r=config.get("r", 256), dropout=config.get("vera_dropout", 0.0))
+    r, alpha = (peft_settings.of_pattern(config.get(f"{one}_pattern"), module, config.get(key, 8))
+                for one, key in (("rank", "r"), ("alpha", "lora_alpha")))
+    return dict(r=r, alpha=alpha, rank_stabilized=bool(config.get("use_rslora")),
+                dropout=config.get("lora_dropout", 0.0))

@@ -1,0 +1,156 @@
+"""The names and the settings in peft's adapter_config.json; `peft` has the files."""
+
+import collections
+import re
+
+import torch
+
+from minillm.checkpoints import layouts
+from minillm.model.transformer import Transformer
+from minillm.registry import walk
+from minillm.registry.sites import bare
+
+# the settings that do not change what a loaded adapter computes, and those that `peft` reads
+KNOWN = {
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode", "target_modules", "exclude_modules", "modules_to_save", "r", "lora_alpha",
+    "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
+    "layers_to_transform", "layers_pattern", "megatron_core", "loftq_config", "eva_config",
+    "corda_config", "lora_ga_config", "init_weights", "runtime_config", "qalora_group_size",
+    "vera_dropout", "projection_prng_key", "save_projection", "d_initial", "num_virtual_tokens",
+    "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers",
+    "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
+    "ensure_weight_tying", "bias", "init_lora_weights",
+}
+STARTS = re.compile("pissa.*|olora|corda|eva|loftq|lora_ga", re.IGNORECASE)  # these change the base
+
+
+# --- the names of modules ---------------------------------------------------------------------
+
+
+def module_names(model):
+    """{site's name: the module's name in the Hugging Face model}."""
+    model = bare(model)
+    names = [site.name for site in walk(model)]
+    if not isinstance(model, Transformer):
+        return {name: name for name in names}
+    kind = layouts.describe(model.config, torch.float32)["model_type"]
+    found = {}
+    for name in names:
+        if kind != "gpt2":
+            found[name] = name if name == "lm_head" else f"model.{name}"
+        elif not re.search(r"\.[qkv]_proj$", name):
+            theirs = layouts.gpt2_name(f"{name}.").removesuffix(".")
+            found[name] = theirs if name == "lm_head" else f"transformer.{theirs}"
+    return found
+
+
+def placed(site, places):
+    if site.name not in places:
+        raise ValueError(f"{site.name!r} is a part of c_attn in the Hugging Face model, where q, k "
+                         "and v are one leaf, so peft has no place for its adapter")
+    return places[site.name]
+
+
+# --- writing ----------------------------------------------------------------------------------
+
+
+def settings(model, found, places):
+    """The adapter_config.json of patches around leaves."""
+    kind, first = found[0][1].kind, found[0][1]
+    turned = {site.leaf.transposed for site, _ in found if not site.leaf.lookup}
+    config = dict(common_settings(model), peft_type="VERA" if kind == "vera" else "LORA",
+                  target_modules=targets(model, found, places), fan_in_fan_out=turned == {True},
+                  bias="none", r=first.r)
+    if kind == "vera":
+        return dict(config, vera_dropout=first.dropout, save_projection=True, d_initial=0.1,
+                    projection_prng_key=0)
+    ranks = {places[site.name]: len(patch.A) * (1 + patch.start) for site, patch in found}
+    # peft divides by the rank in its file, which is 2r with a start
+    alphas = {places[site.name]: patch.scale * factor(ranks[places[site.name]], patch)
+              for site, patch in found}
+    r, alpha = (collections.Counter(known.values()).most_common(1)[0][0]
+                for known in (ranks, alphas))
+    return dict(config, r=r, lora_alpha=alpha, lora_dropout=first.dropout,
+                use_rslora=first.rank_stabilized, use_dora=kind == "dora",
+                rank_pattern={re.escape(k): v for k, v in ranks.items() if v != r},
+                alpha_pattern={re.escape(k): v for k, v in alphas.items() if v != alpha})
+
+
+def factor(r, patch):
+    """What alpha is divided by."""
+    return r**0.5 if patch.rank_stabilized else r
+
+
+def common_settings(model):
+    config = getattr(bare(model), "config", None)
+    base = getattr(bare(model), "source", "") or getattr(config, "_name_or_path", "") or None
+    return dict(base_model_name_or_path=base, inference_mode=True, task_type="CAUSAL_LM")
+
+
+def prompt_settings(model, found):
+    (_, patch), = found
+    blocks = getattr(bare(model).config, "layers", None) or bare(model).config.num_hidden_layers
+    heads = getattr(bare(model).config, "heads", None) or bare(model).config.num_attention_heads
+    return dict(common_settings(model), peft_type="PROMPT_TUNING", num_virtual_tokens=patch.length,
+                token_dim=patch.P.shape[1], num_transformer_submodules=1, num_layers=blocks,
+                num_attention_heads=heads, prompt_tuning_init="RANDOM")
+
+
+def targets(model, found, places):
+    """The endings of the modules' names where they name no other leaf; else the whole names."""
+    here = {places[site.name] for site, _ in found}
+    endings = {name.rpartition(".")[2] for name in here}
+    leaves = {places[site.name] for site in walk(model) if site.leaf and site.name in places}
+    also = {name for name in leaves if name.rpartition(".")[2] in endings}
+    return sorted(endings if also == here and not any(e.isdigit() for e in endings) else here)
+
+
+# --- reading ----------------------------------------------------------------------------------
+
+
+def check(config, path):
+    """ValueError for a setting that changes what is computed and that minillm lacks."""
+    kind, start = config.get("peft_type"), config.get("init_lora_weights")
+    if kind not in ("LORA", "VERA", "PROMPT_TUNING"):
+        raise ValueError(f"{path}: peft_type is {kind!r}; minillm reads LORA, VERA, PROMPT_TUNING")
+    if isinstance(start, str) and STARTS.fullmatch(start):
+        raise ValueError(f"{path}: init_lora_weights is {start!r}, so it belongs to a base from "
+                         "which that start took a part: save it with peft's "
+                         "path_initial_model_for_weight_conversion first")
+    odd = {key: value for key, value in config.items() if value and key not in KNOWN}
+    odd |= {"bias": config["bias"]} if config.get("bias", "none") != "none" else {}
+    if odd:
+        key = min(odd)
+        raise ValueError(f"{path}: {key} is {odd[key]!r}, which minillm does not implement")
+
+
+def named(config, names, path):
+    """The names, of those of a model's leaves, that `target_modules` asks for."""
+    asked, left_out = config.get("target_modules"), config.get("exclude_modules")
+    found = {name for name in names if matches(name, asked)}
+    if not isinstance(asked, str):
+        for one in asked or ():
+            if not any(matches(name, [one]) for name in names):
+                raise ValueError(f"{path}: target_modules names {one!r}, which no leaf of this "
+                                 "model is called")
+    layers = config.get("layers_to_transform")
+    if layers is not None:
+        layers = [layers] if isinstance(layers, int) else layers
+        found = {name for name in found if set(map(int, re.findall(r"\d+", name))) & set(layers)}
+    return {name for name in found if not matches(name, left_out)}
+
+
+def matches(name, asked):
+    """peft's rule: a text is a regular expression for the whole name, a list has endings."""
+    if isinstance(asked, str):
+        return re.fullmatch(asked, name) is not None
+    return any(name == one or name.endswith(f".{one}") for one in asked or ())
+
+
+def of_pattern(patterns, name, default):
+    """The value of the first pattern that matches the end of the name."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
