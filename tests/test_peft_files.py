@@ -102,8 +102,9 @@ def test_written_by_peft_and_read_here(kind, name, tmp_path):
         ours |= {f"{where}.{key}": p for key, p in patch.named_parameters()}
     grads = {key: p for key, p in theirs.base_model.model.named_parameters() if p.grad is not None}
     assert len(ours) == len(grads)
-    spelt = {"A": "lora_A.default.weight", "B": "lora_B.default.weight", "d": "vera_lambda_d.default",
-             "b": "vera_lambda_b.default", "m": "lora_magnitude_vector.default.weight"}
+    spelt = {"A": "lora_A.default.weight", "B": "lora_B.default.weight",
+             "m": "lora_magnitude_vector.default.weight", "d": "vera_lambda_d.default",
+             "b": "vera_lambda_b.default"}
     for key, p in ours.items():
         where, _, last = key.rpartition(".")
         assert torch.allclose(p.grad, grads[f"{where}.{spelt[last]}"].grad, atol=1e-4), key
@@ -175,7 +176,7 @@ def test_modules_to_save(tmp_path):
         assert again.transformer.ln_f.weight.requires_grad
         assert not again.transformer.wte.weight.requires_grad
     edit(tmp_path / "a", dict(modules_to_save=None))
-    with pytest.raises(ValueError, match="'transformer.ln_f.bias', which is no part of the adapter"):
+    with pytest.raises(ValueError, match="'transformer.ln_f.bias', which is no part of the adap"):
         files.load(build("hf_gpt2"), tmp_path / "a")
 
 
@@ -204,7 +205,7 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     ({}, lambda t: t.update({KEY.replace("layers.0", "layers.7"): t.pop(KEY)}),
      "'model.layers.7.self_attn.q_proj', which this model lacks; what would have matched"),
     ({}, lambda t: t.pop(KEY), "does not fit this model, which needs"),
-    ({}, lambda t: t.update({"base_model.model.extra": torch.zeros(2)}), "'extra', which is no part"),
+    ({}, lambda t: t.update({"base_model.model.x": torch.zeros(2)}), "'x', which is no part"),
     ({}, lambda t: t.clear(), "holds no tensor of lora"),
     ({}, lambda t: t.update({KEY: t[KEY].fill_(torch.nan)}), "nan or infinity"),
 ])
