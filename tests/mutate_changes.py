@@ -9,7 +9,8 @@
     call           f(x) alone on its line; k=v    dropped
 
 What only speaks to a person is left out: docstrings and other texts, comments, annotations, all
-of a `raise`, log lines, the progress bar, argparse's help. Lines keep their numbers.
+of a `raise`, log lines, the progress bar, argparse's help. So are the options with which the laws
+run a method (`small=`), for they are the tests'. Lines keep their numbers.
 """
 
 import ast
@@ -28,7 +29,8 @@ NEIGHBOURS = {
 NAMES = {"min": "max", "any": "all", "amin": "amax", "argmin": "argmax"}
 NAMES |= {new: old for old, new in NAMES.items()}
 NOISE = {"log", "logging", "logger", "tqdm", "bar", "warnings"}  # what their calls say is no result
-TEXTS = {"help", "metavar", "description", "prog"}  # nor are these arguments of argparse
+# nor are these arguments of argparse, nor the laws' own options of a method
+TEXTS = {"help", "metavar", "description", "prog", "small"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ from models import IDS, build
 
 import minillm
 from minillm import checkpoints, data, zoo
+from minillm.checkpoints import layouts
 from minillm.zoo import fetching
 from minillm.model.tokenizer import SentencePiece
 
@@ -462,3 +463,27 @@ def test_a_gguf_is_refused_for_what_llama_cpp_does_not_run(tmp_path):
     with pytest.raises(ValueError, match="type='q4' is unknown"):
         checkpoints.save(random_model("llama"), tmp_path / "m.gguf", type="q4")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("model_type, own", [("llama", "LlamaConfig"), ("mistral", "MistralConfig"),
+                                             ("qwen2", "Qwen2Config"), ("qwen3", "Qwen3Config"),
+                                             ("gpt2", "GPT2Config")])
+def test_a_field_that_config_json_lacks_has_the_default_of_transformers(model_type, own):
+    names = {"gpt2": "GPT2LMHeadModel"}
+    least = dict(vocab_size=24, hidden_size=256, intermediate_size=32, num_hidden_layers=2,
+                 num_attention_heads=2, max_position_embeddings=32)
+    if model_type == "gpt2":
+        least = dict(vocab_size=24, n_embd=16, n_layer=2, n_head=2, n_positions=32)
+    theirs = getattr(hugging_face(), own)(**least)
+    config, _ = layouts.translate(dict(
+        least, model_type=model_type,
+        architectures=[names.get(model_type, own.replace("Config", "ForCausalLM"))]))
+    if model_type == "gpt2":
+        assert config.eps == theirs.layer_norm_epsilon and config.ffn == 64
+        return
+    assert config.eps == theirs.rms_norm_eps
+    assert config.rope_base == theirs.rope_parameters["rope_theta"]
+    assert config.tied == theirs.tie_word_embeddings
+    assert config.head_size == getattr(theirs, "head_dim", None) or 128
+    assert config.mlp_bias is False and config.qkv_bias == (model_type == "qwen2")

@@ -17,6 +17,7 @@ def f(x: int = 1 << 2, *, share=0.5) -> None | int:
         if not i:
             continue
         raise ValueError(f"{i} is more than {x * 2}" + str(x % 3))
+    method("f", small={"": dict(r=4)})
     return max(-x, x.any(), "é" + x, [y @ y for y in x if y != 1], True)
 '''
 
@@ -31,6 +32,7 @@ def test_all_that_it_changes_and_nothing_else():
         ("x <= 2 and share is not None", "not (x <= 2 and share is not None)"), ("<=", "<"),
         ("<=", ">="), ("and", "or"), ("is not", "is"), ('g(x, k=1, text=f"{x + 1}")', "pass"),
         (", k=1", ""), (', text=f"{x + 1}"', ""), ("not ", ""), ("continue", "break"),
+        ('method("f", small={"": dict(r=4)})', "pass"),
         ("max", "min"), ("-", ""), ("any", "all"), ("@", "*"), ("y != 1", "not (y != 1)"),
         ("!=", "=="), ("True", "False")}
 

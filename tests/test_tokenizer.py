@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import minillm
 from minillm import data
 from minillm.model import tokenizer as tokenizers
-from minillm.model.tokenizer import BytePair, SentencePiece
+from minillm.model.tokenizer import BytePair, SentencePiece, proto
 
 ODD = ["", " ", "  two  spaces ", "tab\tand\nnewline\r\n\n", "é漢字🙂👩‍👩‍👧 x", "\u202ertl",
        "0123456789 3.14", "don't WE'LL", "a" * 300, "\x00\x01", "<|im_start|>user\nhi<|im_end|>",
@@ -57,6 +57,15 @@ def any_trained(made=[]):  # noqa: B006  (one for all examples)
 def test_training_is_the_same_every_time(trained):
     kind = "bpe" if trained.parsed.kind == 2 else "unigram"
     assert SentencePiece.train([data.topics()[:60000]], 600, kind).proto == trained.proto
+
+
+def test_a_rounded_score_is_the_nearest_multiple():
+    pieces = [("a", -3.14159, 1), ("b", 2.0, 2), ("c", -1 / 128 - 1e-3, 3)]
+    made = b"".join(proto.packed_piece(*piece) for piece in pieces)
+    found = [proto.read_piece(value) for _, value in proto.fields(proto.rounded(made))]
+    assert found == [("a", -201 / 64, 1), ("b", 2.0, 2), ("c", -1 / 64, 3)]
+    found = [proto.read_piece(value) for _, value in proto.fields(proto.rounded(made, step=0.5))]
+    assert [score for _, score, _ in found] == [-3.0, 2.0, 0.0]
 
 
 def test_sentencepiece_saves_and_loads(tmp_path, trained):

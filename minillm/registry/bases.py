@@ -137,6 +137,4 @@ def restored(now, base):
     for key, p in base.named_parameters(recurse=False):
         if (new := now._parameters.get(key)) is not None:
             p.requires_grad_(new.requires_grad)
-        elif key in now.says:
-            p.requires_grad_(now.says[key].last)
     return base
