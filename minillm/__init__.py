@@ -61,6 +61,7 @@ from minillm import freeze
 import minillm.freeze.bitfit
 import minillm.freeze.gradual
 from minillm import prompts, lora
+import minillm.lora.combine
 import minillm.lora.dora
 import minillm.lora.pissa
 import minillm.lora.vera
@@ -75,6 +76,7 @@ from minillm import sparse
 from minillm import data, distributed, train, measure, checkpoints, zoo, compare
 from minillm.measure import report
 from minillm.measure.show import show
+import minillm.checkpoints.peft
 from minillm.checkpoints import save
 from minillm.zoo import load
 
