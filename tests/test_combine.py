@@ -91,7 +91,8 @@ def test_the_ways_by_name(way):
     combine(model, {"sql": 1.0, "chat": 0.5}, name="both", way=way, r=16)
     torch.manual_seed(7)
     for where, D in change(model).items():
-        torch.testing.assert_close(D, function(before[where], [1.0, 0.5], 0.2), rtol=1e-3, atol=1e-4)
+        expected = function(before[where], [1.0, 0.5], 0.2)
+        torch.testing.assert_close(D, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_leaves_that_one_of_them_lacks_and_files(tmp_path):
