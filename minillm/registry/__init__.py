@@ -10,7 +10,7 @@
     learning     which of the model's own parameters learn
     names        which adapters take part
     attach       how a patch or a format is put into the model
-    verbs        unwrap, merge, unmerge
+    verbs        unwrap, unmerge; with `merging` and `probe`
     store        save, load; with `learned` and `fingerprint`
 """
 
