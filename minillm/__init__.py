@@ -61,6 +61,8 @@ import minillm.freeze.gradual
 from minillm import prompts, lora
 import minillm.lora.dora
 import minillm.lora.pissa
+import minillm.lora.loha
+import minillm.lora.lokr
 from minillm import adapters, quant
 import minillm.quant.gptq
 import minillm.quant.nf4
