@@ -14,6 +14,10 @@ Fine-tuning, wrapped in place with `minillm.NAME.wrap(model)`:
                     Liu et al. 2024, arXiv 2402.09353
     lora.pissa      LoRA that starts with the principal part of each weight
                     Meng et al. 2024, arXiv 2404.02948
+    lora.loha       multiplies two low-rank changes of each weight, entry by entry
+                    Hyeon-Woo et al. 2022, arXiv 2108.06098
+    lora.lokr       repeats a small matrix over each weight, with a learnt factor per copy
+                    Yeh et al. 2024, arXiv 2309.14859
     adapters        puts a small network after each sublayer
                     Houlsby et al. 2019, arXiv 1902.00751
 

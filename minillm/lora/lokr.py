@@ -121,6 +121,9 @@ class LoKr(Change, Patch):
         d = through(below.compute(ids % self.n, D[0]), D[1:])  # (..., q)
         return (c[..., :, None] * d[..., None, :]).flatten(-2)  # (..., p, q) -> (..., p q)
 
+    def extra_repr(self):
+        return f"{super().extra_repr()}, factor={self.factor}"
+
 
 def wrap(model, targets=None, *, name=None, r=8, alpha=16.0, factor=None, decompose_both=False):
     """Put LoKr around the leaves that `targets` names; in place, returns the model.
