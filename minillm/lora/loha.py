@@ -34,9 +34,8 @@ An embedding is a leaf whose input is one-hot. There a token's change is one col
 the formula, s (B1 a1) * (B2 a2), where a1 and a2 are columns of A1 and A2. The row of
 `padding_idx` neither changes nor learns.
 
-A2 meets the product of three small numbers, so the usual learning rate is several times
-LoRA's. Not included: peft's dropout of rows and of whole leaves, convolutions, and
-FedPara's training from scratch.
+Not included: peft's dropout of rows and of whole leaves, convolutions, the normal
+distributions with which LyCORIS begins, and FedPara's training from scratch.
 
 >>> from torch import nn; import torch, minillm
 >>> model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(2, 8)
@@ -107,5 +106,5 @@ def wrap(model, targets=None, *, name=None, r=8, alpha=16.0):
 
 register("loha", LoHa, family="lora")
 method("loha", wrap, does="multiplies two low-rank changes of each weight, entry by entry",
-       paper="Hyeon-Woo et al. 2022, arXiv 2108.06098", rates=dict(tiny=3e-2, smollm2=1e-2),
+       paper="Hyeon-Woo et al. 2022, arXiv 2108.06098", rates=dict(tiny=1e-2, smollm2=3e-3),
        small={"": dict(r=2), "dense": dict(r=4, alpha=3.0)})

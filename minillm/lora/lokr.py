@@ -1,4 +1,4 @@
-"""LoKr: learn a change of each weight that repeats one small matrix, with a factor for each copy.
+"""LoKr: learn a change of each weight that repeats a small matrix, scaled for each copy.
 
 The change is a Kronecker product: a grid of copies of D, and C[i,j] is the factor of the
 copy at (i, j). Its rank is the product of the ranks of C and D.
@@ -22,13 +22,13 @@ copy at (i, j). Its rank is the product of the ranks of C and D.
 
     (C (x) D) x = C X D^T        (p, m) (m, n) (n, q) -> (p, q), which is y as a matrix
 
-For the backward it keeps only x, and makes the products anew (see `minillm.ops`).
+For the backward it keeps only x, and makes the products anew (see `change`).
 
 Cost: p m + r (q + n) parameters a leaf. With sizes near the root that is far less than
 LoRA's r (in + out): for 576 x 576 and r = 8 it is 960 and not 9,216. A token costs
-m r (n + q) + p m q multiplications, and again in the backward. Merged: nothing. peft
-makes the whole change, and autograd keeps it: in * out multiplications a token, as many
-as the leaf has, and as many numbers.
+m r (n + q) + p m q multiplications, and most of them again in the backward. Merged:
+nothing. peft makes the whole change, and autograd keeps it: in * out multiplications a
+token, as many as the leaf has, and as many numbers.
 
 An embedding is a leaf whose input is one-hot. There the change of the id j is the column
 C[:,k] (x) D[:,l] with j = k n + l. The row of `padding_idx` neither changes nor learns.
@@ -141,6 +141,6 @@ def wrap(model, targets=None, *, name=None, r=8, alpha=16.0, factor=None, decomp
 
 register("lokr", LoKr, family="lora")
 method("lokr", wrap, does="repeats a small matrix over each weight, with a learnt factor per copy",
-       paper="Yeh et al. 2024, arXiv 2309.14859", rates=dict(tiny=1e-2, smollm2=3e-3),
+       paper="Yeh et al. 2024, arXiv 2309.14859", rates=dict(tiny=2e-2, smollm2=6e-3),
        small={"": dict(r=1, alpha=3.0), "factor": dict(r=3, factor=2), "whole": dict(r=4),
               "both": dict(r=1, alpha=2.0, decompose_both=True)})
