@@ -16,6 +16,10 @@ Fine-tuning, wrapped in place with `minillm.NAME.wrap(model)`:
                     Meng et al. 2024, arXiv 2404.02948
     lora.vera       one random low-rank pair for all weights; scales of it learn
                     Kopiczko et al. 2024, arXiv 2310.11454
+    lora.loha       multiplies two low-rank changes of each weight, entry by entry
+                    Hyeon-Woo et al. 2022, arXiv 2108.06098
+    lora.lokr       repeats a small matrix over each weight, with a learnt factor per copy
+                    Yeh et al. 2024, arXiv 2309.14859
     adapters        puts a small network after each sublayer
                     Houlsby et al. 2019, arXiv 1902.00751
 
@@ -65,6 +69,8 @@ import minillm.lora.combine
 import minillm.lora.dora
 import minillm.lora.pissa
 import minillm.lora.vera
+import minillm.lora.loha
+import minillm.lora.lokr
 from minillm import adapters, quant
 import minillm.quant.gptq
 import minillm.quant.nf4

@@ -60,6 +60,14 @@ from minillm.registry.table import method
 from minillm.registry.verbs import verbs
 
 
+def rank(r, site):
+    """r, or the leaf's smaller side where that is less; ValueError for an r above both sides."""
+    if options.whole("r", r) > max(site.shape):
+        raise ValueError(f"r={r} at {site.name!r}: the rank of a {site.shape} matrix is "
+                         f"from 1 to {min(site.shape)}")
+    return min(int(r), *site.shape)  # such as a head with two outputs
+
+
 class LoRA(Patch):
     additive = True
     reads = False
@@ -67,18 +75,13 @@ class LoRA(Patch):
     def __init__(self, site, r=8, alpha=16.0, rank_stabilized=False, dropout=0.0, start=False):
         super().__init__()
         out, into = site.shape
-        r = options.whole("r", r)
-        if r > max(out, into):
-            raise ValueError(f"r={r} at {site.name!r}: the rank of a ({out}, {into}) matrix is "
-                             f"from 1 to {min(out, into)}")
-        r = min(r, out, into)  # such as a head with two outputs
+        r = rank(r, site)
         self.r, self.alpha = r, options.positive("alpha", alpha)
         self.rank_stabilized = options.flag("rank_stabilized", rank_stabilized)
         self.dropout = options.share("dropout", dropout)
         self.scale = self.alpha / (math.sqrt(r) if rank_stabilized else r)
         self.lookup, self.padding = site.leaf.lookup, site.padding
-        self.A = site.new(r, into)
-        self.B = site.new(out, r)
+        self.A, self.B = site.new(r, into), site.new(out, r)
         self.start = options.flag("start", start)
         if start:  # A and B at birth; the base lost their product: see `pissa`
             self.register_buffer("A0", self.A.detach().clone())
