@@ -71,15 +71,23 @@ class Bottleneck(Patch):
 
     def adapt(self, h):
         """(..., d) -> (..., d)"""
+        self.check(h)
+        return h + self.change(h)
+
+    def check(self, h):
+        """ValueError for an output that the adapter cannot change."""
         if h.is_nested:
             raise ValueError("nn.TransformerEncoder gives padded rows as a nested tensor here, "
                              "which an adapter does not take: set its use_nested_tensor = False")
         if h.shape[-1] != self.width:
             raise ValueError(f"width={self.width}: the output that this adapter changes has the "
                              f"width {h.shape[-1]}; wrap(model, width={h.shape[-1]})")
+
+    def change(self, h):
+        """W_up f(W_down h + b_down) + b_up: (..., d) -> (..., d)"""
         parameters = self.down, self.b_down, self.up, self.b_up
         down, b_down, up, b_up = (p.to(h.dtype) for p in parameters)
-        return h + F.linear(F.gelu(F.linear(h, down, b_down)), up, b_up)
+        return F.linear(F.gelu(F.linear(h, down, b_down)), up, b_up)
 
     def extra_repr(self):
         return f"{self.width} -> {self.size} -> {self.width}"
@@ -104,10 +112,8 @@ def wrap(model, targets=None, *, name=None, size=32, width=None):
 
 def sublayers(model):
     """A function of a site: whether it is the attention or the MLP of a block."""
-    blocks = roles.parts(model).blocks if roles.lists(model) else [roles.alone(model)]
-    found = [block.attention for block in blocks] + [block.mlp for block in blocks]
-    found += [block.loose[-1] for block in blocks
-              if not block.mlp and block.attention and block.loose]
+    blocks = roles.in_blocks(model)
+    found = [block.attention for block in blocks] + [block.mlp or block.last for block in blocks]
     names = {site.name for site in found if site}
     return lambda site: site.name in names
 
