@@ -75,9 +75,9 @@ class Parallel(Bottleneck):
         """h + s W_up f(W_down x): (..., d) -> (..., d)"""
         self.check(h)
         if x.shape[-1] != self.into:
-            raise ValueError(f"this adapter gets inputs of the width {x.shape[-1]}, and its "
-                             f"sublayer gives outputs of the width {self.into}: a parallel adapter "
-                             "needs a sublayer (or a leaf) whose input has the known width")
+            raise ValueError(f"the input of this sublayer has the width {x.shape[-1]}, and its "
+                             f"output {self.into}: a parallel adapter can be put beside that only "
+                             "if it is a leaf; name others in targets=")
         down, up = self.down.to(h.dtype), self.up.to(h.dtype)
         return h + self.scale * F.linear(F.relu(F.linear(x, down)), up)
 
