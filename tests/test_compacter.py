@@ -100,6 +100,14 @@ def test_after_a_leaf_over_a_format_and_in_half_precision():
                                                            atol=0.2)
 
 
+def test_after_a_mixture_of_experts_the_width_is_that_of_the_norms():
+    from test_roles import made
+
+    model = compacter.wrap(made("hf_mixtral"), size=4, n=2)
+    assert {layer.patches["compacter"].width for layer in minillm.layers(model).values()} == {16}
+    assert len(minillm.layers(model)) == 6 and logits(model).isfinite().all()
+
+
 @pytest.mark.parametrize("call, message", [
     (lambda: compacter.wrap(build("llama"), size=6, n=4),
      "n=4 at 'layers.0.self_attn': size=6 is no multiple of n"),

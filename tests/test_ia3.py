@@ -79,6 +79,14 @@ def test_the_formula_and_its_fold(inner, bias):
     assert all(torch.equal(t, old[name]) for name, t in model.state_dict().items())
 
 
+@pytest.mark.parametrize("feedforward", [[], ["0"]])
+def test_over_a_half_precision_base_the_factors_are_float32_and_the_output_is_not(feedforward):
+    model = ia3.wrap(two().to(torch.bfloat16), ["0"], feedforward=feedforward)
+    assert model[0].patches["ia3"].factor.dtype == torch.float32
+    assert model[0](torch.randn(3, 6).bfloat16()).dtype == torch.bfloat16
+    assert model[0].dense()[0].dtype == torch.bfloat16
+
+
 def test_a_factor_of_zero_comes_back_from_a_merge():
     """peft divides by it."""
     model = ia3.wrap(two(), ["0"])
@@ -105,6 +113,7 @@ def test_an_idle_one_scales_nothing_and_two_multiply():
      r"feedforward=\['down_proj'\] names 'layers.0.mlp.down_proj', which is none of the targets"),
     (lambda: ia3.wrap(build("llama"), ["k_proj"], feedforward=["down"]),
      "'down' matches no leaf.*'down_proj'"),
+    (lambda: ia3.wrap(build("llama"), ["k_proj"], feedforward=""), "'' matches no leaf"),
     (lambda: ia3.wrap(build("llama"), ["k_prj"]), "'k_prj' matches no leaf.*'k_proj'"),
     (lambda: ia3.wrap(build("llama"), ["embed_tokens"]), "Embedding, no leaf that can be wrapped"),
     (lambda: ia3.wrap(two()), "no leaf to wrap by default in this Sequential.*'0', '2'"),

@@ -109,5 +109,5 @@ def wrap(model, targets=None, *, name=None, size=32, n=4, width=None):
 
 register("compacter", Compacter, family="adapters")
 method("compacter", wrap, does="adapters whose matrices are sums of Kronecker products",
-       paper="Mahabadi et al. 2021, arXiv 2106.04647", rates=dict(tiny=5e-3, smollm2=2e-3),
+       paper="Mahabadi et al. 2021, arXiv 2106.04647", rates=dict(tiny=3e-2, smollm2=1e-2),
        small={"": dict(size=4, n=2), "four": dict(targets="mlp", size=8, n=4)})

@@ -15,7 +15,7 @@ the weight before it, or for each column of the weight after it:
     inner                   True: the factors are at the input (peft: feedforward_modules)
 
 Cost: `out` or `in` parameters a leaf, and as many multiplications a token. SmolLM2 gets
-57,600, a fortieth of LoRA's at r = 8. Merged: nothing, the factors are in W and b.
+57,600; LoRA at r = 8 has 42 times as many. Merged: nothing, the factors are in W and b.
 
 Where one leaf computes queries, keys and values (GPT-2's c_attn), the queries get
 factors too, as in peft. That costs a third of the leaf's factors and gives nothing new:

@@ -109,5 +109,5 @@ def mlps(model):
 
 register("parallel", Parallel, family="adapters")
 method("parallel", wrap, does="puts a small network beside each MLP, with the MLP's input",
-       paper="He et al. 2022, arXiv 2110.04366", rates=dict(tiny=5e-3, smollm2=2e-3),
+       paper="He et al. 2022, arXiv 2110.04366", rates=dict(tiny=6e-3, smollm2=2e-3),
        small={"": dict(size=4), "every": dict(targets=r"(mlp|attn|self_attn)", size=3, scale=0.5)})
