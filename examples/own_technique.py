@@ -1,8 +1,8 @@
 """Add a technique of one's own in thirty lines, and hold it to the laws.
 
-`ia3.py`, beside this file, is the whole technique: a class, `wrap`, and two lines that enter it in
-minillm's tables. The one line that adds it is `import ia3`. The laws below are those that minillm's
-own tests run on every technique. They know nothing of (IA)3.
+`ssf.py`, beside this file, is the whole technique: a class, `wrap`, and two lines that enter it in
+minillm's tables. The one line that adds it is `import ssf`. The laws below are those that minillm's
+own tests run on every technique. They know nothing of SSF.
 
     python examples/own_technique.py
 """
@@ -13,12 +13,11 @@ import tempfile
 
 import torch
 
-import ia3  # the one line
+import ssf  # the one line
 import minillm
 
 STEPS = 5 if os.environ.get("MINILLM_SHORT") else 40
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
-LEAVES = ["k_proj", "v_proj", "up_proj"]  # the paper's: keys, values, the inside of the MLP
 
 
 def small():
@@ -107,12 +106,12 @@ LAWS = [neutral_at_birth, fold_equals_forward, merge_and_back, in_a_file, on_int
 
 def main():
     for law in LAWS:
-        holds = law(ia3)
+        holds = law(ssf)
         print(f"{'holds' if holds else 'BROKEN':8}{law.__name__}: {law.__doc__}")
         if not holds:
             raise SystemExit(1)
 
-    print("\n(IA)3 beside LoRA on the tiny model: which package does a docstring come from?")
+    print("\nSSF beside LoRA on the tiny model: which package does a docstring come from?")
     model, tokenizer = minillm.load("tiny")
     train = minillm.data.task("package", tokenizer, "train", limit=400).examples
     test = minillm.data.task("package", tokenizer, "test", limit=64).examples
@@ -121,9 +120,9 @@ def main():
         return minillm.measure.completions(model, test)
 
     print(f"{'as it is':12}perplexity of the answers {perplexity():.2f}")
-    for name, technique, options, rate in (("(IA)3", ia3, {}, 1e-1),
+    for name, technique, options, rate in (("SSF", ssf, {}, 3e-2),
                                            ("LoRA, r=8", minillm.lora, dict(r=8), 6e-3)):
-        technique.wrap(model, LEAVES, **options)
+        technique.wrap(model, **options)
         learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
         minillm.train.train(model, train, steps=STEPS, lr=rate, progress=False)
         print(f"{name:12}perplexity of the answers {perplexity():.2f}, {learns:,} parameters learn")

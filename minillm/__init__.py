@@ -2,43 +2,49 @@
 
 Fine-tuning, wrapped in place with `minillm.NAME.wrap(model)`:
 
-    freeze          trains the last blocks only
-                    Howard & Ruder 2018, arXiv 1801.06146
-    freeze.bitfit   trains the biases only
-                    Ben Zaken et al. 2022, arXiv 2106.10199
-    prompts         learns vectors that come before the text
-                    Lester et al. 2021, arXiv 2104.08691
-    lora            learns a low-rank change of each weight
-                    Hu et al. 2021, arXiv 2106.09685
-    lora.dora       LoRA for each weight's direction, and its length apart
-                    Liu et al. 2024, arXiv 2402.09353
-    lora.pissa      LoRA that starts with the principal part of each weight
-                    Meng et al. 2024, arXiv 2404.02948
-    lora.vera       one random low-rank pair for all weights; scales of it learn
-                    Kopiczko et al. 2024, arXiv 2310.11454
-    lora.loha       multiplies two low-rank changes of each weight, entry by entry
-                    Hyeon-Woo et al. 2022, arXiv 2108.06098
-    lora.lokr       repeats a small matrix over each weight, with a learnt factor per copy
-                    Yeh et al. 2024, arXiv 2309.14859
-    adapters        puts a small network after each sublayer
-                    Houlsby et al. 2019, arXiv 1902.00751
+    freeze             trains the last blocks only
+                       Howard & Ruder 2018, arXiv 1801.06146
+    freeze.bitfit      trains the biases only
+                       Ben Zaken et al. 2022, arXiv 2106.10199
+    prompts            learns vectors that come before the text
+                       Lester et al. 2021, arXiv 2104.08691
+    lora               learns a low-rank change of each weight
+                       Hu et al. 2021, arXiv 2106.09685
+    lora.dora          LoRA for each weight's direction, and its length apart
+                       Liu et al. 2024, arXiv 2402.09353
+    lora.pissa         LoRA that starts with the principal part of each weight
+                       Meng et al. 2024, arXiv 2404.02948
+    lora.vera          one random low-rank pair for all weights; scales of it learn
+                       Kopiczko et al. 2024, arXiv 2310.11454
+    lora.loha          multiplies two low-rank changes of each weight, entry by entry
+                       Hyeon-Woo et al. 2022, arXiv 2108.06098
+    lora.lokr          repeats a small matrix over each weight, with a learnt factor per copy
+                       Yeh et al. 2024, arXiv 2309.14859
+    adapters           puts a small network after each sublayer
+                       Houlsby et al. 2019, arXiv 1902.00751
+    adapters.compacter adapters whose matrices are sums of Kronecker products
+                       Mahabadi et al. 2021, arXiv 2106.04647
+    adapters.ia3       learns a factor for each key, value and inner activation
+                       Liu et al. 2022, arXiv 2205.05638
+    adapters.parallel  puts a small network beside each MLP, with the MLP's input
+                       He et al. 2022, arXiv 2110.04366
 
 Making it small, wrapped in place with `minillm.NAME.wrap(model)`:
 
-    quant           stores weights as integers of 2 to 8 bits, with a scale for each row or group
-                    Dettmers et al. 2022, arXiv 2208.07339
-    quant.gptq      rounds column by column; the remaining columns compensate
-                    Frantar et al. 2022, arXiv 2210.17323
-    quant.nf4       stores weights in 4 bits, as codes of 16 quantiles of a normal distribution
-                    Dettmers et al. 2023, arXiv 2305.14314
-    quant.qat       trains with rounded weights, to store them rounded
-                    Jacob et al. 2018, arXiv 1712.05877
-    prune           zeroes the smallest weights
-                    Han et al. 2015, arXiv 1506.02626
-    prune.wanda     zeroes small weights with small inputs
-                    Sun et al. 2023, arXiv 2306.11695
-    sparse          stores only the nonzero weights (CSR)
-                    Saad 2003
+    quant              stores weights as integers of 2 to 8 bits, with a scale for each row or group
+                       Dettmers et al. 2022, arXiv 2208.07339
+    quant.gptq         rounds column by column; the remaining columns compensate
+                       Frantar et al. 2022, arXiv 2210.17323
+    quant.nf4          stores weights in 4 bits, as codes of 16 quantiles of a normal distribution
+                       Dettmers et al. 2023, arXiv 2305.14314
+    quant.qat          trains with rounded weights, to store them rounded
+                       Jacob et al. 2018, arXiv 1712.05877
+    prune              zeroes the smallest weights
+                       Han et al. 2015, arXiv 1506.02626
+    prune.wanda        zeroes small weights with small inputs
+                       Sun et al. 2023, arXiv 2306.11695
+    sparse             stores only the nonzero weights (CSR)
+                       Saad 2003
 
 Beneath them:
 
@@ -71,7 +77,11 @@ import minillm.lora.pissa
 import minillm.lora.vera
 import minillm.lora.loha
 import minillm.lora.lokr
-from minillm import adapters, quant
+from minillm import adapters
+import minillm.adapters.compacter
+import minillm.adapters.ia3
+import minillm.adapters.parallel
+from minillm import quant
 import minillm.quant.gptq
 import minillm.quant.nf4
 import minillm.quant.qat

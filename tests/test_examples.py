@@ -19,14 +19,14 @@ RUN = {  # what its output has to say
     "tune_hugging_face.py gpt2": ["GPT2LMHeadModel", "0 modules of minillm are left"],
     "chat_smollm2.py": ["before: perplexity", "after 2 steps: perplexity"],
     "to_llama_cpp.py": ["pruned: 101,376 zeros", "q8_0.gguf, read again"],
-    "own_technique.py": ["holds   in_a_file", "(IA)3"],
+    "own_technique.py": ["holds   in_a_file", "SSF"],
 }
 LAWS = """
 import sys
 import pytest
-import ia3  # the one line
+import ssf  # the one line
 from minillm.registry import METHODS
-for name in set(METHODS) - {"ia3", "lora", "prune", "quant"}:  # the pairs of all would take minutes
+for name in set(METHODS) - {"ssf", "lora", "prune", "quant"}:  # the pairs of all would take minutes
     del METHODS[name]
 chosen = "Linear or loading or neutral"
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", chosen, sys.argv[1]]))
@@ -84,7 +84,7 @@ def test_a_model_that_llama_cpp_could_not_have_is_found_before_any_work(tmp_path
 
 
 def test_every_example_is_run():
-    assert {command.split()[0] for command in RUN} | {"ia3.py"} == {
+    assert {command.split()[0] for command in RUN} | {"ssf.py"} == {
         path.name for path in EXAMPLES.glob("*.py")
     }
     for path in EXAMPLES.glob("*.py"):
@@ -92,11 +92,11 @@ def test_every_example_is_run():
 
 
 def test_a_technique_is_one_file_of_thirty_lines_and_one_line():
-    assert len(code(EXAMPLES / "ia3.py")) <= 30
-    lines = [line for line in code(EXAMPLES / "own_technique.py") if "ia3" in line]
-    assert lines[0].split("#")[0].strip() == "import ia3"
+    assert len(code(EXAMPLES / "ssf.py")) <= 30
+    lines = [line for line in code(EXAMPLES / "own_technique.py") if "ssf" in line]
+    assert lines[0].split("#")[0].strip() == "import ssf"
     assert all("import" not in line for line in lines[1:])
-    assert "ia3" not in "".join(path.read_text(encoding="utf-8")
+    assert "ssf" not in "".join(path.read_text(encoding="utf-8")
                                 for path in (ROOT / "minillm").rglob("*.py"))
 
 

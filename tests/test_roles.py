@@ -55,6 +55,15 @@ EXPECTED = {  # embedding, blocks, attention, mlp, norms of a block, last norm, 
                    "lm_head"),
 }
 
+INSIDE = {  # the leaves of a block that compute the keys and values, and the last of the MLP
+    "Linear": ([], "mlp.2"),
+    "hf_gpt2": (["attn.c_attn"], "mlp.c_proj"),
+    "hf_neox": (["attention.query_key_value"], "mlp.dense_4h_to_h"),
+    "hf_neo": (["attn.attention.k_proj", "attn.attention.v_proj"], "mlp.c_proj"),
+    "hf_opt": (["self_attn.k_proj", "self_attn.v_proj"], "fc2"),
+    "hf_mixtral": (["self_attn.k_proj", "self_attn.v_proj"], None),
+}
+
 
 def made(name):
     return FAMILIES[name]() if name in FAMILIES else build(name)
@@ -80,9 +89,39 @@ def test_the_parts_of_a_family(name, wrapped):
         assert len(block.norms) == norms and all(norm in parts.norms for norm in block.norms)
         assert [leaf.name.rpartition(".")[2]
                 for leaf in block.loose] == (["fc1", "fc2"] if name == "hf_opt" else [])
+        keys_values, end = INSIDE.get(name, (["self_attn.k_proj", "self_attn.v_proj"],
+                                             "mlp.down_proj"))
+        within = f"{block.site.name}."
+        assert [leaf.name for leaf in block.keys_values] == [within + key for key in keys_values]
+        assert (block.last and block.last.name) == (end and within + end)
     if last:
         assert parts.norms[-1].name == last
     assert roles.blocks(model) == [block.site for block in parts.blocks]
+
+
+def test_bert_and_a_plain_encoder():
+    bert = hugging("BertConfig", "BertModel", **SIZES)
+    block = roles.blocks(bert)[0].name + "."
+    (first, *_) = roles.in_blocks(bert)
+    assert [leaf.name.removeprefix(block) for leaf in (*first.keys_values, first.last)] == [
+        "attention.self.key", "attention.self.value", "output.dense"]
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    (first, *_) = roles.in_blocks(nn.TransformerEncoder(layer, 1))
+    assert not first.keys_values and first.last.name == "layers.0.linear2"
+    (whole,) = roles.in_blocks(two())
+    assert whole.site is None and not whole.keys_values and whole.last is None
+    assert len(roles.in_blocks(build("llama"))) == 3
+
+
+def test_a_list_of_experts_has_no_last_leaf():
+    block = nn.ModuleDict({"attn": nn.ModuleDict({"k_proj": nn.Linear(4, 4)}),
+                           "mlp": nn.ModuleDict({"gate": nn.Linear(4, 2), "experts": nn.ModuleList(
+                               nn.Sequential(nn.Linear(4, 4)) for _ in "12")})})
+    model = nn.Module()
+    model.layers = nn.ModuleList([block])
+    (found,) = roles.in_blocks(model)
+    assert [leaf.name for leaf in found.keys_values] == ["layers.0.attn.k_proj"]
+    assert found.mlp and found.last is None
 
 
 class Experts(nn.Module):

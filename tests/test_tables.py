@@ -37,7 +37,7 @@ def of_package():
         text += f"{heading}, wrapped in place with `minillm.NAME.wrap(model)`:\n\n"
         for method in methods:
             path = method.path.removeprefix("minillm.")
-            text += f"    {path:<16}{method.does}\n{'':20}{method.paper}\n"
+            text += f"    {path:<19}{method.does}\n{'':23}{method.paper}\n"
         text += "\n"
     return text
 

@@ -7,7 +7,7 @@ from models import IDS, build, logits, two
 from torch import nn
 
 import minillm
-from minillm.registry import CannotMerge, Site
+from minillm.registry import CannotMerge, Site, roles
 
 
 # --- adapters -----------------------------------------------------------------------------------
@@ -43,6 +43,24 @@ def test_adapters_adapt_the_first_item_of_a_tuple():
     h, other = model["attn"](x, factor=2)
     torch.testing.assert_close(h, before + 1)
     assert other == "weights"
+
+
+def test_houlsbys_norms_learn_beside_the_adapters(tmp_path):
+    """Let learn by the caller after wrap: trained, in the file, and they learn again."""
+    model = minillm.adapters.wrap(build("gpt2"), size=2)
+    sites = roles.parts(model).norms
+    norms = [f"{site.name}.{key}" for site in sites for key in ("weight", "bias")]
+    for site in sites:
+        site.module.requires_grad_(True)
+    logits(model).square().mean().backward()
+    with torch.no_grad():
+        for p in [p for p in model.parameters() if p.requires_grad]:
+            p.sub_(0.1 * p.grad.sign())
+    minillm.adapters.save(model, tmp_path / "a")
+    again = minillm.adapters.load(build("gpt2"), tmp_path / "a")
+    assert torch.equal(logits(again), logits(model))
+    learns = [name for name, p in again.named_parameters() if p.requires_grad]
+    assert len(norms) == 14 and [name for name in learns if "patches" not in name] == norms
 
 
 def test_adapters_say_what_they_need():

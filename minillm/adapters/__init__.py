@@ -18,8 +18,11 @@ to be nearly as good.
 
 A sublayer of a Hugging Face model may return a tuple. Its first item is the hidden
 state, and only that item is adapted. The `adapters` library patches the source file of
-each architecture; here the patch wraps any module. Not included: training the layer
-norms together with the adapters, as the paper does (2 d more parameters for each norm).
+each architecture; here the patch wraps any module.
+
+The paper also trains the layer norms, 2 d more parameters for each. Here the caller lets
+them learn after `wrap`, with `norm.requires_grad_(True)`. They are then in the adapters'
+file, but they stay trained after `unwrap`, and `minillm.use` does not switch them.
 
 >>> from torch import nn; import torch, minillm
 >>> model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(2, 8)
@@ -71,15 +74,23 @@ class Bottleneck(Patch):
 
     def adapt(self, h):
         """(..., d) -> (..., d)"""
+        self.check(h)
+        return h + self.change(h)
+
+    def check(self, h):
+        """ValueError for an output that the adapter cannot change."""
         if h.is_nested:
             raise ValueError("nn.TransformerEncoder gives padded rows as a nested tensor here, "
                              "which an adapter does not take: set its use_nested_tensor = False")
         if h.shape[-1] != self.width:
             raise ValueError(f"width={self.width}: the output that this adapter changes has the "
                              f"width {h.shape[-1]}; wrap(model, width={h.shape[-1]})")
+
+    def change(self, h):
+        """W_up f(W_down h + b_down) + b_up: (..., d) -> (..., d)"""
         parameters = self.down, self.b_down, self.up, self.b_up
         down, b_down, up, b_up = (p.to(h.dtype) for p in parameters)
-        return h + F.linear(F.gelu(F.linear(h, down, b_down)), up, b_up)
+        return F.linear(F.gelu(F.linear(h, down, b_down)), up, b_up)
 
     def extra_repr(self):
         return f"{self.width} -> {self.size} -> {self.width}"
@@ -104,10 +115,8 @@ def wrap(model, targets=None, *, name=None, size=32, width=None):
 
 def sublayers(model):
     """A function of a site: whether it is the attention or the MLP of a block."""
-    blocks = roles.parts(model).blocks if roles.lists(model) else [roles.alone(model)]
-    found = [block.attention for block in blocks] + [block.mlp for block in blocks]
-    found += [block.loose[-1] for block in blocks
-              if not block.mlp and block.attention and block.loose]
+    blocks = roles.in_blocks(model)
+    found = [block.attention for block in blocks] + [block.mlp or block.last for block in blocks]
     names = {site.name for site in found if site}
     return lambda site: site.name in names
 

@@ -15,7 +15,7 @@ from minillm.registry import METHODS, CannotMerge, techniques
 
 # The usual learning rate of each technique, at which its sweep begins. For the base methods it is
 # near the best that `compare` has found, on SmolLM2 and on the tiny model, whose weights take
-# larger steps; for the others (bitfit, dora, pissa) it is a guess. "full" trains everything,
+# larger steps; for the others (bitfit, dora, ia3, ...) it is a guess. "full" trains everything,
 # "none" nothing.
 RATES, OF_TINY = (
     {"none": None, "full": full}

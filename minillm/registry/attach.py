@@ -14,15 +14,17 @@ from minillm.registry.targets import hidden_linears, select
 
 
 def attach(
-    cls, model, targets=None, default=hidden_linears, what="leaf", name=None, fill=None, **options
+    cls, model, targets=None, default=hidden_linears, what="leaf", name=None, fill=None, each=None,
+    **options,
 ):
     """Wrap the sites that `targets` names (see `registry.select`) with cls(site, **options).
 
     In place; returns the model. name: the name of the new patch, by default its kind.
     fill: a function (new, site) that fills the new Patch or Format instead of its own `fill`.
+    each: a function of a site that returns the options, {name: value}, of that site alone.
     """
     def make(site):
-        new = cls(site, **options)
+        new = cls(site, **options, **(each(site) if each else {}))
         (fill or cls.fill)(new, site)
         return new
 

@@ -16,6 +16,9 @@ names. Freezing, adapters and calibration all use it.
 - The attention and the MLP are the modules with one of the usual names, nearest to the block:
   GPT-Neo's `attn.attention` is a part of its attention `attn`.
 - OPT has no MLP module: its two matrices lie in the block itself. `loose` lists such leaves.
+- The keys and values come from the leaves of the attention with one of the usual names. GPT-2's
+  `c_attn` computes the queries too.
+- The last leaf of the MLP takes the inner activations. A mixture of experts has several, or none.
 
 >>> import minillm
 >>> model = minillm.Transformer(minillm.Config(vocab_size=50, width=8, layers=2, heads=2))
@@ -24,6 +27,8 @@ names. Freezing, adapters and calibration all use it.
 >>> block = parts(model).blocks[1]
 >>> block.attention.name, block.mlp.name, len(block.norms)
 ('layers.1.self_attn', 'layers.1.mlp', 2)
+>>> [leaf.name for leaf in block.keys_values], block.last.name
+(['layers.1.self_attn.k_proj', 'layers.1.self_attn.v_proj'], 'layers.1.mlp.down_proj')
 >>> parts(model).embedding.name, parts(model).head.name
 ('embed_tokens', 'lm_head')
 """
@@ -37,6 +42,8 @@ from minillm.registry.sites import Site, bare, walk
 
 ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
+KEYS_VALUES = ("k_proj", "v_proj", "key", "value", "k_lin", "v_lin", "k", "v",
+               "c_attn", "query_key_value", "qkv_proj", "qkv", "Wqkv")  # with the queries
 EXPERTS = re.compile(r"(^|[._])experts?$")
 NORM = re.compile("Norm(1d|2d|3d)?$|Norm[A-Z]")  # the class names of norms: LlamaRMSNorm
 
@@ -48,6 +55,8 @@ class Block:
     mlp: Site | None
     norms: list
     loose: list  # the linear leaves that lie in neither attention nor mlp
+    keys_values: list  # the leaves of the attention that compute the keys and the values
+    last: Site | None  # the last leaf of the MLP, also where its leaves lie in the block itself
 
 
 @dataclasses.dataclass
@@ -77,6 +86,11 @@ def blocks(model):
 def alone(model):
     """A model without a list of blocks, as a single Block."""
     return block_of(None, walk(model))
+
+
+def in_blocks(model):
+    """[Block] of the model, or the whole model as one where it has no list of blocks."""
+    return parts(model).blocks if lists(model) else [alone(model)]
 
 
 def lists(model):
@@ -137,9 +151,21 @@ def block_of(site, sites):
     inner = [one for one in sites if site is None or under(one, site)]
     attention, mlp = outermost(inner, ATTENTION), outermost(inner, MLP)
     held = [part for part in (attention, mlp) if part]
-    loose = [one for one in inner if one.leaf and not one.leaf.lookup
-             and not any(one is part or under(one, part) for part in held)]
-    return Block(site, attention, mlp, [one for one in inner if is_norm(one)], loose)
+    leaves = [one for one in inner if one.leaf and not one.leaf.lookup]
+    loose = [one for one in leaves if not any(one is part or under(one, part) for part in held)]
+    keys_values = [one for one in leaves if attention and under(one, attention)
+                   and one.name.rsplit(".", 1)[-1] in KEYS_VALUES]
+    return Block(site, attention, mlp, [one for one in inner if is_norm(one)], loose, keys_values,
+                 last_of_mlp(inner, leaves, attention, mlp, loose))
+
+
+def last_of_mlp(inner, leaves, attention, mlp, loose):
+    """The leaf whose input is the MLP's inner activations; None if there is none, or several."""
+    if any(EXPERTS.search(one.name) for one in inner):
+        return None
+    if mlp:
+        loose = [one for one in leaves if one is mlp or under(one, mlp)]
+    return loose[-1] if loose and (mlp or attention) else None
 
 
 def outermost(inner, names):
