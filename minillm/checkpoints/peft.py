@@ -10,6 +10,9 @@
     dora           LORA, use_dora   also lora_magnitude_vector (out,)
     vera           VERA             vera_lambda_d (r,), vera_lambda_b (out,); and once
                                     base_model.vera_A, base_model.vera_B
+    loha           LOHA             hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b: B1, A1, B2, A2
+    lokr           LOKR             lokr_w1 or lokr_w1_a, lokr_w1_b; the same with w2
+    ia3            IA3              ia3_l (out, 1), at the input (1, in)
     prompts        PROMPT_TUNING    prompt_embeddings (length, width), without a module
 
 The name of a tensor is base_model.model. + its module + the above. Modules have the names of the
@@ -47,7 +50,11 @@ PREFIX = "base_model.model."
 LORA = {"A": "lora_A.weight", "B": "lora_B.weight"}
 EMBEDDING = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
 SUFFIXES = {"lora": LORA, "dora": LORA | {"m": "lora_magnitude_vector"},
-            "vera": {"d": "vera_lambda_d", "b": "vera_lambda_b"}}
+            "vera": {"d": "vera_lambda_d", "b": "vera_lambda_b"},
+            "loha": {"B1": "hada_w1_a", "A1": "hada_w1_b", "B2": "hada_w2_a", "A2": "hada_w2_b"},
+            "lokr": {"C": "lokr_w1", "B1": "lokr_w1_a", "A1": "lokr_w1_b",
+                     "D": "lokr_w2", "B2": "lokr_w2_a", "A2": "lokr_w2_b"},
+            "ia3": {"factor": "ia3_l"}}
 
 # --- saving -----------------------------------------------------------------------------------
 
@@ -109,10 +116,14 @@ def chosen(model, name):
 
 def tensors_of(site, patch):
     """{peft's key: tensor} of a patch."""
+    if patch.kind in ("loha", "lokr") and (site.leaf.lookup or site.leaf.transposed):
+        raise ValueError(f"{site.name!r} is no nn.Linear, and peft has {patch.kind} for that alone")
+    if patch.kind == "ia3":
+        return {"ia3_l": patch.factor[None, :] if patch.inner else patch.factor[:, None]}
     if patch.start:  # s (B A - B0 A0)
         pair = {"A": torch.cat([patch.A, patch.A0]), "B": torch.cat([patch.B, -patch.B0], 1)}
     else:
-        pair = {key: getattr(patch, key) for key in SUFFIXES[patch.kind]}
+        pair = {key: getattr(patch, key) for key in SUFFIXES[patch.kind] if hasattr(patch, key)}
     suffixes = EMBEDDING if site.leaf.lookup else SUFFIXES[patch.kind]
     return {suffixes[key]: t for key, t in pair.items()}
 
@@ -149,8 +160,7 @@ def load(model, directory, name=None):
     if config["peft_type"] == "PROMPT_TUNING":
         kind, parts, common, own = prompt(model, config, tensors, directory)
     else:
-        kind = ("vera" if config["peft_type"] == "VERA" else
-                "dora" if config.get("use_dora") else "lora")
+        kind = "dora" if config.get("use_dora") else config["peft_type"].lower()
         parts, common, own = sorted_out(model, kind, config, tensors, directory)
     cls, sites = KINDS[kind], {site.name: site for site in walk(model)}
     name = check_name(name, kind, model)
@@ -216,7 +226,7 @@ def sorted_out(model, kind, config, tensors, directory):
             raise ValueError(f"{path} has {kind} for {module!r}, which this model lacks; "
                              f"{hint(module, possible)}")
         else:
-            parts[leaves[module].name][ours] = t
+            parts[leaves[module].name][ours] = t.flatten() if kind == "ia3" else t
     if not parts:
         raise ValueError(f"{path} holds no tensor of {kind}")
     names = peft_settings.named(config, leaves, directory / CONFIG)
@@ -258,7 +268,16 @@ def options(kind, config, module, part):
         return dict(length=len(part["P"]))
     if kind == "vera":
         return dict(r=config.get("r", 256), dropout=config.get("vera_dropout", 0.0))
+    if kind == "ia3":
+        return dict(inner=peft_settings.matches(module, config.get("feedforward_modules")))
+    called = "alpha" if kind in ("loha", "lokr") else "lora_alpha"
     r, alpha = (peft_settings.of_pattern(config.get(f"{one}_pattern"), module, config.get(key, 8))
-                for one, key in (("rank", "r"), ("alpha", "lora_alpha")))
+                for one, key in (("rank", "r"), ("alpha", called)))
+    if kind == "loha":
+        return dict(r=r, alpha=alpha)
+    if kind == "lokr":
+        factor = config.get("decompose_factor", -1)
+        return dict(r=r, alpha=alpha, factor=None if factor == -1 else factor,
+                    decompose_both=config.get("decompose_both", False))
     return dict(r=r, alpha=alpha, rank_stabilized=bool(config.get("use_rslora")),
                 dropout=config.get("lora_dropout", 0.0))

@@ -1,6 +1,7 @@
 """The names and the settings in peft's adapter_config.json; `peft` has the files."""
 
 import collections
+import logging
 import re
 
 import torch
@@ -9,6 +10,8 @@ from minillm.checkpoints import layouts
 from minillm.model.transformer import Transformer
 from minillm.registry import walk
 from minillm.registry.sites import bare
+
+log = logging.getLogger("minillm")
 
 # the settings that do not change what a loaded adapter computes, and those that `peft` reads
 KNOWN = {
@@ -20,8 +23,12 @@ KNOWN = {
     "vera_dropout", "projection_prng_key", "save_projection", "d_initial", "num_virtual_tokens",
     "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers",
     "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
-    "ensure_weight_tying", "bias", "init_lora_weights",
+    "ensure_weight_tying", "bias", "init_lora_weights", "alpha", "decompose_both",
+    "decompose_factor", "feedforward_modules", "init_ia3_weights", "rank_dropout",
+    "module_dropout", "rank_dropout_scale",
 }
+TYPES = ("LORA", "VERA", "LOHA", "LOKR", "IA3", "PROMPT_TUNING")
+TRAINING = ("rank_dropout", "module_dropout")  # what only training does
 STARTS = re.compile("pissa.*|olora|corda|eva|loftq|lora_ga", re.IGNORECASE)  # these change the base
 
 
@@ -59,27 +66,35 @@ def settings(model, found, places):
     """The adapter_config.json of patches around leaves."""
     kind, first = found[0][1].kind, found[0][1]
     turned = {site.leaf.transposed for site, _ in found if not site.leaf.lookup}
-    config = dict(common_settings(model), peft_type="VERA" if kind == "vera" else "LORA",
-                  target_modules=targets(model, found, places), fan_in_fan_out=turned == {True},
-                  bias="none", r=first.r)
+    config = dict(common_settings(model), peft_type="LORA" if kind == "dora" else kind.upper(),
+                  target_modules=targets(model, found, places), fan_in_fan_out=turned == {True})
+    if kind == "ia3":
+        inner = [(site, patch) for site, patch in found if patch.inner]
+        return dict(config, feedforward_modules=targets(model, inner, places))
     if kind == "vera":
         return dict(config, vera_dropout=first.dropout, save_projection=True, d_initial=0.1,
-                    projection_prng_key=0)
-    ranks = {places[site.name]: len(patch.A) * (1 + patch.start) for site, patch in found}
-    # peft divides by the rank in its file, which is 2r with a start
+                    projection_prng_key=0, r=first.r, bias="none")
+    # with a start the rank in the file is 2r, and peft divides by that
+    ranks = {places[site.name]: patch.r * (1 + patch.start) for site, patch in found}
     alphas = {places[site.name]: patch.scale * factor(ranks[places[site.name]], patch)
               for site, patch in found}
     r, alpha = (collections.Counter(known.values()).most_common(1)[0][0]
                 for known in (ranks, alphas))
-    return dict(config, r=r, lora_alpha=alpha, lora_dropout=first.dropout,
-                use_rslora=first.rank_stabilized, use_dora=kind == "dora",
-                rank_pattern={re.escape(k): v for k, v in ranks.items() if v != r},
-                alpha_pattern={re.escape(k): v for k, v in alphas.items() if v != alpha})
+    config |= dict(r=r, rank_pattern={re.escape(k): v for k, v in ranks.items() if v != r},
+                   alpha_pattern={re.escape(k): v for k, v in alphas.items() if v != alpha})
+    if kind in ("loha", "lokr"):
+        del config["fan_in_fan_out"]  # peft has these for nn.Linear alone
+        if kind == "lokr":
+            config |= dict(decompose_both=first.decompose_both,
+                           decompose_factor=first.factor or -1)
+        return dict(config, alpha=alpha)
+    return dict(config, lora_alpha=alpha, lora_dropout=first.dropout, bias="none",
+                use_rslora=first.rank_stabilized, use_dora=kind == "dora")
 
 
 def factor(r, patch):
     """What alpha is divided by."""
-    return r**0.5 if patch.rank_stabilized else r
+    return r**0.5 if getattr(patch, "rank_stabilized", False) else r
 
 
 def common_settings(model):
@@ -112,12 +127,15 @@ def targets(model, found, places):
 def check(config, path):
     """ValueError for a setting that changes what is computed and that minillm lacks."""
     kind, start = config.get("peft_type"), config.get("init_lora_weights")
-    if kind not in ("LORA", "VERA", "PROMPT_TUNING"):
-        raise ValueError(f"{path}: peft_type is {kind!r}; minillm reads LORA, VERA, PROMPT_TUNING")
+    if kind not in TYPES:
+        raise ValueError(f"{path}: peft_type is {kind!r}; minillm reads {', '.join(TYPES)}")
     if isinstance(start, str) and STARTS.fullmatch(start):
         raise ValueError(f"{path}: init_lora_weights is {start!r}, so it belongs to a base from "
                          "which that start took a part: save it with peft's "
                          "path_initial_model_for_weight_conversion first")
+    if dropped := [key for key in TRAINING if config.get(key)]:
+        log.warning("%s: %s is %r, which training here does not do", path, dropped[0],
+                    config[dropped[0]])
     odd = {key: value for key, value in config.items() if value and key not in KNOWN}
     odd |= {"bias": config["bias"]} if config.get("bias", "none") != "none" else {}
     if odd:
