@@ -25,7 +25,7 @@ from minillm.checkpoints import layouts
 from minillm.cli import arguments
 from minillm.measure import report
 from minillm.registry import roles
-from minillm.train import rates, settings
+from minillm.train import schedules, settings
 from minillm.zoo import pretrain
 
 HERE = pathlib.Path(__file__).parent / "snapshots"
@@ -107,7 +107,7 @@ def test_the_constants():
     told = dict(rates=compare.RATES, of_tiny=compare.row.OF_TINY, step=compare.row.STEP,
                 most=compare.row.MOST,
                 sizes=compare.SIZES, recipe=pretrain.RECIPE, compared=sorted(settings.COMPARED),
-                schedules=sorted(rates.SCHEDULES), groups=minillm.prune.GROUPS,
+                schedules=sorted(schedules.SCHEDULES), groups=minillm.prune.GROUPS,
                 attention=roles.ATTENTION, mlp=roles.MLP)
     check("constants.json", json.dumps(told, indent=2) + "\n")
 

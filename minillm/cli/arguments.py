@@ -200,10 +200,16 @@ def train_arguments(sub):
     how.add_argument("--epochs", type=above_0,
                      help="instead of --steps: passes through the data")
     how.add_argument("--rate", type=above_0, help="the peak learning rate")
+    how.add_argument("--find-rate", action="store_true",
+                     help="train nothing: try growing rates on a copy, one in each of --steps "
+                          "steps, and suggest one; --picture draws the loss over the rates")
     how.add_argument("--batch-size", type=whole(1), default=8)
     how.add_argument("--accumulate", type=whole(1), default=1,
                      help="batches whose gradients make one step")
-    how.add_argument("--schedule", choices=list(train.SCHEDULES), default="cosine")
+    how.add_argument("--schedule", choices=list(train.SCHEDULES), default="cosine",
+                     help="how the rate changes after the warm-up (default cosine)")
+    how.add_argument("--schedule-option", action="append", default=[], metavar="KEY=VALUE",
+                     help="an option of the schedule, such as floor=0.1; repeatable")
     how.add_argument("--warmup", type=warmup, default=0.05,
                      help="steps in which the rate rises; a number below 1 is a share of all steps")
     how.add_argument("--weight-decay", type=from_0, default=0.0)

@@ -19,26 +19,27 @@ from minillm.cli.wrapping import wrap
 def run(args):
     check(args)
     technique = registry.METHODS.get(args.technique)  # None: full fine-tuning
-    keywords = wrap_options(technique, args)
-    if not args.out and not args.preview:
+    keywords, trains = wrap_options(technique, args), args.out or args.find_rate
+    if not trains and not args.preview:
         args.parser.error("--out is missing: the path to save what is learnt (or give --preview, "
-                          "to see the data without training)")
+                          "to see the data without training, or --find-rate)")
     device = distributed.start()
     args.device = args.device or str(device)
     model, tokenizer = load(args)
     needs_tokenizer(tokenizer, args)
     if args.out and technique is None:
         checkpoints.check_save(model, args.out, tokenizer, force=args.force)
-    if args.out and technique is not None and not technique.calibrated:
+    if trains and technique is not None and not technique.calibrated:
         args.name = wrap(model, technique, keywords, args)
     examples, held_out = read(args, tokenizer, model)
-    if args.out and technique is not None and technique.calibrated:
+    if trains and technique is not None and technique.calibrated:
         args.name = wrap(model, technique, dict(keywords, examples=examples), args)
-    if args.preview and distributed.place()[0] == 0:
-        print(data.preview(examples, tokenizer, args.preview, color=sys.stdout.isatty()))
-    if not args.out:
+    preview(examples, tokenizer, args)
+    if not trains:
         return
     model.recompute = args.recompute
+    if args.find_rate:
+        return find_rate(model, examples, tokenizer, args)
     check_disk(model, technique, held_out, args)
     if args.shard:
         train.shard(model)
@@ -59,6 +60,12 @@ def run(args):
         raise KeyboardInterrupt(f"interrupted; saved {args.out}") from error
 
 
+def preview(examples, tokenizer, args):
+    """Print the examples that --preview asks for."""
+    if args.preview and distributed.place()[0] == 0:
+        print(data.preview(examples, tokenizer, args.preview, color=sys.stdout.isatty()))
+
+
 def check(args):
     """Make every check that needs no model."""
     check_options(args)
@@ -76,17 +83,53 @@ def check_options(args):
         args.parser.error("--resume needs --out PATH or --checkpoints DIR: what to go on with")
     if (args.save_every or args.keep) and not args.checkpoints:
         args.parser.error("--save-every and --keep need --checkpoints DIR: where to save")
+    check_find(args)
     for option in ("--log", "--picture", "--checkpoints"):
-        if args.preview and not args.out and given(args, option):
+        if args.preview and not args.find_rate and not args.out and given(args, option):
             args.parser.error(f"{option} needs --out PATH: without it, --preview trains nothing")
-    steps = args.steps or (None if args.epochs else 100)
+    steps = steps_of(args)
     if steps and args.warmup > steps:
         args.parser.error(f"--warmup {args.warmup} is more than the {steps} steps of the training")
+    schedule_of(args)
     if args.skip_bad and not args.data:
         args.parser.error("--skip-bad needs --data FILE: the records to leave out")
     if args.technique == "full" and args.adapter:
         args.parser.error("--technique full trains the model itself: export it with its --adapter "
                           "first")
+
+
+def check_find(args):
+    """Exit with one line if --find-rate would ignore an option."""
+    if not args.find_rate:
+        return
+    for option in ("--out", "--rate", "--epochs", "--schedule", "--schedule-option", "--warmup",
+                   "--eval-data", "--eval-share", "--every", "--patience", "--checkpoints",
+                   "--save-every", "--keep", "--resume", "--log", "--shard"):
+        usual = args.parser.get_default(option.removeprefix("--").replace("-", "_"))
+        if given(args, option) != usual:
+            args.parser.error(f"--find-rate trains a copy with growing rates and saves nothing: "
+                              f"{option} has no effect on it")
+    if args.steps and args.steps <= train.finder.FIRST:
+        args.parser.error(f"--steps {args.steps}: --find-rate needs more than "
+                          f"{train.finder.FIRST} steps")
+
+
+def steps_of(args):
+    """The number of steps; None if --epochs decides it."""
+    return args.steps or (None if args.epochs else 100)
+
+
+def schedule_of(args):
+    """The schedule of --schedule and --schedule-option, as `train` takes it."""
+    texts, steps = pairs(args, "--schedule-option", "floor=0.1"), steps_of(args)
+    try:
+        schedule = train.schedules.with_options(args.schedule, texts)
+        if steps:
+            warmup = args.warmup if args.warmup >= 1 else round(args.warmup * steps)
+            train.schedules.checked(schedule, steps, warmup)
+        return schedule
+    except ValueError as error:
+        raise ValueError(of_technique(error, texts, "--schedule-option")) from error
 
 
 def check_files(args):
@@ -122,15 +165,7 @@ def check_resume(args):
 
 def wrap_options(technique, args):
     """The keyword arguments of --option."""
-    texts = {}
-    for option in args.option:
-        key, equals, text = option.partition("=")
-        if not equals:
-            args.parser.error(f"--option {option!r} is not KEY=VALUE, such as r=16")
-        if key in texts:
-            args.parser.error(f"--option {key}={texts[key]} and --option {option}: "
-                              "give one of them")
-        texts[key] = text
+    texts = pairs(args, "--option", "r=16")
     if technique is None:
         if texts:
             args.parser.error(f"--technique full has no options: remove --option {args.option[0]}")
@@ -139,6 +174,20 @@ def wrap_options(technique, args):
         return options.parse(technique.wrap, texts)
     except ValueError as error:
         raise ValueError(of_technique(error, texts)) from error
+
+
+def pairs(args, option, example):
+    """{key: text} of an option that takes KEY=VALUE and is repeatable."""
+    texts = {}
+    for pair in given(args, option):
+        key, equals, text = pair.partition("=")
+        if not equals:
+            args.parser.error(f"{option} {pair!r} is not KEY=VALUE, such as {example}")
+        if key in texts:
+            args.parser.error(f"{option} {key}={texts[key]} and {option} {pair}: "
+                              "give one of them")
+        texts[key] = text
+    return texts
 
 
 def read(args, tokenizer, model):
@@ -190,15 +239,26 @@ def tidy(args, done):
 
 def fit(model, examples, held_out, technique, tokenizer, args):
     return train.train(
-        model, examples, steps=args.steps or (None if args.epochs else 100), epochs=args.epochs,
+        model, examples, steps=steps_of(args), epochs=args.epochs,
         lr=args.rate or compare.usual(args.technique, args.model) or 1e-3,
-        batch_size=args.batch_size, accumulate=args.accumulate, schedule=args.schedule,
+        batch_size=args.batch_size, accumulate=args.accumulate, schedule=schedule_of(args),
         warmup=args.warmup, weight_decay=args.weight_decay, clip=args.clip, pad=tokenizer.pad or 0,
         seed=args.seed, held_out=held_out, every=args.every, patience=args.patience,
         checkpoints=args.checkpoints or of_interruption(args),
         save_every=args.save_every if args.checkpoints else 0, keep=args.keep or 2,
         resume=args.resume, log=args.log, name=args.technique,
         write=functools.partial(write, technique=technique, tokenizer=tokenizer, args=args))
+
+
+def find_rate(model, examples, tokenizer, args):
+    """Print the suggested rate, and draw the picture."""
+    found = train.find_rate(
+        model, examples, steps=args.steps or 100, batch_size=args.batch_size,
+        accumulate=args.accumulate, weight_decay=args.weight_decay, clip=args.clip,
+        pad=tokenizer.pad or 0, seed=args.seed)
+    print(found)
+    if args.picture:
+        found.picture(args.picture, args.force)
 
 
 def check_disk(model, technique, held_out, args):

@@ -47,8 +47,8 @@ def in_options(text, args):
     return re.sub(r"(?<![\w.-])(?<!--option )([a-z_]+)=", written, head) + defaults + tail
 
 
-def of_technique(error, keywords):
+def of_technique(error, keywords, option="--option"):
     """The text of an error of a technique's `wrap`: `r=0` becomes `--option r=0`."""
     for key in keywords:
-        error = re.sub(rf"(?<![\w.-])(?<!--option ){key}=", f"--option {key}=", str(error))
+        error = re.sub(rf"(?<![\w.-])(?<!{option} ){key}=", f"{option} {key}=", str(error))
     return str(error)

@@ -3,7 +3,9 @@
     loop          `train`, and one optimizer step from top to bottom: read `update` first
     settings      its arguments, checked
     room          whether the model has the positions and the ids of the examples
-    rates         the learning rate over the steps, and for each group of parameters
+    schedules     the learning rate over the steps
+    groups        the learning rate of each group of parameters: by depth, by role, LoRA+
+    finder        the learning-rate range test
     masters       float32 copies of parameters in half precision
     losses        the loss of a batch, and of held-out examples
     openings      what the functions `loss=` and `on_step=` may do
@@ -29,19 +31,22 @@
   or AdamW steps float32 copies of what learns, see `masters`).
 """
 
-from minillm.train import distill
+from minillm.train import distill, schedules
 from minillm.train.checkpoints import clear, newest, restore, saved
 from minillm.train.disk import check_disk, checkpoint_needs
+from minillm.train.finder import Found, find_rate
+from minillm.train.groups import by_role, groups, layerwise, times
 from minillm.train.history import Summary, check_log, check_picture, picture, summary
 from minillm.train.interrupt import Interrupted
 from minillm.train.loop import train
 from minillm.train.losses import held_out_loss, loss_sum
-from minillm.train.rates import SCHEDULES, groups, rate
 from minillm.train.room import check_room
+from minillm.train.schedules import SCHEDULES, rate
 from minillm.train.sharding import shard
 
 __all__ = [
-    "SCHEDULES", "Interrupted", "Summary", "check_disk", "check_log", "check_picture", "check_room",
-    "checkpoint_needs", "clear", "distill", "groups", "held_out_loss", "loss_sum", "newest",
-    "picture", "rate", "restore", "saved", "shard", "summary", "train",
+    "SCHEDULES", "Found", "Interrupted", "Summary", "by_role", "check_disk", "check_log",
+    "check_picture", "check_room", "checkpoint_needs", "clear", "distill", "find_rate", "groups",
+    "held_out_loss", "layerwise", "loss_sum", "newest", "picture", "rate", "restore", "saved",
+    "schedules", "shard", "summary", "times", "train",
 ]

@@ -23,10 +23,11 @@ from minillm.train.checkpoints import ready, restore
 from minillm.train.disk import check_checkpoints
 from minillm.train.history import journal, measured
 from minillm.train.interrupt import deferred
-from minillm.train.losses import held_out_loss, learnt, loss_sum
-from minillm.train.rates import groups, rate
+from minillm.train.losses import NotFinite, held_out_loss, learnt, loss_sum
+from minillm.train.groups import groups
 from minillm.train.rescue import leave, rescued, save_or_go_on
 from minillm.train.room import check_room
+from minillm.train.schedules import rate
 from minillm.train.settings import COMPARED, resolve
 from minillm.train.state import put_back, snapshot
 
@@ -44,13 +45,13 @@ def train(model, examples, *, steps=None, epochs=None, lr, batch_size=8, accumul
 
     steps, epochs    give one of them: optimizer steps, or passes through the examples (0.5 is
                      half a pass). The last step takes only what is left of the epochs
-    lr, schedule     AdamW's peak rate, and "constant", "linear" or "cosine" after the warm-up. A
-                     parameter of less than float32 costs 10 bytes more (see `masters`)
+    lr, schedule     AdamW's peak rate, and its share over the steps: a name or a function of
+                     `schedules`. Half precision costs 10 bytes a parameter (see `masters`)
     warmup           steps in which the rate rises; a number below 1 is a share of all steps
     batch_size, accumulate    examples per batch, padded to one length (`pad`); batches per step
     weight_decay, betas       AdamW's; only matrices decay
     clip             the largest norm of the gradient; None: never clip
-    rates            {regular expression: factor of the rate}, for parameters by name
+    rates            {regular expression: factor of the rate}, for parameters by name: `groups`
     seed             decides the order of the examples (a new one each epoch) and the dropout
     held_out         examples whose mean loss is measured ("held_out" in the log), or
     evaluate         a function from the model to a number, lower is better ("evaluation"):
@@ -126,8 +127,8 @@ def update(run):
     norm = torch.nn.utils.clip_grad_norm_(run.stepped.values(), o.clip or math.inf)
     norm = distributed.whole(norm).item()
     if not math.isfinite(total) or not math.isfinite(norm):
-        raise ValueError(f"step {step}: the loss is {total / count} and the gradient's norm "
-                         f"{norm}; a lower learning rate than {o.lr} may help")
+        raise NotFinite(f"step {step}: the loss is {total / count} and the gradient's norm "
+                        f"{norm}; a lower learning rate than {o.lr} may help")
 
     # AdamW; a parameter of less than float32 has a float32 copy that steps (see `masters`).
     run.optimizer.step()
@@ -199,6 +200,7 @@ class Run:
         settings = {key: getattr(o, key) for key in COMPARED}
         settings |= dict(data=identity.examples(self.batches.examples),
                          held_out=o.held_out and identity.examples(o.held_out),
+                         schedule=openings.named(o.schedule),
                          loss=openings.named(o.loss), on_step=openings.named(o.on_step),
                          evaluate=openings.named(o.evaluate),
                          processes=distributed.place()[1])

@@ -17,6 +17,10 @@ from minillm.model.generate import evaluating
 from minillm.registry import prepare
 
 
+class NotFinite(ValueError):
+    """The loss of a step, or its gradient, is infinite or no number."""
+
+
 def learnt(labels):
     """How many tokens a batch with these labels (b, t) learns."""
     return int((labels[:, 1:] != data.NOT_LEARNT).sum())

@@ -65,9 +65,9 @@ def settled(on_step, steps):
 
 
 def named(function):
-    """The text by which a checkpoint recognizes a function; None for None."""
-    if function is None:
-        return None
+    """The text by which a checkpoint recognizes a function; None for None, a text for itself."""
+    if function is None or isinstance(function, str):
+        return function
     if isinstance(function, functools.partial):
         given = [text_of(value) for value in function.args]
         given += [f"{name}={text_of(value)}" for name, value in function.keywords.items()]

@@ -6,7 +6,7 @@ import pathlib
 import types
 
 from minillm import data, distributed
-from minillm.train.rates import rate
+from minillm.train import schedules
 
 WHOLE = dict(steps=1, batch_size=1, accumulate=1, every=1, patience=1, save_every=0, keep=1,
              pad=0, seed=None)  # whole numbers, and the least that each can be
@@ -36,7 +36,7 @@ def resolve(examples, given):
     distributed.check_rows(len(examples), o.batch_size)
     o.steps = number_of_steps(o, examples)
     warmup(o)
-    rate(0, o.steps, o.schedule)
+    o.schedule = schedules.checked(o.schedule, o.steps, o.warmup)
     evaluation(o)
     functions(o)
     files_of(o)
