@@ -277,7 +277,7 @@ def test_the_command_line(run, tmp_path):
     ["--checkpoints", "c"], ["--log", "l.jsonl"], ["--shard"]])
 def test_options_that_it_would_ignore(options, run):
     said = run("train", *FAST, "--find-rate", *options, code=2)
-    assert f"{options[0]} has no effect on it" in said or "--resume needs" in said
+    assert f"{options[0]} has no effect on it" in said
 
 
 def test_too_few_steps(run):

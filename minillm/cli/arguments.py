@@ -199,19 +199,10 @@ def train_arguments(sub):
                      help="optimizer steps (default 100 where --epochs is not given)")
     how.add_argument("--epochs", type=above_0,
                      help="instead of --steps: passes through the data")
-    how.add_argument("--rate", type=above_0, help="the peak learning rate")
-    how.add_argument("--find-rate", action="store_true",
-                     help="train nothing: try growing rates on a copy, one in each of --steps "
-                          "steps, and suggest one; --picture draws the loss over the rates")
+    rate_arguments(how)
     how.add_argument("--batch-size", type=whole(1), default=8)
     how.add_argument("--accumulate", type=whole(1), default=1,
                      help="batches whose gradients make one step")
-    how.add_argument("--schedule", choices=list(train.SCHEDULES), default="cosine",
-                     help="how the rate changes after the warm-up (default cosine)")
-    how.add_argument("--schedule-option", action="append", default=[], metavar="KEY=VALUE",
-                     help="an option of the schedule, such as floor=0.1; repeatable")
-    how.add_argument("--warmup", type=warmup, default=0.05,
-                     help="steps in which the rate rises; a number below 1 is a share of all steps")
     how.add_argument("--weight-decay", type=from_0, default=0.0)
     how.add_argument("--clip", type=above_0, default=1.0, help="the largest norm of the gradient")
     how.add_argument("--every", type=whole(1), metavar="STEPS",
@@ -239,6 +230,17 @@ def train_arguments(sub):
     where.add_argument("--log", type=path, metavar="FILE", help="write a JSON line for each step")
     where.add_argument("--picture", type=path, metavar="FILE",
                        help="draw the loss and the learning rate, as .png, .svg or .pdf")
+
+
+def rate_arguments(how):
+    how.add_argument("--rate", type=above_0, help="the peak learning rate")
+    how.add_argument("--find-rate", action="store_true",
+                     help="try a growing rate in each of --steps steps, suggest one, train nothing")
+    how.add_argument("--schedule", choices=list(train.SCHEDULES), default="cosine")
+    how.add_argument("--schedule-option", action="append", default=[], metavar="KEY=VALUE",
+                     help="an option of the schedule, such as floor=0.1; repeatable")
+    how.add_argument("--warmup", type=warmup, default=0.05,
+                     help="steps in which the rate rises; a number below 1 is a share of all steps")
 
 
 def eval_arguments(sub):

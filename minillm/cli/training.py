@@ -9,6 +9,7 @@ import sys
 from minillm import checkpoints, compare, data, distributed, files, options, registry, train
 from minillm.registry import store
 from minillm.cli.paths import check_paths
+from minillm.cli.rates import check_find, find_rate, pairs, schedule_of, steps_of
 from minillm.cli.using import (
     given, load, needs_tokenizer, read_records, refuse_second, summary,
 )
@@ -74,6 +75,7 @@ def check(args):
 
 def check_options(args):
     """Exit with one line if options contradict each other, or would be ignored."""
+    check_find(args)
     for pair in (("--steps", "--epochs"), ("--eval-data", "--eval-share"), ("--task", "--data")):
         refuse_second(args, *pair)
     if (args.patience or args.every) and not (args.eval_data or args.eval_share):
@@ -83,7 +85,6 @@ def check_options(args):
         args.parser.error("--resume needs --out PATH or --checkpoints DIR: what to go on with")
     if (args.save_every or args.keep) and not args.checkpoints:
         args.parser.error("--save-every and --keep need --checkpoints DIR: where to save")
-    check_find(args)
     for option in ("--log", "--picture", "--checkpoints"):
         if args.preview and not args.find_rate and not args.out and given(args, option):
             args.parser.error(f"{option} needs --out PATH: without it, --preview trains nothing")
@@ -96,40 +97,6 @@ def check_options(args):
     if args.technique == "full" and args.adapter:
         args.parser.error("--technique full trains the model itself: export it with its --adapter "
                           "first")
-
-
-def check_find(args):
-    """Exit with one line if --find-rate would ignore an option."""
-    if not args.find_rate:
-        return
-    for option in ("--out", "--rate", "--epochs", "--schedule", "--schedule-option", "--warmup",
-                   "--eval-data", "--eval-share", "--every", "--patience", "--checkpoints",
-                   "--save-every", "--keep", "--resume", "--log", "--shard"):
-        usual = args.parser.get_default(option.removeprefix("--").replace("-", "_"))
-        if given(args, option) != usual:
-            args.parser.error(f"--find-rate trains a copy with growing rates and saves nothing: "
-                              f"{option} has no effect on it")
-    if args.steps and args.steps <= train.finder.FIRST:
-        args.parser.error(f"--steps {args.steps}: --find-rate needs more than "
-                          f"{train.finder.FIRST} steps")
-
-
-def steps_of(args):
-    """The number of steps; None if --epochs decides it."""
-    return args.steps or (None if args.epochs else 100)
-
-
-def schedule_of(args):
-    """The schedule of --schedule and --schedule-option, as `train` takes it."""
-    texts, steps = pairs(args, "--schedule-option", "floor=0.1"), steps_of(args)
-    try:
-        schedule = train.schedules.with_options(args.schedule, texts)
-        if steps:
-            warmup = args.warmup if args.warmup >= 1 else round(args.warmup * steps)
-            train.schedules.checked(schedule, steps, warmup)
-        return schedule
-    except ValueError as error:
-        raise ValueError(of_technique(error, texts, "--schedule-option")) from error
 
 
 def check_files(args):
@@ -174,20 +141,6 @@ def wrap_options(technique, args):
         return options.parse(technique.wrap, texts)
     except ValueError as error:
         raise ValueError(of_technique(error, texts)) from error
-
-
-def pairs(args, option, example):
-    """{key: text} of an option that takes KEY=VALUE and is repeatable."""
-    texts = {}
-    for pair in given(args, option):
-        key, equals, text = pair.partition("=")
-        if not equals:
-            args.parser.error(f"{option} {pair!r} is not KEY=VALUE, such as {example}")
-        if key in texts:
-            args.parser.error(f"{option} {key}={texts[key]} and {option} {pair}: "
-                              "give one of them")
-        texts[key] = text
-    return texts
 
 
 def read(args, tokenizer, model):
@@ -248,17 +201,6 @@ def fit(model, examples, held_out, technique, tokenizer, args):
         save_every=args.save_every if args.checkpoints else 0, keep=args.keep or 2,
         resume=args.resume, log=args.log, name=args.technique,
         write=functools.partial(write, technique=technique, tokenizer=tokenizer, args=args))
-
-
-def find_rate(model, examples, tokenizer, args):
-    """Print the suggested rate, and draw the picture."""
-    found = train.find_rate(
-        model, examples, steps=args.steps or 100, batch_size=args.batch_size,
-        accumulate=args.accumulate, weight_decay=args.weight_decay, clip=args.clip,
-        pad=tokenizer.pad or 0, seed=args.seed)
-    print(found)
-    if args.picture:
-        found.picture(args.picture, args.force)
 
 
 def check_disk(model, technique, held_out, args):
