@@ -190,6 +190,18 @@ def test_a_loss_that_is_no_number_is_an_end_too():
     assert f"it exploded at {result.ended:.2g}" in str(result)
 
 
+def test_the_first_steps_are_not_the_lowest():
+    """One lucky batch at the start says nothing of its rate."""
+    def loss(model, ids, labels, mask):
+        loss.calls += 1
+        return minillm.train.loss_sum(model, ids, labels, mask) * (0.1 if loss.calls == 2 else 1)
+
+    loss.calls = 0
+    result = found(build("llama"), loss=loss, explode=1e9, smooth=0.0)
+    assert result.history[1]["smooth"] == min(r["smooth"] for r in result.history)
+    assert result.lowest["step"] >= finder.FIRST
+
+
 @pytest.mark.parametrize("options, message", [
     (dict(low=0), "low=0 is not a number above 0"),
     (dict(high=math.inf), "high=inf is not a number above 0"),

@@ -38,7 +38,8 @@ high for it: a soft prompt, (IA)3. There the swept rate is far above the suggest
 
 The copy shares with the model what does not learn: frozen weights, the buffers of formats and
 masks. So the model stays as it is, to the last bit, with its gradients and its modes; and so do
-torch's random numbers. Cost: `steps` steps of training, and a copy of what learns.
+torch's random numbers. (A hook that itself holds the model still acts on the model, not on the
+copy.) Cost: `steps` steps of training, and a copy of what learns.
 
 Not included: several processes, and rates that differ between parameters (`rates=` gives factors,
 which all grow together).
@@ -79,11 +80,10 @@ class Found:
     ended: float | None
 
     def __str__(self):
-        first, low = self.history[0], self.lowest
-        tried = f"{len(self.history)} rates from {first['rate']:.2g} to "
-        last = self.history[-1]
-        lines = [f"{tried}{last['rate']:.2g}: the smoothed loss was {first['smooth']:.3f} at the "
-                 f"first, {low['smooth']:.3f} at {low['rate']:.2g}"]
+        first, last, low = self.history[0], self.history[-1], self.lowest
+        lines = [f"{len(self.history)} rates from {first['rate']:.2g} to {last['rate']:.2g}: the "
+                 f"smoothed loss was {first['smooth']:.3f} at the first, {low['smooth']:.3f} at "
+                 f"{low['rate']:.2g}"]
         if self.ended is not None:
             lines.append(f"it exploded at {self.ended:.2g}")
         else:

@@ -61,7 +61,8 @@ def layerwise(model, decay=0.9):
     """Factors that shrink with the depth, for `rates=`: decay^(L - l) for block l of L.
 
     Blocks in which nothing learns have no entry. What is before the blocks is so by the order of
-    `named_parameters()`; a head that shares its matrix with the embedding learns as the embedding.
+    `named_parameters()`, as in `freeze`, so OPT's final norm counts as before them. A head that
+    shares its matrix with the embedding learns as the embedding.
     ValueError for a decay outside of 0 < decay <= 1, and if it is not clear which modules are the
     blocks (see `roles`).
     """
