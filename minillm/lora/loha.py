@@ -106,5 +106,5 @@ def wrap(model, targets=None, *, name=None, r=8, alpha=16.0):
 
 register("loha", LoHa, family="lora")
 method("loha", wrap, does="multiplies two low-rank changes of each weight, entry by entry",
-       paper="Hyeon-Woo et al. 2022, arXiv 2108.06098", rates=dict(tiny=1e-2, smollm2=3e-3),
+       paper="Hyeon-Woo et al. 2022, arXiv 2108.06098", rates=dict(tiny=1e-2, smollm2=2e-2),
        small={"": dict(r=2), "dense": dict(r=4, alpha=3.0)})

@@ -141,6 +141,6 @@ def wrap(model, targets=None, *, name=None, r=8, alpha=16.0, factor=None, decomp
 
 register("lokr", LoKr, family="lora")
 method("lokr", wrap, does="repeats a small matrix over each weight, with a learnt factor per copy",
-       paper="Yeh et al. 2024, arXiv 2309.14859", rates=dict(tiny=2e-2, smollm2=6e-3),
+       paper="Yeh et al. 2024, arXiv 2309.14859", rates=dict(tiny=2e-2, smollm2=2e-2),
        small={"": dict(r=1, alpha=3.0), "factor": dict(r=3, factor=2), "whole": dict(r=4),
               "both": dict(r=1, alpha=2.0, decompose_both=True)})
