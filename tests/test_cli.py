@@ -274,18 +274,20 @@ def test_chat_remembers_what_was_said(run, model, monkeypatch):
 def test_export_merges_what_can_be_merged_and_refuses_the_rest(run, tmp_path):
     pytest.importorskip("gguf")
     for technique, more in (("lora", ["--option", "r=2"]), ("quant", []),
-                            ("freeze", ["--option", "last=1"]), ("prompts", [])):
+                            ("freeze", ["--option", "last=1"]), ("prompts", []), ("ia3", []),
+                            ("parallel", ["--option", "size=2"])):
         run("train", "--data", "a.txt", "--length", 64, "--technique", technique, *more, "--steps",
             2, "--out", f"{technique}.safetensors")
-    for technique in ("lora", "quant", "freeze"):
+    for technique in ("lora", "quant", "freeze", "ia3"):
         run("export", "--adapter", f"{technique}.safetensors", "--out", technique)
         continued = [
             run("generate", *which, "The", "--max-new-tokens", 8)
             for which in (["--adapter", f"{technique}.safetensors"], ["--model", technique])
         ]
         assert continued[0] == continued[1], technique
-    assert "prompts.safetensors holds prompts, which does not change a weight" in run(
-        "export", "--adapter", "prompts.safetensors", "--out", "no", code=1)
+    for technique in ("prompts", "parallel"):
+        assert f"{technique}.safetensors holds {technique}, which does not change a weight" in run(
+            "export", "--adapter", f"{technique}.safetensors", "--out", "no", code=1)
     assert not (tmp_path / "no").exists()
     run("export", "--out", "m.GGUF")
     assert "m.GGUF exists" in run("export", "--out", "m.GGUF", code=1)
