@@ -43,14 +43,16 @@ def test_train_then_eval_then_generate_with_what_was_learnt(run, model, tmp_path
 
 @pytest.mark.parametrize("technique", ["full", *minillm.techniques(), *(
     pytest.param(name, marks=pytest.mark.slow)
-    for name in ("wanda", "gptq", "dora", "pissa", "qat"))])
+    for name in sorted(minillm.registry.METHODS.keys() - minillm.techniques().keys()))])
 def test_what_each_technique_learns_is_saved(technique, run, model):
     """train, then eval of the file in another load: the loss is that of the trained model."""
-    more = {"sparse": ["--option", "anyway=true"],
-            "freeze": ["--option", "last=1"]}.get(technique, [])
+    more = {"sparse": ["--option", "anyway=true"], "freeze": ["--option", "last=1"],
+            "nf4": ["--option", "group=32"], "bitfit": ["--option", "targets=.*norm"]}
+    more = more.get(technique, [])
+    rate = {"bitfit": 0.2, "vera": 0.2, "ia3": 0.6}.get(technique, 0.02)
     out = "out" if technique == "full" else "out.safetensors"
     run("train", "--data", "a.txt", "--length", 64, "--technique", technique, *more, "--steps", 20,
-        "--rate", 0.02, "--out", out)
+        "--rate", rate, "--out", out)
     tuned = ["--model", "out"] if technique == "full" else ["--adapter", "out.safetensors"]
     before, after = (float(run("eval", *which, "--text", "a.txt", "--length", 64).split()[1])
                      for which in ([], tuned))
@@ -274,18 +276,20 @@ def test_chat_remembers_what_was_said(run, model, monkeypatch):
 def test_export_merges_what_can_be_merged_and_refuses_the_rest(run, tmp_path):
     pytest.importorskip("gguf")
     for technique, more in (("lora", ["--option", "r=2"]), ("quant", []),
-                            ("freeze", ["--option", "last=1"]), ("prompts", [])):
+                            ("freeze", ["--option", "last=1"]), ("prompts", []), ("ia3", []),
+                            ("parallel", ["--option", "size=2"])):
         run("train", "--data", "a.txt", "--length", 64, "--technique", technique, *more, "--steps",
             2, "--out", f"{technique}.safetensors")
-    for technique in ("lora", "quant", "freeze"):
+    for technique in ("lora", "quant", "freeze", "ia3"):
         run("export", "--adapter", f"{technique}.safetensors", "--out", technique)
         continued = [
             run("generate", *which, "The", "--max-new-tokens", 8)
             for which in (["--adapter", f"{technique}.safetensors"], ["--model", technique])
         ]
         assert continued[0] == continued[1], technique
-    assert "prompts.safetensors holds prompts, which does not change a weight" in run(
-        "export", "--adapter", "prompts.safetensors", "--out", "no", code=1)
+    for technique in ("prompts", "parallel"):
+        assert f"{technique}.safetensors holds {technique}, which does not change a weight" in run(
+            "export", "--adapter", f"{technique}.safetensors", "--out", "no", code=1)
     assert not (tmp_path / "no").exists()
     run("export", "--out", "m.GGUF")
     assert "m.GGUF exists" in run("export", "--out", "m.GGUF", code=1)

@@ -178,6 +178,25 @@ def test_minillms_transformer_has_the_names_of_hugging_face(family, tmp_path):
         model = minillm.lora.wrap(build("gpt2"), ["q_proj"], r=2)
         with pytest.raises(ValueError, match="'layers.0.self_attn.q_proj' is a part of c_attn"):
             files.save(model, tmp_path / "b")
+        assert json.loads((tmp_path / "a" / files.CONFIG).read_text())["fan_in_fan_out"]
+
+
+def test_a_matrix_that_hugging_face_has_transposed(tmp_path):
+    """o_proj is square: no shape would show it."""
+    model = minillm.lora.wrap(build("gpt2"), ["up_proj"], r=2)
+    model.norm.weight.requires_grad_(True)
+    files.save(model, tmp_path / "a")
+    files.load(build("gpt2"), tmp_path / "a")
+    for name in ("layers.0.self_attn.o_proj", "layers.0.self_attn.q_proj"):
+        p = model.get_submodule(name).weight.requires_grad_(True)
+        with pytest.raises(ValueError, match=f"'{name}' has learned, and is no module of its own"):
+            files.save(model, tmp_path / "b")
+        p.requires_grad_(False)
+    key = "transformer.h.0.attn.c_proj"
+    edit(tmp_path / "a", dict(modules_to_save=["ln_f", key]),
+         lambda t: t.update({f"base_model.model.{key}.weight": torch.ones(16, 16)}))
+    with pytest.raises(ValueError, match="a matrix that is transposed in this model"):
+        files.load(build("gpt2"), tmp_path / "a")
 
 
 @pytest.mark.parity

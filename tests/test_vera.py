@@ -11,6 +11,7 @@ from models import IDS, build, logits
 from torch import nn
 
 import minillm
+from minillm import data
 from minillm.lora import vera
 from minillm.measure.memory import total_bytes
 from minillm.registry import layers
@@ -181,3 +182,27 @@ def test_it_is_pefts(kind):
         module, patch = inner.model.get_submodule(name), layer.patches["vera"]
         for ours, p in ((patch.d, module.vera_lambda_d), (patch.b, module.vera_lambda_b)):
             torch.testing.assert_close(ours.grad, p["default"].grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_training_goes_on_with_the_same_pair(opened, tmp_path):
+    """The pair is not in the checkpoint: it does not learn, also where there is an `on_step`."""
+    def go(seed, steps, **options):
+        model = build("llama")
+        torch.manual_seed(seed)
+        vera.wrap(model, r=5)
+        if opened:
+            options["on_step"] = lambda model, step, steps: None
+        examples = [data.Example(row.tolist(), row.tolist()) for row in torch.cat([IDS] * 4)]
+        minillm.train.train(model, examples, steps=4, lr=0.1, checkpoints=tmp_path / "run",
+                            save_every=steps, progress=False, **options)
+        return logits(model, IDS)
+
+    whole = go(0, 2)
+    for path in (tmp_path / "run").glob("*4.safetensors"):
+        path.unlink()
+    (path,) = (tmp_path / "run").glob("*.safetensors")
+    assert not [key for key in safetensors.torch.load_file(path) if "common" in key]
+    with pytest.raises(ValueError, match="vera at 'layers.0.self_attn.q_proj' has shares='"):
+        go(1, 2, resume=True)
+    assert torch.equal(go(0, 2, resume=True), whole)

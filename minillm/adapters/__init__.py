@@ -20,9 +20,10 @@ A sublayer of a Hugging Face model may return a tuple. Its first item is the hid
 state, and only that item is adapted. The `adapters` library patches the source file of
 each architecture; here the patch wraps any module.
 
-The paper also trains the layer norms, 2 d more parameters for each. Here the caller lets
-them learn after `wrap`, with `norm.requires_grad_(True)`. They are then in the adapters'
-file, but they stay trained after `unwrap`, and `minillm.use` does not switch them.
+The paper also trains the layer norms, 2 d more parameters for each. Here the caller
+lets them learn after `wrap`, with `norm.requires_grad_(True)`. They are then in the
+adapters' file. But they stay trained after `unwrap`, and `minillm.use` does not switch
+them.
 
 >>> from torch import nn; import torch, minillm
 >>> model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(2, 8)

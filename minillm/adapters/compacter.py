@@ -4,8 +4,8 @@
     W = sum_i A_i (x) B_i,    B_i = s_i t_i^T          i = 1 ... n, for both matrices
                                 Mahabadi et al. 2021, "Compacter", arXiv 2106.04647, section 3
 
-A Kronecker product A (x) B has a block A[p, j] B for each entry of A. So W (m, d) is cut
-into n x n blocks, and each block is a mixture of the same n matrices B_i of rank one.
+A Kronecker product A (x) B has a block A[p, j] B for each entry of A. So W (m, d) is
+cut into n x n blocks, and each is a mixture of the same n matrices B_i of rank one.
 
     code              paper            shape             at birth
     A                 A_1 ... A_n      (n, n, n)         N(0, 1/n), for both matrices
@@ -19,8 +19,8 @@ n parts x_j and y into n parts y_p:
 
     y_p = sum_i s_i sum_j A_i[p, j] (t_i . x_j)
 
-Cost: n^3 + 3 (m + d) parameters a sublayer, where an ordinary adapter has 2 m d + m + d,
-and 2 n (m + d) + 2 n^3 multiplications a token for 2 m d. With m = 32, d = 576 and n = 4
+Cost: n^3 + 3 (m + d) parameters a sublayer, and 2 n (m + d) + 2 n^3 multiplications a
+token. An ordinary adapter has 2 m d + m + d, and 2 m d. With m = 32, d = 576 and n = 4
 these are 1,888 parameters and not 37,472. It cannot be merged.
 
 The paper has one set of A_i for all adapters of the model ("slow weights"), and each
@@ -95,10 +95,10 @@ def wrap(model, targets=None, *, name=None, size=32, n=4, width=None):
     """Put a Compacter adapter after each sublayer of `targets`; in place, returns the model.
 
     targets: by default the attention and the MLP of each block, as for
-    `minillm.adapters.wrap`; also name and width. name: by default "compacter". size: the
-    units of the bottleneck, m. n: the number of the matrices A_i and the size of each,
-    from 1 to 64; at n = 1 both matrices have the rank one. Only the adapters learn
-    afterwards. ValueError where n does not divide the size or the width.
+    `minillm.adapters.wrap`; so is width. name: by default "compacter". size: the units
+    of the bottleneck, m. n: the number of the matrices A_i and the size of each, from 1
+    to 64; at n = 1 both matrices have the rank one. Only the adapters learn afterwards.
+    ValueError where n does not divide the size or the width.
     """
     default = sublayers if targets is None else lambda model: None
     if targets is None and width is None:

@@ -18,10 +18,10 @@ Cost: `out` or `in` parameters a leaf, and as many multiplications a token. Smol
 57,600; LoRA at r = 8 has 42 times as many. Merged: nothing, the factors are in W and b.
 
 Where one leaf computes queries, keys and values (GPT-2's c_attn), the queries get
-factors too, as in peft. That costs a third of the leaf's factors and gives nothing new:
-(l_q * q) . (l_k * k) = q . (l_q * l_k * k). Of some families peft scales other leaves by
-default: for Qwen2 and Gemma the queries and not the keys, for OPT the queries and not
-the values. To unmerge, peft divides W by l. That changes its last bits, and loses the
+factors too, as in peft. They are a third of the leaf's factors and give nothing new:
+(l_q * q) . (l_k * k) = q . (l_q * l_k * k). In some families peft scales other leaves
+by default: for Qwen2 and Gemma the queries and not the keys, for OPT the queries and
+not the values. To unmerge, peft divides W by l. That changes its last bits, and loses the
 rows where l is 0; here the old W is kept and comes back. Not included: embeddings, and
 the two losses of the paper's recipe (T-Few).
 

@@ -36,7 +36,9 @@ from safetensors.torch import save_file
 
 from minillm import files, prompts
 from minillm.checkpoints import peft_settings
-from minillm.checkpoints.peft_settings import module_names, placed, prompt_settings, settings
+from minillm.checkpoints.peft_settings import (
+    module_names, placed, prompt_settings, settings, turned,
+)
 from minillm.registry import KINDS, attached, hint, walk
 from minillm.registry.attach import check_free, surround
 from minillm.registry.learned import check_learned, let_learn, put_back
@@ -74,7 +76,7 @@ def save(model, directory, name=None, *, force=False):
         raise ValueError(f"{name} was trained over {beneath[0]}, which no file of peft says: merge "
                          f"{beneath[0]} into the model and save that, or train {name} without it")
     places = module_names(model)
-    tensors, config = {}, collections.Counter()
+    tensors = {}
     if kind == "prompts":
         tensors["prompt_embeddings"] = found[0][1].P
         config = prompt_settings(model, found)
@@ -131,6 +133,11 @@ def tensors_of(site, patch):
 def whole_modules(model, learned, places):
     """({peft's key: tensor}, names) of the modules of which a parameter learned."""
     owners = {name.rpartition(".")[0] for name in learned}
+    sites = {site.name: site for site in walk(model)}
+    for owner in owners:
+        if owner not in places or turned(model, sites[owner]):
+            raise ValueError(f"{owner or 'a parameter of the model itself'!r} has learned, and is "
+                             "no module of its own, or of another shape, in the Hugging Face model")
     tensors = {f"{PREFIX}{places[owner]}.{key}": p for name, _, key, p in parameters(model)
                if (owner := name.rpartition(".")[0]) in owners}
     return tensors, sorted(places[owner] for owner in owners) or None
@@ -219,7 +226,7 @@ def sorted_out(model, kind, config, tensors, directory):
         key = key.removeprefix(PREFIX)
         module, ours = split(key, kind)
         if ours is None:
-            own_or_base(key, t, sites, own, config, path)
+            own_or_base(model, key, t, sites, own, config, path)
         elif module not in leaves:
             lookup = EMBEDDING["A"] in key or EMBEDDING["B"] in key
             possible = [site for site in leaves.values() if bool(site.leaf.lookup) == lookup]
@@ -246,7 +253,7 @@ def split(key, kind):
     return None, None
 
 
-def own_or_base(key, t, sites, own, config, path):
+def own_or_base(model, key, t, sites, own, config, path):
     """Enter a tensor of `modules_to_save` in `own`, or check that it is this model's embedding."""
     module, _, last = key.rpartition(".")
     base = module.removesuffix(".base_layer")
@@ -259,6 +266,9 @@ def own_or_base(key, t, sites, own, config, path):
     if module not in sites or not peft_settings.matches(module, config.get("modules_to_save")):
         raise ValueError(f"{path} holds {key!r}, which is no part of the adapter and of no module "
                          "in modules_to_save that this model has")
+    if turned(model, sites[module]):
+        raise ValueError(f"{path} holds {key!r}, a matrix that is transposed in this model: load "
+                         "it into the Hugging Face model")
     own[f"{sites[module].name}.{last}"] = t
 
 

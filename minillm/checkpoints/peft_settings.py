@@ -41,15 +41,26 @@ def module_names(model):
     names = [site.name for site in walk(model)]
     if not isinstance(model, Transformer):
         return {name: name for name in names}
-    kind = layouts.describe(model.config, torch.float32)["model_type"]
     found = {}
     for name in names:
-        if kind != "gpt2":
+        if not gpt2(model):
             found[name] = name if name == "lm_head" else f"model.{name}"
         elif not re.search(r"\.[qkv]_proj$", name):
             theirs = layouts.gpt2_name(f"{name}.").removesuffix(".")
             found[name] = theirs if name == "lm_head" else f"transformer.{theirs}"
     return found
+
+
+def gpt2(model):
+    """Whether it is minillm's Transformer of the GPT-2 family."""
+    config = getattr(bare(model), "config", None)
+    return (isinstance(bare(model), Transformer)
+            and layouts.describe(config, torch.float32)["model_type"] == "gpt2")
+
+
+def turned(model, site):
+    """Whether the leaf is an nn.Linear of minillm where Hugging Face's GPT-2 has a Conv1D."""
+    return bool(gpt2(model) and site.leaf and not site.leaf.lookup and site.name != "lm_head")
 
 
 def placed(site, places):
@@ -65,9 +76,10 @@ def placed(site, places):
 def settings(model, found, places):
     """The adapter_config.json of patches around leaves."""
     kind, first = found[0][1].kind, found[0][1]
-    turned = {site.leaf.transposed for site, _ in found if not site.leaf.lookup}
+    conv = {site.leaf.transposed or turned(model, site) for site, _ in found
+            if not site.leaf.lookup}
     config = dict(common_settings(model), peft_type="LORA" if kind == "dora" else kind.upper(),
-                  target_modules=targets(model, found, places), fan_in_fan_out=turned == {True})
+                  target_modules=targets(model, found, places), fan_in_fan_out=conv == {True})
     if kind == "ia3":
         inner = [(site, patch) for site, patch in found if patch.inner]
         return dict(config, feedforward_modules=targets(model, inner, places))

@@ -12,7 +12,7 @@ from minillm.cli.words import said
 from minillm.model.generate import check_options
 from minillm.measure.show import show
 from minillm.registry import sites
-from minillm.registry.store import holds
+from minillm.registry.store import holds, read
 from minillm.train.room import positions
 
 
@@ -253,7 +253,8 @@ def run_export(args):
     """
     check_paths(args, {"--out": args.out})
     for path in args.adapter:
-        kind = registry.KINDS.get(holds(path)[0])
+        metadata = read(path)[1]
+        kind = registry.KINDS.get(metadata.get("kind", metadata.get("technique")))
         if kind and issubclass(kind, registry.Patch) and kind.fold is registry.Patch.fold:
             raise ValueError(f"{path} holds {kind.kind}, which does not change a weight: it cannot "
                              "be merged into the model, and the file formats of other programs "

@@ -31,7 +31,7 @@ Several LoRAs with different names add up on one leaf, and `minillm.use` switche
 In peft each layer has a dictionary of them. peft casts x to float32 where A is float32.
 Here A is cast to x's type: a bfloat16 model computes in bfloat16, A stays float32.
 
-`dora` is a kind of its own, and `pissa` is LoRA with another start. Not included:
+`dora`, `vera`, `loha` and `lokr` are kinds of their own, `pissa` is another start. Not included:
 a change of the bias, a rank for each leaf (call `wrap` once a rank, with its targets).
 
 >>> from torch import nn; import torch, minillm

@@ -1,11 +1,11 @@
-"""LoHa: learn a change of each weight that is the product, entry by entry, of two LoRAs.
+"""LoHa: learn a change of each weight that is the entrywise product of two LoRAs.
 
 LoRA's change has the rank r. The entrywise (Hadamard) product of two such changes has a
 rank of up to r^2, with only twice as many parameters.
 
     y = W x + b + s ((B1 A1) * (B2 A2)) x
-                       Hyeon-Woo et al. 2022, "FedPara", arXiv 2108.06098, proposition 1;
-                       Yeh et al. 2024, "LyCORIS", arXiv 2309.14859, as a change of W
+                      Hyeon-Woo et al. 2022, "FedPara", arXiv 2108.06098, proposition 1;
+                      Yeh et al. 2024, "LyCORIS", arXiv 2309.14859, as a change of W
 
     code      FedPara    shape       at birth, as in peft
     B1, B2    X1, X2     (out, r)    kaiming uniform: U(-1/sqrt(r), 1/sqrt(r))
@@ -22,7 +22,7 @@ Why the rank is up to r^2: the entry (i, j) of the product is a sum over pairs (
 so the change is s P Q, a LoRA of the rank r^2 whose P and Q are made of four matrices.
 
 `forward` computes s P (Q x) where that needs fewer multiplications than the whole
-change times x. For the backward it keeps only x, and makes the rest anew (see `change`).
+change times x. For the backward it keeps only x, and makes the rest anew: see `change`.
 `fold` is the formula above.
 
 Cost: 2 r (in + out) parameters a leaf. A token costs r^2 (in + out) multiplications, or
@@ -97,14 +97,15 @@ def wrap(model, targets=None, *, name=None, r=8, alpha=16.0):
     """Put LoHa around the leaves that `targets` names; in place, returns the model.
 
     targets: see `registry.select`; by default every linear leaf but the output head and
-    tied matrices. Only B1, A1, B2 and A2 learn afterwards. name: by default "loha". r: the
-    rank of each factor; where a leaf's smaller side is less, that side. alpha: s = alpha / r.
-    ValueError for an r above both sides of a leaf, and an alpha that is not above 0.
+    tied matrices. Only B1, A1, B2 and A2 learn afterwards. name: by default "loha".
+    r: the rank of each factor; where a leaf's smaller side is less, that side.
+    alpha: s = alpha / r. ValueError for an r above both sides of a leaf, and an alpha
+    that is not above 0.
     """
     return attach(LoHa, model, targets, name=name, r=r, alpha=alpha)
 
 
 register("loha", LoHa, family="lora")
 method("loha", wrap, does="multiplies two low-rank changes of each weight, entry by entry",
-       paper="Hyeon-Woo et al. 2022, arXiv 2108.06098", rates=dict(tiny=1e-2, smollm2=3e-3),
+       paper="Hyeon-Woo et al. 2022, arXiv 2108.06098", rates=dict(tiny=1e-2, smollm2=2e-2),
        small={"": dict(r=2), "dense": dict(r=4, alpha=3.0)})

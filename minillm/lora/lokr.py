@@ -1,7 +1,7 @@
-"""LoKr: learn a change of each weight that repeats a small matrix, scaled for each copy.
+"""LoKr: learn a change of each weight that repeats a small matrix, each copy scaled.
 
-The change is a Kronecker product: a grid of copies of D, and C[i,j] is the factor of the
-copy at (i, j). Its rank is the product of the ranks of C and D.
+The change is a Kronecker product: a grid of copies of D, and C[i,j] is the factor of
+the copy at (i, j). Its rank is the product of the ranks of C and D.
 
     y = W x + b + s (C (x) D) x,      D = B2 A2 or whole,      C whole or B1 A1
 
@@ -30,8 +30,9 @@ m r (n + q) + p m q multiplications, and most of them again in the backward. Mer
 nothing. peft makes the whole change, and autograd keeps it: in * out multiplications a
 token, as many as the leaf has, and as many numbers.
 
-An embedding is a leaf whose input is one-hot. There the change of the id j is the column
-C[:,k] (x) D[:,l] with j = k n + l. The row of `padding_idx` neither changes nor learns.
+An embedding is a leaf whose input is one-hot. There the change of the id j is the
+column C[:,k] (x) D[:,l] with j = k n + l. The row of `padding_idx` neither changes nor
+learns.
 
 As in peft, s is alpha / r also where C and D are whole. In LyCORIS s is 1 there. Not
 included: peft's dropout of rows and of whole leaves, and convolutions.
@@ -65,8 +66,8 @@ from minillm.registry.table import method, register
 def pair(size, factor=None):
     """(a, b) with a b = size: peft's rule, for C's side and D's side.
 
-    a is `factor` if that divides size. Otherwise a is the largest divisor of size that is
-    not above the root of size, nor above `factor`.
+    a is `factor` if that divides size. Otherwise a is the largest divisor of size that
+    is not above the root of size, nor above `factor`.
     """
     if factor and size % factor == 0:
         return factor, size // factor
@@ -130,10 +131,11 @@ def wrap(model, targets=None, *, name=None, r=8, alpha=16.0, factor=None, decomp
 
     targets: see `registry.select`; by default every linear leaf but the output head and
     tied matrices. Only C and D learn, or their factors. name: by default "lokr". r: the
-    rank of D; where that is half of D's larger side or more, D is whole. alpha: s = alpha / r.
-    factor: the sides of C, where it divides those of the leaf (see `pair`); by default near
-    their root. decompose_both: C = B1 A1 of rank r too. ValueError for an r or a factor
-    that is no whole number above 0, and an alpha that is not above 0.
+    rank of D; where that is half of D's larger side or more, D is whole.
+    alpha: s = alpha / r. factor: the sides of C, where it divides those of the leaf (see
+    `pair`); by default near their root. decompose_both: C = B1 A1 of rank r too.
+    ValueError for an r or a factor that is no whole number above 0, and an alpha that is
+    not above 0.
     """
     return attach(LoKr, model, targets, name=name, r=r, alpha=alpha, factor=factor,
                   decompose_both=decompose_both)
@@ -141,6 +143,6 @@ def wrap(model, targets=None, *, name=None, r=8, alpha=16.0, factor=None, decomp
 
 register("lokr", LoKr, family="lora")
 method("lokr", wrap, does="repeats a small matrix over each weight, with a learnt factor per copy",
-       paper="Yeh et al. 2024, arXiv 2309.14859", rates=dict(tiny=2e-2, smollm2=6e-3),
+       paper="Yeh et al. 2024, arXiv 2309.14859", rates=dict(tiny=2e-2, smollm2=2e-2),
        small={"": dict(r=1, alpha=3.0), "factor": dict(r=3, factor=2), "whole": dict(r=4),
               "both": dict(r=1, alpha=2.0, decompose_both=True)})

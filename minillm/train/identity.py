@@ -66,17 +66,30 @@ def techniques(model, on_step=None):
     An `on_step` may change the buffers of patches, and the options that it names in `changes`:
     these are left out.
     """
-    changes = getattr(on_step, "changes", ())
+    changes, shared = getattr(on_step, "changes", ()), {}
     for site in walk(model):
         if isinstance(site.module, Format):
             held = dict(site.module.named_buffers())
             yield site.name, site.module.kind, site.module.config(), digest(held)
         for name, patch in site.layer.patches.items() if site.layer else ():
             held = {key: p for key, p in patch.named_parameters() if not p.requires_grad}
-            held |= dict(patch.named_buffers()) if on_step is None else {}
+            held |= own_buffers(patch) if on_step is None else {}
             options = {key: value for key, value in patch.config().items() if key not in changes}
+            options |= {"shares": shared_digest(patch, shared)} if patch.shares else {}
             options |= {} if patch.active else {"active": False}
             yield site.name, name, options, digest(held)
+
+
+def own_buffers(patch):
+    """{name: buffer} of a patch, without those that it shares with others."""
+    return {key: b for key, b in patch.named_buffers() if not key.startswith("common.")}
+
+
+def shared_digest(patch, known):
+    """The digest of what the patch shares with others. known: {id: digest}, added to."""
+    if id(patch.common) not in known:
+        known[id(patch.common)] = digest(dict(patch.common.named_buffers()))
+    return known[id(patch.common)]
 
 
 def digest(tensors):

@@ -14,6 +14,7 @@ import torch
 
 from minillm.registry import layers
 from minillm.registry.learning import buffers
+from minillm.train.identity import own_buffers
 
 
 def state(run):
@@ -21,7 +22,7 @@ def state(run):
     found = {f"model.{name}": p.detach() for name, p in run.learning}
     found |= {f"buffer.{name}": b for name, b in buffers(run.model)}
     for place, patch in changeable(run).items():
-        found |= {f"patch.{place}.{key}": b for key, b in patch.named_buffers()}
+        found |= {f"patch.{place}.{key}": b for key, b in own_buffers(patch).items()}
     return found
 
 
