@@ -31,6 +31,14 @@ def test_a_format_over_a_format_is_one_line_with_both(first, second, run):
     said = learn(run, second, *narrow.get(second, ()), "--adapter", "a.safetensors", "--out",
                  "b.safetensors", code=1)
     assert f"--technique {second} " in said and "a.safetensors" in said and first in said
+    assert "continues the training" not in said
+
+
+def test_a_second_pissa_is_told_how_the_first_goes_on(run):
+    learn(run, "pissa", "--out", "a.safetensors", steps=1)
+    said = learn(run, "pissa", "--adapter", "a.safetensors", "--option", "name=more", "--out",
+                 "b.safetensors", code=1)
+    assert said.strip().endswith("; --technique lora continues the training of a.safetensors"), said
 
 
 def test_a_name_that_another_kind_has_is_refused(run):

@@ -157,6 +157,14 @@ def test_a_file_of_the_user_is_split_by_hash(model, records, tmp_path):
         compare.compare(model, data=few, length=32)
 
 
+def test_a_text_is_measured_over_windows_of_twice_the_length(model):
+    m, tokenizer = minillm.load(model)
+    part = data.Task("perplexity", [], text="One line of text, and then another. " * 40)
+    found = row.score(m, tokenizer, part, 16, None)
+    assert found == measure.perplexity(m, tokenizer, part.text, length=32)
+    assert found != measure.perplexity(m, tokenizer, part.text, length=512)
+
+
 def test_a_task_has_all_three_splits_and_the_limit_is_of_what_is_measured(model):
     _, tokenizer = minillm.load(model)
     found = row.parts(tokenizer, dict(data=None, task="package", limit=5, length=200))

@@ -139,7 +139,7 @@ def add_missing(inner, added):
         found = inner.token_to_id(token.content)
         if found is None:
             flags = dict(lstrip=token.lstrip, rstrip=token.rstrip, single_word=token.single_word)
-            new = AddedToken(token.content, special=token.special, normalized=False, **flags)
+            new = AddedToken(token.content, normalized=False, **flags)
             (inner.add_special_tokens if token.special else inner.add_tokens)([new])
             found = inner.token_to_id(token.content)
         if found != token.id:
