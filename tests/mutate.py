@@ -15,7 +15,7 @@
    Then the old text comes back.
 
 The plugin does not see what a test does in another process. That is why the test file that
-mirrors the changed file always runs whole. A change that survives may be no mistake at all (x < 1
+mirrors the changed file always runs whole, and last of all the test of two processes. A change that survives may be no mistake at all (x < 1
 and x <= 0 agree on whole numbers): read it before you write a test for it.
 """
 
@@ -146,6 +146,9 @@ def tracked():
     return sorted(file for file in listed.split("\0") if (ROOT / file).is_file())
 
 
+OTHER_PROCESSES = ["tests/test_distributed.py"]  # what these tests run, no plugin sees
+
+
 def record(files, tests, path):
     """{test: its seconds and {file: lines}} of all that pass, from the file at `path` or a run."""
     digest = hashlib.sha256(repr((sys.version, tests)).encode())
@@ -180,14 +183,15 @@ def candidates(mutant, notes):
     # it runs once, at import, and constants are read anywhere
     if not hit and not change.in_function:
         hit = {test for test in notes if lines[test] or file_of(test) == "tests/test_snapshots.py"}
+    elsewhere = {test for test in notes if file_of(test) in OTHER_PROCESSES} - hit - own
     total = collections.Counter()
-    for test in hit | own:
+    for test in hit | own | elsewhere:
         total[file_of(test)] += notes[test]["seconds"]
 
     def rank(test):
-        return test not in own, total[file_of(test)], file_of(test), notes[test]["seconds"]
+        return test in elsewhere, test not in own, total[file_of(test)], file_of(test), notes[test]["seconds"]
 
-    return {test: notes[test]["seconds"] for test in sorted(hit | own, key=rank)}
+    return {test: notes[test]["seconds"] for test in sorted(hit | own | elsewhere, key=rank)}
 
 
 def try_all(mutants, notes, files, workers):
