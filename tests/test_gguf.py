@@ -67,7 +67,10 @@ def test_a_factor_without_a_type_is_linear(tmp_path, tokenizer, fields, scaling)
 
 
 @pytest.mark.parametrize("fields, message", [
-    ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, "rope.scaling.type is 'yarn'"),
+    ({"rope.scaling.type": "longrope"}, "rope.scaling.type is 'longrope'"),
+    ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.yarn_ext_factor": 0.5},
+     "yarn_ext_factor is not 1"),
+    ({"rope.scaling.type": "yarn"}, "lacks .*rope.scaling.factor"),
     ({"rope.scaling.attn_factor": 0.5}, "attn_factor is not 1"),
     ({"attention.sliding_window": 8.0}, "a sliding window or experts"),
     ({"rope.scaling.factor": -4.0}, "numbers above 0")])

@@ -20,6 +20,7 @@ from minillm.checkpoints import layouts
 from minillm.zoo import fetching
 from minillm.model.tokenizer import SentencePiece
 
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=32)
 SHAPES = {
@@ -39,6 +40,8 @@ SHAPES = {
                              rope_scaling=dict(rope_type="linear", factor=4.0)),
     "llama3": minillm.Config(24, 32, 2, 2, kv_heads=1, ffn=32, positions=256, rope_base=500.0,
                              rope_scaling=LLAMA3),
+    "yarn": minillm.Config(24, 64, 2, 2, ffn=32, positions=256, rope_base=500.0,
+                           rope_scaling=YARN),
     "qwen2 llama3": minillm.Config(24, 16, 2, 4, ffn=32, positions=256, qkv_bias=True,
                                    rope_scaling=LLAMA3),
     "gpt2": minillm.Config.gpt2(24, 16, 2, 2, positions=32),
@@ -116,6 +119,11 @@ def hf_configs():
                          dict(long,
                               rope_parameters=dict(rope_type="linear", rope_theta=500.0,
                                                    factor=3.0))),
+        "llama yarn": ("LlamaConfig", dict(long, head_dim=32, rope_parameters=dict(
+            YARN, rope_theta=500.0))),
+        "llama yarn, all fields": ("LlamaConfig", dict(long, head_dim=32, rope_parameters=dict(
+            YARN, rope_theta=500.0, beta_fast=20.0, beta_slow=0.5, attention_factor=1.2,
+            truncate=False))),
         "llama3": ("LlamaConfig",
                    dict(long, head_dim=32, rope_parameters=dict(LLAMA3, rope_theta=500.0))),
         "llama3, another band": ("LlamaConfig", dict(long, head_dim=32, rope_parameters=dict(
@@ -224,8 +232,8 @@ DAMAGE = {
         "activation 'xielu' is unknown; known: silu",
     ),
     "scaled rope": (
-        lambda p: damaged(p, rope_scaling={"rope_type": "yarn"}),
-        "rope_scaling is .*yarn.*not implemented .only",
+        lambda p: damaged(p, rope_scaling={"rope_type": "longrope"}),
+        "rope_scaling is .*longrope.*not implemented .only",
     ),
     "scaled rope, new style": (
         lambda p: damaged(p, rope_parameters={"rope_type": "llama3"}),

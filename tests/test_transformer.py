@@ -114,6 +114,7 @@ def test_the_start_is_that_of_gpt2(kind):
     assert all((p != 3).all() for name, p in found.items() if p.dim() == 2 or name.endswith("bias"))
 
 
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=64)
 
@@ -141,7 +142,11 @@ def test_scaled_positions_turn_as_their_formulas_say():
     (dict(rope_scaling=dict(rope_type="linear", factor=[4.0])), "numbers above 0"),
     (dict(rope_scaling=dict(rope_type="linear", factor="4")), "numbers above 0"),
     (dict(rope_scaling=dict(rope_type="linear")), "has the fields"),
-    (dict(rope_scaling=dict(rope_type="yarn")), "known: linear, llama3, factors"),
+    (dict(rope_scaling=dict(rope_type="longrope")), "known: linear, llama3, yarn, factors"),
+    (dict(rope_scaling=dict(YARN, mscale=1.0)), "yarn has the fields .* and may have .*beta_fast"),
+    (dict(rope_scaling=dict(YARN, beta_fast=1.0, beta_slow=2.0)), "beta_fast is below beta_slow"),
+    (dict(rope_scaling=dict(YARN, attention_factor=0)), "numbers above 0"),
+    (dict(rope_scaling=dict(YARN, truncate=1)), "truncate is neither true nor false"),
     (dict(rope_scaling=4.0), "no known rope_type"),
     (dict(rope_scaling=dict(rope_type="linear", factor=float("inf"))), "numbers above 0"),
     (dict(rope_scaling=dict(rope_type="factors", factors=[1.0])),

@@ -190,20 +190,29 @@ def translate(fields, names):
         layers=field("block_count"), heads=heads, kv_heads=field("attention.head_count_kv", heads),
         head_size=head_size, ffn=field("feed_forward_length"), positions=field("context_length"),
         eps=field("attention.layer_norm_rms_epsilon"),
-        rope_base=float(field("rope.freq_base", 10000.0)), rope_scaling=linear(field),
+        rope_base=float(field("rope.freq_base", 10000.0)), rope_scaling=scaling(field),
         qkv_bias="blk.0.attn_q.bias" in names,
         out_bias="blk.0.attn_output.bias" in names, qk_norm="blk.0.attn_q_norm.weight" in names,
         tied="output.weight" not in names)
 
 
-def linear(field):
+def scaling(field):
     """The rope_scaling of the metadata. As in llama.cpp, it is linear if there is no type."""
     kind = field("rope.scaling.type", "linear")
-    if kind not in ("none", "linear"):
+    if kind not in ("none", "linear", "yarn"):
         raise ValueError(f"rope.scaling.type is {kind!r}, which is not implemented "
-                         "(only 'none', 'linear' and the tensor rope_freqs.weight)")
-    if field("rope.scaling.attn_factor", 1) != 1:
-        raise ValueError("rope.scaling.attn_factor is not 1, which is not implemented")
+                         "(only 'none', 'linear', 'yarn' and the tensor rope_freqs.weight)")
+    for name, usual in (("attn_factor", 1), ("yarn_attn_factor", 1), ("yarn_ext_factor", 1),
+                        ("yarn_log_multiplier", 0)):
+        if field(f"rope.scaling.{name}", usual) != usual:
+            raise ValueError(f"rope.scaling.{name} is not {usual}, which is not implemented")
+    if kind == "yarn":
+        turns = {name: field(f"rope.scaling.yarn_{name}", None)
+                 for name in ("beta_fast", "beta_slow")}
+        length = field("rope.scaling.original_context_length", field("context_length"))
+        return dict(rope_type="yarn", factor=field("rope.scaling.factor"),
+                    original_max_position_embeddings=length,
+                    **{name: turn for name, turn in turns.items() if turn is not None})
     factor = field("rope.scaling.factor", field("rope.scale_linear", 0))
     plain = kind == "none" or factor in (0, 1)
     return None if plain else {"rope_type": "linear", "factor": factor}
@@ -230,4 +239,5 @@ def scaling_of(factors, config, fields):
 
 def factors_of(config):
     """The divisors (d/2,) of the rotary frequencies of a Config."""
-    return divisors(frequencies(config.head_size, config.rope_base), config.rope_scaling)
+    base = config.rope_base
+    return divisors(frequencies(config.head_size, base), base, config.rope_scaling)

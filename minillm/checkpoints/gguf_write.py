@@ -34,6 +34,10 @@ def check_save(config, tokenizer, type="f32"):
     if arch == "qwen3" and by_pair(c):
         raise ValueError("llama.cpp's Qwen3 has no place for the rope_scaling "
                          f"{c.rope_scaling['rope_type']!r}")
+    scaling = c.rope_scaling or {}
+    if scaling.get("attention_factor") is not None or not scaling.get("truncate", True):
+        raise ValueError("llama.cpp computes yarn's attention_factor and rounds its bounds, and "
+                         f"this model has rope_scaling={scaling!r}")
     if not isinstance(tokenizer, Tokenizer):
         kind = "none" if tokenizer is None else tokenizer.__class__.__name__
         raise ValueError(f"a GGUF carries its tokenizer, and this is {kind}: give tokenizer=")
@@ -51,7 +55,8 @@ def architecture(config):
 
 def by_pair(config):
     """Whether each rotary pair has its own factor, which only llama.cpp's Llama reads."""
-    return config.rope_scaling is not None and config.rope_scaling["rope_type"] != "linear"
+    scaling = config.rope_scaling or {}
+    return scaling.get("rope_type", "linear") not in ("linear", "yarn")
 
 
 def write(model, config, path, tokenizer, type):
@@ -101,13 +106,17 @@ def add_shape(writer, config):
     if c.head_size * c.heads != c.width or c.qk_norm:
         writer.add_key_length(c.head_size)
         writer.add_value_length(c.head_size)
-    if scaling.get("rope_type") == "linear":
+    if scaling.get("rope_type") in ("linear", "yarn"):
         import gguf
 
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling["rope_type"]))
         writer.add_rope_scaling_factor(scaling["factor"])
-    if scaling.get("rope_type") == "llama3":
+    if scaling.get("rope_type") in ("llama3", "yarn"):
         writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+    for name, add in (("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
+                      ("beta_slow", writer.add_rope_scaling_yarn_beta_slow)):
+        if name in scaling:
+            add(scaling[name])
 
 
 def stored(name, t, wanted):

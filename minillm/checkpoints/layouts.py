@@ -113,10 +113,13 @@ def rope_field(field, value, base, positions):
     kind = value.get("rope_type", value.get("type", "default"))
     rest = {key: v for key, v in value.items() if key not in ("rope_type", "type", "rope_theta")
             and (key, v) not in (("partial_rotary_factor", 1), ("partial_rotary_factor", None))}
-    if kind not in ("default", "linear", "llama3") or kind == "default" and rest:
+    known = ("default", "linear", "llama3", "yarn")
+    if kind not in known or kind == "default" and rest:
         raise ValueError(f"{field} is {value!r}, which is not implemented "
-                         "(only the types 'default', 'linear' and 'llama3')")
-    if kind == "llama3":
+                         f"(only the types {', '.join(map(repr, known))})")
+    if kind == "yarn":  # transformers takes a field of None as not given
+        rest = {key: v for key, v in rest.items() if v is not None}
+    if kind in ("llama3", "yarn"):
         rest.setdefault("original_max_position_embeddings", positions)
     base = float(value.get("rope_theta", base))
     return base, None if kind == "default" else {"rope_type": kind, **rest}

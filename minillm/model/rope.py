@@ -11,49 +11,144 @@ more slowly.
               n_i = original * f_i / 2 pi          turns in the original context
               s_i = (n_i - low) / (high - low)     clamped to 0 .. 1; 1: f_i as it is
             = f_i / (factor / (1 + s_i (factor - 1)))
+    yarn      f_i * (s_i + (1 - s_i) / factor)     Peng et al. 2023, arXiv 2309.00071
+              s_i = (slow - i) / (slow - fast)     clamped to 0 .. 1
+              fast, slow                           the i whose f_i turns beta_fast (32) and
+                                                   beta_slow (1) times in the original context
+              cos, sin * m                         m = 0.1 ln(factor) + 1: q k grows by m^2
+    NTK       f_i of the base * factor^(d/(d-2))   Peng et al. 2023, definition 1: `ntk_base`
     factors   f_i / factors_i                      as GGUF files store llama3
 
+llama3 and yarn leave the fast pairs as they are and stretch the slow ones. They differ
+in between: llama3 goes by the turns, yarn by the number i of the pair. NTK's slowest
+pair is the one of linear, its fastest is untouched. It needs no type of its own: it is
+a model with another `rope_base`.
+
+`stretch` prepares a model for texts that are `factor` times as long. All these types
+are used without training or with a short one; yarn's paper trains 400 steps.
+
 Letters in the shapes: b batch, h heads, t tokens, d head size. transformers has seven
-types, one function for each; some depend on the length of the text. Not included: YaRN,
-LongRoPE, dynamic NTK.
+types, one function for each. Not included: LongRoPE, and dynamic NTK, whose factor
+depends on the length of the text: keys in the cache would keep the angles of an earlier
+length.
 """
 
+import dataclasses
 import math
 
 import torch
 
+from minillm import options
+
 SCALINGS = {  # type: its fields, by the names that transformers gives them
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
     "factors": ("factors",),
 }
+OPTIONAL = {"yarn": dict(beta_fast=32.0, beta_slow=1.0, attention_factor=None, truncate=True)}
 
 
 def frequencies(head_size, base, scaling=None, device=None):
     """How fast each pair turns, (d/2,) of float32, in radians a token."""
     f = base ** -(torch.arange(0, head_size, 2, device=device).float() / head_size)
-    return f if scaling is None else f / divisors(f, scaling)
+    return f if scaling is None else f / divisors(f, base, scaling)
 
 
-def divisors(f, scaling):
-    """What the frequencies f (d/2,) are divided by, (d/2,). scaling: see `check_scaling`."""
+def divisors(f, base, scaling):
+    """What the frequencies f (d/2,) of `base` are divided by, (d/2,); see `check_scaling`."""
     if scaling["rope_type"] == "factors":
         return torch.tensor(scaling["factors"], device=f.device)
     factor = scaling["factor"]
     if scaling["rope_type"] == "linear":
         return torch.full_like(f, factor)
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * f / (2 * math.pi)
-    s = ((turns - low) / (high - low)).clamp(0, 1)
+    original = scaling["original_max_position_embeddings"]
+    if scaling["rope_type"] == "yarn":
+        s = kept(len(f), base, original, **(OPTIONAL["yarn"] | scaling)).to(f.device)
+    else:
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = original * f / (2 * math.pi)
+        s = ((turns - low) / (high - low)).clamp(0, 1)
     return factor / (1 + s * (factor - 1))
+
+
+def kept(pairs, base, original, *, beta_fast, beta_slow, truncate, **others):
+    """yarn's s_i (d/2,): 1 where pair i keeps its frequency, 0 where it is stretched.
+
+    truncate: `fast` is rounded down and `slow` up to whole pairs, as the authors' code does.
+    """
+    # original * base^(-i/pairs) / 2 pi = turns, solved for i
+    fast, slow = (pairs * math.log(original / (2 * math.pi * turns)) / math.log(base)
+                  for turns in (beta_fast, beta_slow))
+    if truncate:
+        fast, slow = math.floor(fast), math.ceil(slow)
+    fast, slow = max(fast, 0), min(slow, 2 * pairs - 1)
+    return 1 - ((torch.arange(pairs) - fast) / (slow - fast or 0.001)).clamp(0, 1)
+
+
+def attention_factor(scaling):
+    """What cos and sin are multiplied by: yarn's m, and 1 for all other types."""
+    if scaling is None or scaling["rope_type"] != "yarn":
+        return 1.0
+    given = scaling.get("attention_factor")
+    return 0.1 * math.log(scaling["factor"]) + 1 if given is None else given
+
+
+def ntk_base(base, factor, head_size):
+    """base * factor^(d/(d-2)): the base with which the slowest pair turns `factor` times slower.
+
+    >>> base = ntk_base(10000.0, 4, 64)
+    >>> round(base)
+    41829
+    >>> slow = frequencies(64, 10000.0)[-1] / frequencies(64, base)[-1]
+    >>> round(slow.item(), 3)
+    4.0
+    """
+    return base * factor ** (head_size / (head_size - 2))
+
+
+def stretch(model, kind, factor, original=None):
+    """Make a `Transformer` take `factor` times as many positions; in place, returns the model.
+
+    kind: "linear", "ntk", "llama3" (with the bounds of Llama 3.1, 1 and 4 turns) or "yarn".
+    original: the positions of its training, by default the model's own. Files hold the change, as
+    transformers names it. Only what follows is computed with it: empty caches before.
+
+    TypeError for another class than minillm's; ValueError for a model with learned positions or
+    stretched already, an unknown kind, a factor that is not above 1.
+    """
+    config = getattr(model, "config", None)
+    if not hasattr(config, "rope_base"):
+        raise TypeError(f"stretch changes a minillm.Transformer, and this is a "
+                        f"{type(model).__name__}: minillm.load reads its checkpoint")
+    if not config.rope_base:
+        raise ValueError("this model has learned positions, and RoPE scaling is for rotary ones")
+    if config.rope_scaling:
+        raise ValueError(f"this model has rope_scaling={config.rope_scaling!r} already")
+    factor = options.real("factor", factor, lambda x: x > 1, "a number above 1")
+    original = options.whole("original", original or config.positions)
+    fields = dict(
+        linear=dict(factor=factor),
+        llama3=dict(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0,
+                    original_max_position_embeddings=original),
+        yarn=dict(factor=factor, original_max_position_embeddings=original))
+    if kind == "ntk":
+        change = dict(rope_base=ntk_base(config.rope_base, factor, config.head_size))
+    elif isinstance(kind, str) and kind in fields:
+        change = dict(rope_scaling=dict(rope_type=kind, **fields[kind]))
+    else:
+        raise ValueError(f"kind={kind!r} is unknown; known: ntk, {', '.join(fields)}")
+    positions = max(config.positions, int(original * factor))
+    model.config = dataclasses.replace(config, positions=positions, **change)
+    return model
 
 
 def rope_table(positions, head_size, base, scaling=None):
     """cos and sin of the angles, each (b, 1, t, d), float32, for positions (b, t)."""
     f = frequencies(head_size, base, scaling, positions.device)
     angle = positions[:, None, :, None].float() * f  # (b, 1, t, d/2)
-    angle = torch.cat([angle, angle], -1)
-    return angle.cos(), angle.sin()
+    angle, m = torch.cat([angle, angle], -1), attention_factor(scaling)
+    return angle.cos() * m, angle.sin() * m
 
 
 def rotate(x, cos, sin):
@@ -70,11 +165,14 @@ def check_scaling(scaling, head_size):
     if not isinstance(kind, str) or kind not in SCALINGS:
         raise ValueError(f"rope_scaling={scaling!r} has no known rope_type; "
                          f"known: {', '.join(SCALINGS)}")
-    fields = {"rope_type", *SCALINGS[kind]}
-    if set(scaling) != fields:
+    fields, optional = {"rope_type", *SCALINGS[kind]}, OPTIONAL.get(kind, {})
+    if set(scaling) - set(optional) != fields:
+        may = f", and may have {', '.join(sorted(optional))}" if optional else ""
         raise ValueError(f"rope_scaling={scaling!r}: the type {kind} has the fields "
-                         f"{', '.join(sorted(fields))}")
+                         f"{', '.join(sorted(fields))}{may}")
     numbers = scaling["factors"] if kind == "factors" else [scaling[n] for n in SCALINGS[kind]]
+    if kind == "yarn":
+        numbers += check_yarn(scaling)
     listed = numbers if isinstance(numbers, list) else [None]
     if not all(type(n) in (int, float) and 0 < n < math.inf for n in listed):
         raise ValueError(f"rope_scaling={scaling!r}: the fields are numbers above 0")
@@ -83,3 +181,15 @@ def check_scaling(scaling, head_size):
                          f"{head_size // 2} pairs")
     if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
         raise ValueError(f"rope_scaling={scaling!r}: low_freq_factor is not below high_freq_factor")
+
+
+def check_yarn(scaling):
+    """The optional numbers of the type yarn; ValueError if they contradict each other."""
+    found = {**OPTIONAL["yarn"], **scaling}
+    if not isinstance(found["truncate"], bool):
+        raise ValueError(f"rope_scaling={scaling!r}: truncate is neither true nor false")
+    fast, slow = found["beta_fast"], found["beta_slow"]
+    if type(fast) in (int, float) and type(slow) in (int, float) and fast < slow:
+        raise ValueError(f"rope_scaling={scaling!r}: beta_fast is below beta_slow")
+    given = found["attention_factor"]
+    return [fast, slow] + ([] if given is None else [given])

@@ -1,0 +1,88 @@
+"""RoPE scaling: the formulas of YaRN and NTK, and models stretched to longer texts."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from test_gguf import tokenizer  # noqa: F401
+
+import minillm
+from minillm import checkpoints, zoo
+from minillm.model import rope
+
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
+
+
+def small(**options):
+    torch.manual_seed(0)
+    shape = dict(vocab_size=24, width=64, layers=2, heads=2, ffn=32, positions=64, rope_base=500.0)
+    return minillm.Transformer(minillm.Config(**{**shape, **options}))
+
+
+def test_yarn_turns_as_its_formula_says():
+    """Pair by pair: the turns in the original context decide between f and f / factor."""
+    d, base, original, factor = 32, 500.0, 64, 4.0
+    found = rope.frequencies(d, base, YARN)
+
+    def pair(turns):  # the i whose wavelength fits `turns` times into the original context
+        return d * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = max(math.floor(pair(32)), 0), min(math.ceil(pair(1)), d - 1)
+    assert (low, high) == (0, 6)
+    for i in range(d // 2):
+        f, ramp = base ** (-2 * i / d), min(max((i - low) / (high - low), 0), 1)
+        assert found[i].item() == pytest.approx(f * (1 - ramp) + f / factor * ramp, rel=1e-5), i
+    cos, sin = rope.rope_table(torch.tensor([[0, 5]]), d, base, YARN)
+    m = 0.1 * math.log(4.0) + 1
+    assert cos[0, 0, 0].allclose(torch.tensor(m)) and not sin[0, 0, 0].any()
+    torch.testing.assert_close((cos**2 + sin**2).sqrt(), torch.full_like(cos, m))
+    given = rope.rope_table(torch.tensor([[0]]), d, base, dict(YARN, attention_factor=1.5))
+    assert given[0].eq(1.5).all()
+
+
+@pytest.mark.parametrize("kind", ["linear", "ntk", "llama3", "yarn"])
+def test_stretch_gives_a_model_for_longer_texts(tmp_path, kind):
+    model, ids = small(), torch.randint(24, (1, 256))
+    with pytest.raises(ValueError, match="256"):
+        model(ids)
+    assert rope.stretch(model, kind, 4) is model and model.config.positions == 256
+    plain, f = rope.frequencies(32, 500.0), rope.frequencies(
+        32, model.config.rope_base, model.config.rope_scaling)
+    torch.testing.assert_close(f[-1], plain[-1] / 4)  # the slowest pair
+    assert f[0] == (plain[0] / 4 if kind == "linear" else plain[0])
+    assert model(ids).isfinite().all()
+    checkpoints.save(model, tmp_path / "m")
+    again, _ = zoo.load(tmp_path / "m")
+    assert again.config == model.config and again(ids).equal(model(ids))
+
+
+def test_stretch_says_what_it_cannot():
+    model = small()
+    config = dataclasses.replace(model.config)
+    for kind, factor, message in (("yarns", 2, "kind='yarns' is unknown; known: ntk, linear"),
+                                  ("yarn", 1, "factor=1 is not a number above 1"),
+                                  (None, 2, "kind=None is unknown")):
+        with pytest.raises(ValueError, match=message):
+            rope.stretch(model, kind, factor)
+    assert model.config == config
+    rope.stretch(model, "yarn", 2)
+    with pytest.raises(ValueError, match="has rope_scaling=.*yarn.* already"):
+        rope.stretch(model, "linear", 2)
+    with pytest.raises(ValueError, match="learned positions"):
+        rope.stretch(minillm.Transformer(minillm.Config.gpt2(24, 16, 1, 2)), "linear", 2)
+    with pytest.raises(TypeError, match="this is a Linear"):
+        rope.stretch(torch.nn.Linear(2, 2), "linear", 2)
+
+
+@pytest.mark.parametrize("more", [{}, dict(beta_fast=20.0, beta_slow=0.5)], ids=["usual", "bounds"])
+def test_yarn_goes_through_gguf(tmp_path, tokenizer, more):  # noqa: F811
+    pytest.importorskip("gguf")
+    model = small(vocab_size=tokenizer.vocab_size, positions=256, rope_scaling={**YARN, **more})
+    checkpoints.save(model, tmp_path / "m.gguf", tokenizer=tokenizer)
+    again, _ = zoo.load(tmp_path / "m.gguf")
+    ids = torch.randint(24, (1, 200))
+    assert again.config == model.config and again(ids).equal(model(ids))
+    model.config.rope_scaling = dict(YARN, truncate=False)
+    with pytest.raises(ValueError, match="llama.cpp computes yarn's attention_factor and rounds"):
+        checkpoints.save(model, tmp_path / "n.gguf", tokenizer=tokenizer)
