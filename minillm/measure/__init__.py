@@ -17,6 +17,7 @@ of a window they cost k times as much.
 from minillm.measure.answers import Answers, answers, generate_text, measures, room
 from minillm.measure.intervals import Score, difference, digits
 from minillm.measure.likelihood import choose, completions, logits, nll, perplexity
+from minillm.measure.positions import by_position
 from minillm.measure.scores import accuracy, bleu, change, f1, metric, rouge, token_f1, words
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "accuracy",
     "answers",
     "bleu",
+    "by_position",
     "change",
     "choose",
     "completions",

@@ -13,13 +13,22 @@ from minillm.registry.names import by_rows
 from minillm.model.generate import evaluating, left_pad
 
 
-@torch.inference_mode()
 def nll(model, ids, labels, mask=None):
     """(-log p of the labels, summed for each row (b,); the number of labels (b,)). Labels
     of -100 do not count.
 
     ids, labels, mask (b, t) may be on any device; the model may be minillm's, Hugging
     Face's, or any that maps ids to logits.
+    """
+    losses, keep = token_nll(model, ids, labels, mask)
+    return losses.sum(1).cpu(), keep.sum(1).cpu()
+
+
+@torch.inference_mode()
+def token_nll(model, ids, labels, mask=None):
+    """(-log p of each label, 0 where it is -100; whether it counts), each (b, p + t - 1).
+
+    Label i + 1 is predicted at position i. p: the placeholders that soft prompts put before.
     """
     with evaluating(model):
         device = next(model.parameters()).device
@@ -44,8 +53,7 @@ def nll(model, ids, labels, mask=None):
         raise ValueError(
             "the model's log-likelihood is nan or inf: its weights or activations are out of range"
         )
-    losses = torch.zeros(keep.shape, device=device).masked_scatter(keep, kept)
-    return losses.sum(1).cpu(), keep.sum(1).cpu()
+    return torch.zeros(keep.shape, device=device).masked_scatter(keep, kept), keep
 
 
 def at_least(least, **arguments):

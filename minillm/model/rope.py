@@ -110,7 +110,8 @@ def ntk_base(base, factor, head_size):
 def stretch(model, kind, factor, original=None):
     """Make a `Transformer` take `factor` times as many positions; in place, returns the model.
 
-    kind: "linear", "ntk", "llama3" (with the bounds of Llama 3.1, 1 and 4 turns) or "yarn".
+    kind: "linear", "ntk", "llama3" (with the bounds of Llama 3.1, 1 and 4 turns) or "yarn";
+    "none" leaves the angles as they are, to measure how a model fails beyond its training.
     original: the positions of its training, by default the model's own. Files hold the change, as
     transformers names it. Only what follows is computed with it: empty caches before.
 
@@ -132,12 +133,14 @@ def stretch(model, kind, factor, original=None):
         llama3=dict(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0,
                     original_max_position_embeddings=original),
         yarn=dict(factor=factor, original_max_position_embeddings=original))
-    if kind == "ntk":
+    if kind == "none":
+        change = {}
+    elif kind == "ntk":
         change = dict(rope_base=ntk_base(config.rope_base, factor, config.head_size))
     elif isinstance(kind, str) and kind in fields:
         change = dict(rope_scaling=dict(rope_type=kind, **fields[kind]))
     else:
-        raise ValueError(f"kind={kind!r} is unknown; known: ntk, {', '.join(fields)}")
+        raise ValueError(f"kind={kind!r} is unknown; known: none, ntk, {', '.join(fields)}")
     positions = max(config.positions, int(original * factor))
     model.config = dataclasses.replace(config, positions=positions, **change)
     return model
