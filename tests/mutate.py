@@ -15,8 +15,9 @@
    Then the old text comes back.
 
 The plugin does not see what a test does in another process. That is why the test file that
-mirrors the changed file always runs whole, and last of all the test of two processes. A change that survives may be no mistake at all (x < 1
-and x <= 0 agree on whole numbers): read it before you write a test for it.
+mirrors the changed file always runs whole, and last of all the test of two processes. A change
+that survives may be no mistake at all (x < 1 and x <= 0 agree on whole numbers): read it before you
+write a test for it.
 """
 
 import argparse
@@ -189,7 +190,8 @@ def candidates(mutant, notes):
         total[file_of(test)] += notes[test]["seconds"]
 
     def rank(test):
-        return test in elsewhere, test not in own, total[file_of(test)], file_of(test), notes[test]["seconds"]
+        file = file_of(test)
+        return (test in elsewhere, test not in own, total[file], file, notes[test]["seconds"])
 
     return {test: notes[test]["seconds"] for test in sorted(hit | own | elsewhere, key=rank)}
 

@@ -263,8 +263,8 @@ def test_an_adapter_over_int4_does_not_belong_to_another_grid(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("options", [dict(bits=4, group=16), dict(), dict(bits=4), dict(bits=3, zero_point=True)],
-                         ids=str)
+@pytest.mark.parametrize("options", [dict(bits=4, group=16), dict(), dict(bits=4),
+                                     dict(bits=3, zero_point=True)], ids=str)
 def test_a_single_row_compiles(options):
     form = minillm.quant.wrap(nn.Sequential(nn.Linear(64, 32)), **options)
     x = torch.randn(1, 64)
