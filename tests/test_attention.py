@@ -1,5 +1,8 @@
 """Who sees whom: windows, padding, packing and the cache give what each text gives alone."""
 
+import sys
+import types
+
 import pytest
 import torch
 from models import build
@@ -69,8 +72,10 @@ def test_each_token_sees_what_the_rule_says():
                     expected = before if window is None else before[-window:]
                     assert sees[row, i].nonzero()[:, 0].tolist() == expected
                 assert sees[row, i].any()
-    for start in (0, 4, 8):
-        assert count(documents, start).equal(positions[:, start:])
+    for start in (4, 8):
+        before = types.SimpleNamespace(documents=documents[:, :start],
+                                       positions=positions[:, :start])
+        assert count(documents[:, start:], before).equal(positions[:, start:])
 
 
 @families
@@ -272,3 +277,64 @@ def test_a_batch_of_two_shapes_is_refused_for_every_model(other):
         minillm.prepare(
             build("Linear"), torch.zeros(1, 2).long(), **{other: torch.zeros(1, 3).long()}
         )
+
+
+@families
+@pytest.mark.parametrize("static", [False, True])
+def test_a_ring_of_a_windows_length_gives_the_logits_of_the_whole(kind, static):
+    """New keys overwrite those that the window has left; padding and packed texts too."""
+    model = windowed(kind, 3)
+    ids = torch.randint(24, (3, 16))
+    padded = torch.ones_like(ids)
+    padded[0, :4], padded[1, :1] = 0, 0
+    packed = torch.tensor([[1] * 5 + [2] * 11, [1] * 10 + [2] * 6, [3] * 16])
+    for mask in (None, padded, packed):
+        whole, real = model(ids, mask), torch.ones_like(ids) > 0 if mask is None else mask > 0
+        for length, parts in ((3, [1] * 16), (6, [4, 4, 1, 1, 1, 4, 1]), (5, [3, 2, 3, 3, 2, 3])):
+            cache, pieces = Cache(model.config, 3, length), []
+            model.compiled = static
+            for piece, m in zip(ids.split(parts, 1),
+                                [None] * len(parts) if mask is None else mask.split(parts, 1)):
+                pieces.append(model(piece, m, cache))
+            model.compiled = False
+            assert cache.filled == 16 and cache.k.shape[3] == length
+            close(torch.cat(pieces, 1)[real], whole[real])
+
+
+def test_a_ring_that_is_too_short_is_refused():
+    model = windowed("llama", 3)
+    ids = torch.randint(24, (1, 8))
+    with pytest.raises(ValueError, match="greater length, of at least 5 for a window of 3"):
+        cache = Cache(model.config, 1, 4)
+        model(ids[:, :4], cache=cache)
+        model(ids[:, :3], cache=cache)
+    mask = torch.tensor([[1, 1, 0, 0, 0, 1, 1, 1]])  # the window of token 5 goes over the padding
+    cache = Cache(model.config, 1, 4)
+    model(ids[:, :4], mask[:, :4], cache)
+    model(ids[:, 4:5], mask[:, 4:5], cache)  # overwrites the first, which no token sees then?
+    with pytest.raises(ValueError, match="padding between its tokens, and a cache of 4 columns"):
+        model(ids[:, 5:6], mask[:, 5:6], cache)
+
+
+def test_generating_with_a_window_needs_no_more_memory_for_a_longer_text(monkeypatch):
+    """The same tokens as with a cache of all columns, from prompts of one length and of several."""
+    made, generation = [], sys.modules["minillm.model.generate"]
+
+    class Noted(Cache):
+        def __init__(self, config, batch, length, *others):
+            made.append(length)
+            super().__init__(config, batch, length, *others)
+
+    prompts = torch.randint(24, (2, 11)), [[1, 2, 3, 4, 5, 6, 7, 8, 9], [3, 1], [4, 5, 6, 2]]
+    for kind, soft in (("llama", 0), ("gpt2", 0), ("llama", 4)):
+        model = windowed(kind, 3)
+        if soft:
+            minillm.prompts.wrap(model, length=soft)
+        for prompt, padding in zip(prompts, (0, 7)):
+            with monkeypatch.context() as patch:
+                patch.setattr(generation, "ring", lambda i, m, total, window: (total, total))
+                expected = model.generate(prompt, 9)
+            with monkeypatch.context() as patch:
+                patch.setattr(generation, "Cache", Noted)
+                assert model.generate(prompt, 9).equal(expected)
+            assert made.pop() == 5 + padding

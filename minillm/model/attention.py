@@ -11,7 +11,8 @@ case of their own:
 
     padding     it belongs to no text, so it has no place in a position or in a window
     packing     several texts in one row: each starts at position 0 and sees itself alone
-    cache       the keys of earlier calls keep their document and their position
+    cache       the keys of earlier calls keep their document and their position, also where
+                new keys overwrite those that a window has left behind
 
 A batch of whole rows gets no mask, because torch's causal kernels are faster. The
 letters in the shapes: b batch, t tokens of this call, s tokens attended to, h heads, g
@@ -41,13 +42,17 @@ from minillm import ops
 from minillm.registry import same_shape
 
 
-def count(documents, start=0):
-    """The positions of the tokens from column `start` on: documents (b, s) -> (b, s - start).
+def count(documents, cache=None):
+    """The positions (b, t) of the tokens of documents (b, t), after those in the cache.
 
     Padding has position 0: no text counts it, and a table of learned positions has no row for it.
     """
-    own = documents[:, start:, None] == documents[:, None]  # (b, t, s)
-    return (own.tril(start).sum(-1) - 1) * (documents[:, start:] > 0)
+    own = documents[:, :, None] == documents[:, None]  # (b, t, t)
+    positions = own.tril().sum(-1) - 1
+    if cache is not None:  # a document goes on after its last position there
+        own = documents[:, :, None] == cache.documents[:, None]  # (b, t, s)
+        positions = positions + (own * (cache.positions[:, None] + 1)).amax(-1)
+    return positions * (documents > 0)
 
 
 def visible(documents, positions, key_documents, key_positions, window=None):
@@ -88,12 +93,13 @@ def look(ids, mask, cache, limit, window=None, static=False):
         positions = torch.arange(start, length, device=ids.device)[None]  # (1, t)
     else:
         documents = documents.expand(len(ids), t)
-        before = cache.documents[:, :start] if cache else documents[:, :0]
-        positions = count(torch.cat([before, documents], 1), start)
+        positions = count(documents, cache)
         length = length if length <= limit else int(positions.max()) + 1
     if length > limit:
         raise ValueError(f"a sequence of {length} tokens is beyond this model's {limit} positions")
-    keys = cache.note(documents, positions, whole, static) if cache else (documents, positions)
+    keys = documents, positions
+    if cache:
+        keys = cache.note(documents, positions, whole, static, window)
     causal = whole and not static and (start == 0 or t == 1)
     if causal and (window is None or length <= window):
         return positions, None

@@ -4,9 +4,17 @@
 
 A token's keys and values do not change when other tokens follow, because it does not
 see them.
+
+With a sliding window of w tokens, only the last w count. The cache is then a ring: token
+number n is in column n mod length, where it overwrites one that no token sees any more.
+So the memory stays the same however long the text gets. A call with t tokens needs
+length >= w - 1 + t: its first token still sees w - 1 older ones. The order of the
+columns does not matter, because `attention` goes by positions.
 """
 
 import torch
+
+from minillm.model.attention import visible
 
 
 class Cache:
@@ -22,7 +30,7 @@ class Cache:
                 raise ValueError(f"{name}={value!r} of a Cache is not a whole number from 1")
         shape = (config.layers, batch, config.kv_heads, length, config.head_size)
         self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        self.filled = 0  # columns in use
+        self.filled = 0  # tokens so far; beyond `length` they have gone round the ring
         self.mixed = False  # whether a column holds padding or a second document
         self.documents = torch.full((batch, length), -1, device=device)
         self.positions = torch.zeros_like(self.documents)
@@ -32,9 +40,11 @@ class Cache:
         layers, b, g, length, d = self.k.shape
         if ids.shape[0] != b:
             raise ValueError(f"the cache is for a batch of {b} rows, ids have {ids.shape[0]}")
-        if self.filled + ids.shape[1] > length:
+        t, least = ids.shape[1], config.window and config.window - 1 + ids.shape[1]
+        if self.filled + t > length and not (least and least <= length):
+            ring = f", of at least {least} for a window of {config.window}" if least else ""
             raise ValueError(f"the cache holds {self.filled} of at most {length} tokens, and "
-                             f"{ids.shape[1]} more do not fit: make one with a greater length")
+                             f"{t} more do not fit: make one with a greater length{ring}")
         if (layers, g, d) != (config.layers, config.kv_heads, config.head_size):
             raise ValueError(f"the cache is for layers={layers}, kv_heads={g}, head_size={d}, the "
                              f"model has layers={config.layers}, kv_heads={config.kv_heads}, "
@@ -43,19 +53,34 @@ class Cache:
             raise ValueError(f"the cache is {self.k.dtype}, the model {dtype}: "
                              f"make it with dtype={dtype}")
 
-    def note(self, documents, positions, whole, static):
-        """Record the new columns; returns documents and positions (b, s) of all keys."""
-        end = self.filled + positions.shape[1]
-        self.documents[:, self.filled : end] = documents
-        self.positions[:, self.filled : end] = positions
+    def columns(self, t, static):
+        """Where (t,) the next t tokens are written, and the end of the columns in use."""
+        length = self.documents.shape[1]
+        where = torch.arange(self.filled, self.filled + t, device=self.k.device) % length
+        return where, length if static else min(self.filled + t, length)
+
+    def note(self, documents, positions, whole, static, window=None):
+        """Record the new columns; returns documents and positions (b, s) of all keys.
+
+        ValueError if a new token would see one that it overwrites: padding within a text makes
+        a window longer, in columns, than w.
+        """
+        where, end = self.columns(positions.shape[1], static)
+        old = self.documents[:, where], self.positions[:, where]
+        if not whole and self.filled + positions.shape[1] > self.documents.shape[1]:
+            lost = visible(documents, positions, *old, window) & (documents > 0)[:, :, None]
+            if bool(lost.any()):
+                raise ValueError(f"a row has padding between its tokens, and a cache of "
+                                 f"{self.documents.shape[1]} columns no longer holds all that a "
+                                 f"window of {window} sees: make one with a greater length")
+        self.documents[:, where] = documents
+        self.positions[:, where] = positions
         self.mixed = not whole
-        end = self.documents.shape[1] if static else end
         return self.documents[:, :end], self.positions[:, :end]
 
     def stores(self, t, static):
         """For each layer, yield the k, v (b, g, s, d) and where (t,) that `write` takes."""
-        end = self.k.shape[3] if static else self.filled + t
-        where = torch.arange(self.filled, self.filled + t, device=self.k.device)
+        where, end = self.columns(t, static)
         for i in range(len(self.k)):  # one at a time: autograd must see what is written before it
             yield self.k[i, :, :, :end], self.v[i, :, :, :end], where
 

@@ -61,11 +61,15 @@ def generate(model, ids, max_new_tokens=64, *, temperature=0.0, top_k=None, top_
     if max_new_tokens == 0:
         return ids
     b, t = inputs.shape
-    cache = Cache(model.config, b, t + max_new_tokens, dtype, device)
+    length, piece = ring(inputs, mask, t + max_new_tokens, model.config.window)
+    cache = Cache(model.config, b, length, dtype, device)
     ended, new = torch.zeros(b, dtype=torch.bool, device=device), []
     with evaluating(model):
         for _ in range(max_new_tokens):
-            logits = wide(model.lm_head(model.hidden(inputs, mask, cache)[:, -1]))  # (b, vocab)
+            for i in range(0, inputs.shape[1], piece):  # a prompt may be longer than the cache
+                part = slice(i, i + piece)
+                h = model.hidden(inputs[:, part], None if mask is None else mask[:, part], cache)
+            logits = wide(model.lm_head(h[:, -1]))  # (b, vocab)
             if not bool(logits.isfinite().all()):
                 raise ValueError("the model's logits are nan or inf: "
                                  "its weights or activations are out of range")
@@ -79,6 +83,19 @@ def generate(model, ids, max_new_tokens=64, *, temperature=0.0, top_k=None, top_
                 break
             inputs, mask = tokens[:, None], None
     return torch.cat([ids, torch.stack(new, 1)], 1)
+
+
+def ring(inputs, mask, total, window):
+    """(the length of the cache, how many tokens of the prompt it takes at a time).
+
+    With a window the cache is a ring (see `cache`), so its length does not grow with the text.
+    Padding within the prompt (b, t) takes columns, but no part of a window.
+    """
+    if window is None:
+        return total, total
+    padding = 0 if mask is None else int((~mask).sum(1).max())
+    length = 2 * window - 1 + padding
+    return (total, total) if total <= length else (length, window)
 
 
 def sample(logits, temperature=0.0, top_k=None, top_p=None, min_p=None, generator=None):
