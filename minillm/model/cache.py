@@ -66,8 +66,8 @@ class Cache:
         a window longer, in columns, than w.
         """
         where, end = self.columns(positions.shape[1], static)
-        old = self.documents[:, where], self.positions[:, where]
         if not whole and self.filled + positions.shape[1] > self.documents.shape[1]:
+            old = self.documents[:, where], self.positions[:, where]
             lost = visible(documents, positions, *old, window) & (documents > 0)[:, :, None]
             if bool(lost.any()):
                 raise ValueError(f"a row has padding between its tokens, and a cache of "
