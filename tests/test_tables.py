@@ -3,14 +3,23 @@
 `MINILLM_SNAPSHOTS=write python -m pytest tests/test_tables.py` writes them anew.
 """
 
+import contextlib
+import functools
 import os
 import pathlib
 import re
 
+import pytest
+import torch
+from models import build
+
 import minillm
-from minillm.registry import KINDS, METHODS, Patch
+from minillm.checkpoints.peft import SUFFIXES
+from minillm.registry import KINDS, METHODS, CannotMerge, Patch
 
 ROOT = pathlib.Path(minillm.__file__).parent
+SMOLLM2 = minillm.Config(49152, 576, 30, 9, kv_heads=3, ffn=1536, positions=8192,
+                         rope_base=100000.0)
 WRITE = os.environ.get("MINILLM_SNAPSHOTS") == "write"
 
 
@@ -21,14 +30,36 @@ def groups():
             "make small": [m for m in every if not m.rates]}
 
 
+@functools.cache
 def of_readme():
-    lines = ["| | technique | what it does | paper |", "|---|---|---|---|"]
+    columns = ("", "technique", "what it does", "paper", "lines", "learns", "merges", "peft")
+    lines = [f"| {' | '.join(columns)} |", "|---|---|---|---|--:|--:|---|---|"]
     for heading, methods in groups().items():
         for i, method in enumerate(methods):
-            file = pathlib.Path(method.module.__file__).relative_to(ROOT.parent).as_posix()
-            lines.append(f"| {'' if i else heading} | [`{method.path}`]({file}) | {method.does} "
-                         f"| {method.paper} |")
+            file = pathlib.Path(method.module.__file__)
+            where = file.relative_to(ROOT.parent).as_posix()
+            fields = ("" if i else heading, f"[`{method.path}`]({where})", method.does,
+                      method.paper, len(file.read_text(encoding="utf-8").splitlines()),
+                      learns(method) if method.rates else "", "yes" if folds(method) else "",
+                      "yes" if method.kind in (*SUFFIXES, "prompts") else "")
+            lines.append(f"| {' | '.join(map(str, fields))} |")
     return "\n".join(lines) + "\n"
+
+
+def learns(method):
+    """The parameters that learn after a `wrap` of SmolLM2's shape with the usual options."""
+    with torch.device("meta"):
+        model = minillm.Transformer(SMOLLM2)
+    if method.name == "bitfit":
+        return ""  # a Llama has no bias
+    learning = {id(p): p.numel() for p in method.wrap(model).parameters() if p.requires_grad}
+    return f"{sum(learning.values()):,}"
+
+
+def folds(method):
+    """Whether `merge` puts it into the weights."""
+    cls = KINDS[method.kind]
+    return issubclass(cls, Patch) and cls.fold is not Patch.fold
 
 
 def of_package():
@@ -57,6 +88,20 @@ def test_readme():
     start, end = "<!-- made of the table of methods by tests/test_tables.py -->\n", "<!-- end -->"
     assert between(ROOT.parent / "README.md", start, end, of_readme()) == of_readme(), (
         "stale: see the top of this file")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_merges_is_what_the_table_says(name):
+    method, model = METHODS[name], build("gpt2")
+    if method.calibrated:
+        pytest.skip("ends as the kind of another method")
+    method.wrap(model, **next(iter(method.small.values())))
+    with contextlib.nullcontext() if folds(method) else pytest.raises(CannotMerge):
+        minillm.techniques()[method.family].merge(model)
+
+
+def test_the_shape_of_the_table_is_that_of_smollm2():
+    assert sum(p.numel() for p in minillm.Transformer(SMOLLM2).parameters()) == 134_515_008
 
 
 def test_the_page_of_the_package():
