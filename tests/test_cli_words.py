@@ -128,3 +128,6 @@ def test_a_larger_length_is_advised_where_it_helps(command, run, tmp_path):
     printed = run(*command, "--data", "qa.jsonl", "--length", 32,
                   *["--steps", 1] * (command[0] == "train"))
     assert "a larger --length keeps " in printed + run.error
+    if command[0] == "train":
+        shown = run("train", "--data", "qa.jsonl", "--length", 32, "--preview", 1)
+        assert "a larger --length keeps " in shown and "length=" not in shown

@@ -11,7 +11,7 @@ from minillm.registry import store
 from minillm.cli.paths import check_paths
 from minillm.cli.rates import check_find, find_rate, pairs, schedule_of, steps_of
 from minillm.cli.using import (
-    given, load, needs_tokenizer, read_records, refuse_second, summary,
+    given, load, needs_tokenizer, read_records, refuse_second, summary, with_option,
 )
 from minillm.cli.words import of_technique
 from minillm.cli.wrapping import wrap
@@ -64,7 +64,8 @@ def run(args):
 def preview(examples, tokenizer, args):
     """Print the examples that --preview asks for."""
     if args.preview and distributed.place()[0] == 0:
-        print(data.preview(examples, tokenizer, args.preview, color=sys.stdout.isatty()))
+        shown = data.preview(examples, tokenizer, args.preview, color=sys.stdout.isatty())
+        print(with_option(shown))
 
 
 def check(args):

@@ -67,8 +67,13 @@ def read_records(path, tokenizer, model, args):
 
 
 def summary(reading):
-    """The summary of a Reading, with --length in place of length=."""
-    return reading.summary().replace("a larger length= keeps", "a larger --length keeps")
+    """The summary of a Reading, in the words of the command line."""
+    return with_option(reading.summary())
+
+
+def with_option(text):
+    """The text with --length in place of length=."""
+    return text.replace("a larger length= keeps", "a larger --length keeps")
 
 
 # --- eval -------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ examples and an interval.
     F1 (tokens)  the same for the tokens of two texts  Rajpurkar et al. 2016 (SQuAD)
     BLEU         Papineni et al. 2002, by sacrebleu    0 to 100, of the whole corpus
     ROUGE        Lin 2004, by rouge-score              0 to 1, the mean F-measure
+    calibration  Guo et al. 2017, see `certainty`      0 to 1, the gap of confidence and accuracy
 
 A Score is a float that also carries n and its 95% interval (`intervals` says what the
 interval covers). `change` compares two models on the same examples, in pairs. Not
@@ -15,6 +16,7 @@ of a window they cost k times as much.
 """
 
 from minillm.measure.answers import Answers, answers, generate_text, measures, room
+from minillm.measure.certainty import calibration_error, reliability, token_calibration_error
 from minillm.measure.intervals import Score, difference, digits
 from minillm.measure.likelihood import choose, completions, logits, nll, perplexity
 from minillm.measure.positions import by_position
@@ -27,6 +29,7 @@ __all__ = [
     "answers",
     "bleu",
     "by_position",
+    "calibration_error",
     "change",
     "choose",
     "completions",
@@ -39,8 +42,10 @@ __all__ = [
     "metric",
     "nll",
     "perplexity",
+    "reliability",
     "room",
     "rouge",
+    "token_calibration_error",
     "token_f1",
     "words",
 ]

@@ -88,6 +88,12 @@ def corpus_bleu(parts):
     ).score
 
 
+def calibration_gap(parts):
+    """parts (n, bins, 3): the number of predictions, the sums of their confidence and of right."""
+    number, confidence, right = parts.sum(0).T  # each (bins,)
+    return abs(right - confidence).sum() / number.sum()
+
+
 METRICS = {
     "perplexity": Metric(log_perplexity, shown=exp, changed=expm1, least=1, better=-1),
     "accuracy": Metric(share=True, least=0, most=1),
@@ -96,6 +102,7 @@ METRICS = {
     "F1 (micro)": Metric(micro_f1, least=0, most=1),
     "F1 (tokens)": Metric(least=0, most=1),
     "BLEU": Metric(corpus_bleu, least=0, most=100),
+    "calibration error": Metric(calibration_gap, least=0, most=1, better=-1),
 }
 
 
