@@ -120,8 +120,39 @@ def test_freeze_leaves_the_last_blocks_and_what_follows():
     assert not model.norm.weight.requires_grad, "what the user froze stays frozen"
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "hf_llama", "hf_gpt2"])
+def test_the_patterns_of_freezing(kind):
+    """The first blocks, the embedding and the head, and all but the norms, by the page's lines."""
+    def learning(model):
+        return {name for name, p in model.named_parameters() if p.requires_grad}
+
+    n = len(roles.blocks(build(kind)))
+    for first in range(1, n):
+        expected = learning(minillm.freeze.wrap(build(kind), last=n - first))
+        assert learning(minillm.freeze.wrap(build(kind), first=first)) == expected
+    assert learning(minillm.freeze.wrap(build(kind))) == learning(
+        minillm.freeze.wrap(build(kind), last=2))
+    every = learning(build(kind))
+    for part in ("head", "embedding"):
+        model = build(kind)
+        module = model.get_output_embeddings() if part == "head" else next(
+            m for m in model.modules() if isinstance(m, torch.nn.Embedding))
+        name = next(name for name, m in model.named_modules() if m is module)
+        held = {id(p) for p in module.parameters()}
+        frozen = {key for key, p in model.named_parameters() if id(p) in held}
+        assert frozen and learning(minillm.freeze.wrap(model, [name])) == every - frozen
+    norms = minillm.freeze.wrap(build(kind), lambda name, module: (
+        not list(module.children()) and "norm" not in name and "ln_" not in name))
+    assert learning(norms) == {name for name in every if "norm" in name or "ln_" in name} != set()
+
+
 @pytest.mark.parametrize("call, message", [
     (lambda m: minillm.freeze.wrap(m, last=3), "last=3.*3 blocks"),
+    (lambda m: minillm.freeze.wrap(m, first=3), "first=3.*3 blocks, so first is from 1 to 2"),
+    (lambda m: minillm.freeze.wrap(m, first=0), "first=0.*so first is from 1 to 2"),
+    (lambda m: minillm.freeze.wrap(m, first=1, last=1), "last=1 and first=1: each says what is fr"),
+    (lambda m: minillm.freeze.wrap(m, ["lm_head"], last=2),
+     r"targets=\['lm_head'\] and last=2: each says"),
     (lambda m: minillm.freeze.wrap(m, ["layer"]), "'layer' matches no module.*'layers'"),
     (lambda m: minillm.freeze.wrap(m, ".*"), "every parameter"),
     (lambda m: minillm.freeze.unwrap(m), "nothing is frozen"),

@@ -14,7 +14,14 @@ Freezing adds no module. It sets which of the model's own parameters learn (thei
 `requires_grad`), and never freezes the parameters of another technique. transformers
 and peft leave this to the user's loop over `named_parameters`. A tied embedding is
 frozen if either of its names is. `gradual` unfreezes block by block while the model
-trains.
+trains. The usual patterns:
+
+    wrap(model, last=2)                         only the last two blocks and the final norm learn
+    wrap(model, first=4)                        all learn but what lies below the fifth block
+    wrap(model, ["embed_tokens"])               all learn but the embedding
+    wrap(model, ".*mlp")                        all learn but the MLPs
+    wrap(model, lambda name, module: not list(module.children()) and "norm" not in name)
+                                                only the norms learn
 
 >>> import minillm
 >>> model = minillm.Transformer(minillm.Config(vocab_size=50, width=8, layers=4, heads=2))
@@ -33,17 +40,23 @@ class Freeze(Claim):
     """Forbids parameters to learn."""
 
 
-def wrap(model, targets=None, *, last=2):
+def wrap(model, targets=None, *, last=None, first=None):
     """Freeze the modules that `targets` names; in place, returns the model.
 
-    targets: any modules, with the modules inside them; see `registry.select`. By
-    default the last `last` blocks learn, with the modules after the blocks (the final
-    norm, an untied head), and all else is frozen. ValueError where nothing would be
-    left to learn, where a parameter is frozen already, and without targets where a
-    block occurs twice.
+    targets: any modules, with the modules inside them; see `registry.select`. last: the
+    last so many blocks learn, with the modules after the blocks (the final norm, an
+    untied head), and all else is frozen. first: the first so many blocks are frozen,
+    with all that lies below them. Give one of the three; by default last=2. ValueError
+    where nothing would be left to learn, where a parameter is frozen already, and
+    without targets where a block occurs twice.
     """
+    given = [f"{name}={value!r}" for name, value in
+             (("targets", targets), ("last", last), ("first", first)) if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)}: each says what is frozen, so give one of them")
     if targets is None:
-        names = within(model, lowest(model, last)) | own(model)
+        last = 2 if last is None and first is None else last
+        names = within(model, lowest(model, last, first)) | own(model)
     else:
         names = within(model, select(model, targets, lambda site: True, None, "module"))
     already = sorted(stopped_by(model, "freeze") & names)
@@ -52,25 +65,28 @@ def wrap(model, targets=None, *, last=2):
                          "parameters learn again")
     shared = {id(p) for name, *_, p in parameters(model) if name in names}
     if all(id(p) in shared for *_, p in parameters(model)):
-        raise ValueError(f"targets={targets!r} with last={last} freezes every parameter: nothing "
-                         "would be left to learn")
+        raise ValueError(f"{''.join(given)} freezes every parameter: nothing would be left to "
+                         "learn")
     return say_of(model, Freeze, lambda name: name in names)
 
 
-def lowest(model, last):
-    """The Sites below the last `last` blocks, without the modules that hold blocks."""
+def lowest(model, last=None, first=None):
+    """The Sites below the lowest block that learns, without the modules that hold blocks."""
+    said = f"last={last}" if first is None else f"first={first}"
     sites, blocks = walk(model), roles.blocks(model)
     n, name = len(blocks), blocks[0].name.rpartition(".")[0]
     if len({id(block.module) for block in blocks}) < n:
         raise ValueError(f"a block of {name!r} occurs twice, so it is not clear which blocks are "
                          "the last: name the modules in targets=")
     if n == 1:
-        raise ValueError(f"last={last}: {name!r} has one block, and none below it to freeze")
-    if not 0 < last < n:
-        raise ValueError(f"last={last}: {name!r} has {n} blocks, so last is from 1 to {n - 1}")
-    first = blocks[n - last].name
-    below = sites[: [site.name for site in sites].index(first)]
-    return [site for site in below if not first.startswith(f"{site.name}.")]
+        raise ValueError(f"{said}: {name!r} has one block, and none below it to freeze")
+    number = first if first is not None else last
+    if not 0 < number < n:
+        raise ValueError(f"{said}: {name!r} has {n} blocks, so {said.partition('=')[0]} is from 1 "
+                         f"to {n - 1}")
+    lowest = blocks[first if first is not None else n - last].name
+    below = sites[: [site.name for site in sites].index(lowest)]
+    return [site for site in below if not lowest.startswith(f"{site.name}.")]
 
 
 def own(model):
