@@ -68,8 +68,8 @@ def check_writable(path, directory=False, force=False, own=(), needs=None):
                               "was changed since: choose another directory, or move it away. "
                               "minillm never replaces it")
     if foreign and not force:
-        raise FileExistsError(f"{path} holds {listed(foreign)}, which minillm did not write: "
-                              "choose another directory, or write beside it with force=True "
+        raise FileExistsError(f"{path} holds {listed(foreign)}, which no earlier save there "
+                              "wrote: choose another directory, or write beside it with force=True "
                               "(--force), which keeps it")
 
 

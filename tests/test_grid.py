@@ -313,3 +313,13 @@ def test_weights_beyond_float32_are_an_error(W, options):
     with pytest.raises(ValueError, match="beyond float32, in which quant keeps its scales"):
         minillm.quant.wrap(model, **options)
     assert isinstance(model[0], nn.Linear)
+
+
+def test_the_group_that_would_fit_is_named():
+    rows = nn.Sequential(nn.Linear(96, 8))
+    for wrap, options, hint in ((minillm.quant.nf4.wrap, {}, "group=64.*: group=32 would fit$"),
+                                (minillm.quant.wrap, dict(bits=4, group=40), "group=32 would fit$"),
+                                (minillm.quant.wrap, dict(group=20), "of groups and of bytes$")):
+        with pytest.raises(ValueError, match=hint):
+            wrap(rows, **options)
+    minillm.quant.nf4.wrap(rows, group=32)

@@ -296,7 +296,7 @@ def test_no_file_of_others_is_replaced(tmp_path):
     directory = saved(tmp_path)
     saved(tmp_path)  # its own
     (directory / "README.md").write_text("mine")
-    with pytest.raises(FileExistsError, match="README.md, which minillm did not write"):
+    with pytest.raises(FileExistsError, match="README.md, which no earlier save there wrote"):
         saved(tmp_path)
     model = minillm.lora.wrap(build("llama"), ["q_proj"], r=3)
     files.save(model, directory, force=True)

@@ -45,7 +45,7 @@ def test_a_foreign_directory_is_left_alone(tmp_path):
     minillm.save(small(), tmp_path / "thesis", force=True)
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
     minillm.load(tmp_path / "thesis")
-    with pytest.raises(FileExistsError, match="thesis holds chapter.txt, which minillm did not"):
+    with pytest.raises(FileExistsError, match="thesis holds chapter.txt, which no earlier save"):
         minillm.save(small(), tmp_path / "thesis")
     model = small()
     minillm.save(model, tmp_path / "thesis", force=True)

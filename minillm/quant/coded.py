@@ -31,8 +31,10 @@ def check_rows(site, bits, group):
     """ValueError where the weights of a row fill no whole number of groups and of bytes."""
     m = site.shape[0 if site.leaf.lookup else 1]
     if m % (group or 1) or m % (8 // width_of(bits)):
+        fits = m & -m  # the largest power of 2 that divides m
+        hint = f": group={fits} would fit" if group and 8 // width_of(bits) <= fits < group else ""
         raise ValueError(f"bits={bits}, group={group} at {site.name!r}: a row has {m} weights, "
-                         "which fill no whole number of groups and of bytes")
+                         f"which fill no whole number of groups and of bytes{hint}")
 
 
 class Coded:
