@@ -74,7 +74,7 @@ plt.show()
 # %% [markdown]
 # ## Perplexity by position
 #
-# **Before you look: where does each curve leave the level of the first 512 tokens?** Without
+# **Predict: where does each curve leave the level of the first 512 tokens?** Without
 # scaling, at 512. Linear scaling slows every pair, also those that tell neighbours apart, so its
 # curve starts higher. The others leave the fast pairs as they are. NTK slows the middle pairs by
 # less than the factor, so some of them reach new angles before the end: its curve rises first.

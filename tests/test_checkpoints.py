@@ -184,7 +184,7 @@ def test_only_the_last_are_kept_and_only_checkpoints_are_removed(tmp_path):
 def test_a_fresh_run_does_not_take_the_directory_of_another(tmp_path):
     quiet(build("llama"), checkpoints=tmp_path, save_every=3)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    message = (r"holds those of another training \(2, the newest step-00000006.safetensors\): "
+    message = (r"holds those of an earlier training \(2, the newest step-00000006.safetensors\): "
                "resume=True continues it; for a new training choose another directory")
     with pytest.raises(FileExistsError, match=message):
         quiet(build("llama"), checkpoints=tmp_path, steps=2, log=tmp_path / "log")

@@ -2,6 +2,7 @@
 # flake8: noqa: F811  (fixtures)
 
 import json
+import re
 import shutil
 
 import pytest
@@ -28,7 +29,7 @@ def test_settings_of_a_checkpoint_are_options_too(run):
     learn(run, "lora", *args, steps=4)
     said = learn(run, "lora", "--checkpoints", "c", "--out", "b.safetensors", "--resume", steps=8,
                  code=1)
-    assert ("--steps 4 then, 8 now" in said and "to train longer, begin a new training" in said
+    assert ("--steps 4 then, 8 now" in said and "to train longer or shorter, begin a new training" in said
             and "--adapter FILE" in said)
     said = run("train", *FAST, "--steps", 4, "--rate", 0.01, "--checkpoints", "c", "--out",
                "b.safetensors", "--resume", code=1)
@@ -115,6 +116,12 @@ def test_ctrl_c_after_the_last_write_says_what_is_saved(where, run, capsys, monk
         capsys.readouterr().err.splitlines()[-1]
         == "minillm train: interrupted; saved a.safetensors"
     )
+
+
+def test_a_length_beyond_the_positions_is_repeated(run, tmp_path):
+    (tmp_path / "long.txt").write_text("one line and then another. " * 200)
+    said = run("eval", "--text", "long.txt", "--length", 9999, code=1)
+    assert re.search(r"--length 9999: a sequence of \d+ tokens is beyond this model's \d+ ", said)
 
 
 @pytest.mark.parametrize("command", [["eval"], ["train", "--out", "x.safetensors"]])

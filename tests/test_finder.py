@@ -61,7 +61,7 @@ def test_the_suggestion_is_a_tenth_of_the_lowest():
     text = str(result)
     assert f"{len(result.history)} rates from 0.0001 to {result.ended:.2g}" in text
     assert text.endswith(f"it exploded at {result.ended:.2g}\nsuggested rate: {result.rate:.2g}")
-    assert "has not exploded: a higher high=" in str(found(build("llama"), high=0.01))
+    assert "has not exploded: train.find_rate(..., high=) in Python" in str(found(build("llama"), high=0.01))
 
 
 def test_the_suggested_rate_learns_and_the_exploded_one_does_not():

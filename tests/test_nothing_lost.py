@@ -280,6 +280,9 @@ def test_a_failing_write_costs_no_training(what, code, where, run, tmp_path, cap
     assert path in said and "--resume goes on from there" in said and os.path.exists(path)
     assert what == "Ctrl-C" or "a.safetensors exists, and no technique" in said
     (tmp_path / "a.safetensors").unlink(missing_ok=True)
+    if not where:
+        said = learn(run, "lora", "--out", "a.safetensors", code=1)
+        assert "a.safetensors.interrupted holds an interrupted training with this --out: " in said
     learn(run, "lora", *more, "--resume")
     a, b = ((tmp_path / f"{name}.safetensors").read_bytes() for name in ("whole", "a"))
     assert a == b and not os.path.exists("a.safetensors.interrupted")

@@ -105,7 +105,12 @@ def check_files(args):
     others = {"--log": args.log, "--picture": args.picture}
     check_paths(args, {"--out": args.out, "--checkpoints": args.checkpoints, **others})
     if args.out and not args.checkpoints:
-        check_paths(args, {"the directory of an interruption": of_interruption(args), **others})
+        beside = of_interruption(args)
+        check_paths(args, {"the directory of an interruption": beside, **others})
+        if not args.resume and train.newest(beside) is not None:
+            raise FileExistsError(f"{beside} holds an interrupted training with this --out: "
+                                  "--resume continues it; for a new training choose another --out, "
+                                  "or remove that directory")
     if args.out and args.technique != "full":
         store.check_writable(args.out, args.force)
         if pathlib.Path(args.out).suffix != ".safetensors":

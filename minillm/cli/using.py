@@ -92,7 +92,11 @@ def run_eval(args):
         part = data.task(task, tokenizer, "test", limit=64, length=args.length)
         text = part.text
     if text:
-        found = measure.perplexity(model, tokenizer, text, args.length, args.windows)
+        try:
+            found = measure.perplexity(model, tokenizer, text, args.length, args.windows)
+        except ValueError as error:
+            length = f"--length {args.length}: " if "positions" in str(error) else ""
+            raise ValueError(f"{length}{error}") from error
     else:
         found = compare.score(model, tokenizer, part, args.length, args.windows)
     print(repr(found))

@@ -60,7 +60,7 @@ def wrap(model, targets=None):
             chosen |= inside & biases or inside
     if not chosen:
         raise ValueError(f"this {type(model).__name__} has no bias that bitfit could train: name "
-                         "other modules in targets=, such as its norms")
+                         "other modules in targets=, such as its norms: targets='.*norm'")
     return say_of(model, BitFit, lambda name: name in chosen)
 
 

@@ -68,9 +68,10 @@ def ready(directory, resume):
     """
     path = newest(directory)
     if path is not None and not resume:
-        raise FileExistsError(f"checkpoints={str(directory)!r} holds those of another training "
-                              f"({len(saved(directory))}, the newest {path.name}): resume=True "
-                              "continues it; for a new training choose another directory")
+        raise FileExistsError(f"checkpoints={str(directory)!r} holds those of an earlier "
+                              f"training ({len(saved(directory))}, the newest {path.name}): "
+                              "resume=True continues it; for a new training choose another "
+                              "directory")
     if distributed.place()[0] == 0:
         for half in files.leftovers(directory, r"step-\d{8,}\.safetensors"):
             shutil.rmtree(half)  # a killed run was writing it
@@ -192,8 +193,9 @@ def facts_of(run, path, metadata):
         raise ValueError(f"{path} belongs to another training: {other}")
     if odd:
         listed = ", ".join(f"{key}={old!r} then, {new!r} now" for key, (old, new) in odd.items())
-        longer = (". The learning rate follows a schedule for its steps: to train longer, begin a "
-                  "new training from the model that this one has made") if "steps" in odd else ""
+        longer = (". The learning rate follows a schedule for its steps: to train longer or "
+                  "shorter, begin a new training from the model that this one has made"
+                  if "steps" in odd else "")
         raise ValueError(f"{path} was written with other settings: {listed}{longer}")
     if not fits:
         raise ValueError(f"{path} has the options of other patches")

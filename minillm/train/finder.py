@@ -87,7 +87,8 @@ class Found:
         if self.ended is not None:
             lines.append(f"it exploded at {self.ended:.2g}")
         else:
-            lines.append("it has not exploded: a higher high= may find a higher rate")
+            lines.append("it has not exploded: train.find_rate(..., high=) in Python tries higher "
+                         "rates")
         return "\n".join([*lines, f"suggested rate: {self.rate:.2g}"])
 
     def picture(self, path, force=False):
