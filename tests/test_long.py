@@ -62,6 +62,7 @@ def test_stretch_says_what_it_cannot():
     config = dataclasses.replace(model.config)
     for kind, factor, message in (("yarns", 2, "kind='yarns' is unknown; known: none, ntk, linear"),
                                   ("yarn", 1, "factor=1 is not a number above 1"),
+                                  ("yarn", float("inf"), "factor=inf is not a number"),
                                   (None, 2, "kind=None is unknown")):
         with pytest.raises(ValueError, match=message):
             rope.stretch(model, kind, factor)

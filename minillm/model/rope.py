@@ -126,7 +126,7 @@ def stretch(model, kind, factor, original=None):
         raise ValueError("this model has learned positions, and RoPE scaling is for rotary ones")
     if config.rope_scaling:
         raise ValueError(f"this model has rope_scaling={config.rope_scaling!r} already")
-    factor = options.real("factor", factor, lambda x: x > 1, "a number above 1")
+    factor = options.real("factor", factor, lambda x: 1 < x < math.inf, "a number above 1")
     original = options.whole("original", original or config.positions)
     fields = dict(
         linear=dict(factor=factor),
