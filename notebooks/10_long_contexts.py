@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 10 Long contexts
 #
-# **A model was trained on texts of 512 tokens. What does it do with the 513th, and how does
+# **A model was trained on texts of 256 tokens. What does it do with the 257th, and how does
 # one help it?**
 
 # %%
@@ -15,6 +15,7 @@ import torch
 import minillm
 from minillm.measure import by_position
 from minillm.model import rope
+from minillm.zoo.pretrain import RECIPE
 
 logging.getLogger("minillm").setLevel(logging.WARNING)
 plt.rcParams["figure.dpi"] = 80
@@ -22,11 +23,12 @@ torch.manual_seed(0)
 SHORT = bool(os.environ.get("MINILLM_SHORT"))
 
 original, tokenizer = minillm.load("tiny")
-config, FACTOR = original.config, 4
-LENGTH = FACTOR * config.positions
+config = original.config
+TRAINED, FACTOR = RECIPE["length"], 4
+LENGTH = FACTOR * TRAINED
 text = minillm.data.task("language", tokenizer, "test").text
-print(f"trained on {config.positions} positions, measured on {LENGTH}; "
-      f"the test text has {len(tokenizer.encode(text)):,} tokens")
+print(f"the model takes {config.positions} positions, was trained on {TRAINED}, and is measured on "
+      f"{LENGTH}; the test text has {len(tokenizer.encode(text)):,} tokens")
 
 # %% [markdown]
 # ## Positions are angles
@@ -36,15 +38,18 @@ print(f"trained on {config.positions} positions, measured on {LENGTH}; "
 # $$f_i = \mathrm{base}^{-2i/d}$$
 #
 # The product of a query and a key depends on the difference of their angles only. The fast pairs
-# turn many times in 512 tokens: the model has seen all their angles. The slow pairs turn through
+# turn many times in 256 tokens: the model has seen all their angles. The slow pairs turn through
 # a part of the circle. **Which pairs meet angles beyond the trained ones?** Those that turn less
 # than once.
+#
+# The configuration does not say how long the texts of the training were. It says how many
+# positions are allowed, here twice as many.
 
 # %%
 print(inspect.getsource(rope.frequencies))
 f = rope.frequencies(config.head_size, config.rope_base)
-turns = config.positions * f / (2 * torch.pi)
-print("turns in 512 tokens:", *(f"{t:.3g}" for t in turns.tolist()))
+turns = TRAINED * f / (2 * torch.pi)
+print(f"turns in {TRAINED} tokens:", *(f"{t:.3g}" for t in turns.tolist()))
 print(f"{(turns < 1).sum()} of {len(turns)} pairs never close the circle")
 
 # %% [markdown]
@@ -58,7 +63,7 @@ print(inspect.getsource(rope.divisors))
 
 
 def stretched(kind):
-    return rope.stretch(minillm.load("tiny")[0], kind, FACTOR)
+    return rope.stretch(minillm.load("tiny")[0], kind, FACTOR, original=TRAINED)
 
 
 KINDS = "none", "linear", "ntk", "llama3", "yarn"
@@ -74,10 +79,10 @@ plt.show()
 # %% [markdown]
 # ## Perplexity by position
 #
-# **Predict: where does each curve leave the level of the first 512 tokens?** Without
-# scaling, at 512. Linear scaling slows every pair, also those that tell neighbours apart, so its
-# curve starts higher. The others leave the fast pairs as they are. NTK slows the middle pairs by
-# less than the factor, so some of them reach new angles before the end: its curve rises first.
+# **Predict: where does each curve leave the level of the first 256 tokens?** Without scaling, soon
+# after 256. Linear scaling slows every pair, also those that tell neighbours apart, so its curve
+# starts higher. The others leave the fast pairs as they are. NTK slows the middle pairs by less
+# than the factor, so some of them reach new angles before the end: its curve rises first.
 
 
 # %%
@@ -90,7 +95,7 @@ def draw(curves):
     for name, parts in curves.items():
         middles = [(first + end) / 2 for first, end, _ in parts]
         plt.plot(middles, [value for *_, value in parts], "o-", label=name, markersize=3)
-    plt.axvline(config.positions, color="gray", linestyle=":")
+    plt.axvline(TRAINED, color="gray", linestyle=":")
     plt.xlabel("position")
     plt.ylabel("perplexity")
     plt.ylim(bottom=0)

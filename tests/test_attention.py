@@ -308,10 +308,10 @@ def test_a_ring_that_is_too_short_is_refused():
         cache = Cache(model.config, 1, 4)
         model(ids[:, :4], cache=cache)
         model(ids[:, :3], cache=cache)
-    mask = torch.tensor([[1, 1, 0, 0, 0, 1, 1, 1]])  # the window of token 5 goes over the padding
+    mask = torch.tensor([[1, 1, 0, 0, 0, 1, 1, 1]])  # token 5 still sees token 1
     cache = Cache(model.config, 1, 4)
     model(ids[:, :4], mask[:, :4], cache)
-    model(ids[:, 4:5], mask[:, 4:5], cache)  # overwrites the first, which no token sees then?
+    model(ids[:, 4:5], mask[:, 4:5], cache)  # padding takes the column of token 0
     with pytest.raises(ValueError, match="padding between its tokens, and a cache of 4 columns"):
         model(ids[:, 5:6], mask[:, 5:6], cache)
 

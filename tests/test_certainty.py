@@ -7,6 +7,7 @@ from test_gguf import tokenizer  # noqa: F401
 
 import minillm
 from minillm import measure
+from minillm.measure.intervals import jackknife
 
 
 def test_the_error_is_the_formula_worked_by_hand():
@@ -64,6 +65,17 @@ def test_hugging_faces_models_are_measured_too(tokenizer):  # noqa: F811
     assert 0 <= error <= 1 and sum(n for _, _, n, *_ in measure.reliability(error)) == 7 * error.n
 
 
+def test_many_predictions_are_measured_at_once():
+    """The interval of sums takes n steps: it is that of leaving each one out."""
+    torch.manual_seed(0)
+    p = torch.rand(60).tolist()
+    found = measure.calibration_error(p, [x > 0.4 for x in p])
+    gap = measure.metric("calibration error").measure
+    assert jackknife(found.parts, gap, summed=True) == pytest.approx(jackknife(found.parts, gap))
+    many = measure.calibration_error(p * 500, [x > 0.4 for x in p] * 500)
+    assert many.n == 30_000 and many == pytest.approx(found) and many.low > found.low
+
+
 @pytest.mark.parametrize("call, message", [
     (lambda t: measure.calibration_error([0.5], [1, 0]), "1 predictions and 2 references"),
     (lambda t: measure.calibration_error([], []), "0 predictions"),
@@ -71,8 +83,8 @@ def test_hugging_faces_models_are_measured_too(tokenizer):  # noqa: F811
     (lambda t: measure.calibration_error([float("nan")], [1]), "confidence=nan is not"),
     (lambda t: measure.calibration_error([0.5], [1], bins=0), "bins=0 is not"),
     (lambda t: measure.token_calibration_error(build("llama"), t, "", 16), "of 0 tokens has noth"),
-    (lambda t: measure.token_calibration_error(build("llama"), t, "a", 1), "length=1 is not"),
-    (lambda t: measure.token_calibration_error(build("llama"), t, "a", 9, 0), "windows=0 is not"),
+    (lambda t: measure.token_calibration_error(build("llama"), t, "a", 1), "length=1: the least"),
+    (lambda t: measure.token_calibration_error(build("llama"), t, "a", 9, 0), "windows=0: the le"),
     (lambda t: measure.reliability(0.5), "0.5 is no Score of calibration_error")])
 def test_what_cannot_be_measured_is_named(tokenizer, call, message):  # noqa: F811
     with pytest.raises(ValueError, match=message):

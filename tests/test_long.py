@@ -37,8 +37,9 @@ def test_yarn_turns_as_its_formula_says():
     m = 0.1 * math.log(4.0) + 1
     assert cos[0, 0, 0].allclose(torch.tensor(m)) and not sin[0, 0, 0].any()
     torch.testing.assert_close((cos**2 + sin**2).sqrt(), torch.full_like(cos, m))
-    given = rope.rope_table(torch.tensor([[0]]), d, base, dict(YARN, attention_factor=1.5))
-    assert given[0].eq(1.5).all()
+    for changed, m in ((dict(attention_factor=1.5), 1.5), (dict(factor=0.5), 1.0)):
+        given = rope.rope_table(torch.tensor([[0]]), d, base, YARN | changed)
+        assert given[0].eq(m).all()
 
 
 @pytest.mark.parametrize("kind", ["none", "linear", "ntk", "llama3", "yarn"])
@@ -57,6 +58,13 @@ def test_stretch_gives_a_model_for_longer_texts(tmp_path, kind):
     assert again.config == model.config and again(ids).equal(model(ids))
 
 
+def test_stretch_goes_by_the_length_of_the_training():
+    """It may be shorter than the positions: those say what is allowed, not what was learnt."""
+    model = rope.stretch(small(positions=512), "yarn", 4, original=64)
+    assert model.config.positions == 512 and model.config.rope_scaling == YARN
+    assert rope.stretch(small(positions=100), "linear", 4, original=64).config.positions == 256
+
+
 def test_stretch_says_what_it_cannot():
     model = small()
     config = dataclasses.replace(model.config)
@@ -70,6 +78,10 @@ def test_stretch_says_what_it_cannot():
     rope.stretch(model, "yarn", 2)
     with pytest.raises(ValueError, match="has rope_scaling=.*yarn.* already"):
         rope.stretch(model, "linear", 2)
+    with pytest.raises(ValueError, match="original=0 is not a whole number"):
+        rope.stretch(small(), "yarn", 2, original=0)
+    with pytest.raises(ValueError, match="head_size=2 is one pair"):
+        rope.stretch(small(head_size=2), "ntk", 2)
     with pytest.raises(ValueError, match="learned positions"):
         rope.stretch(minillm.Transformer(minillm.Config.gpt2(24, 16, 1, 2)), "linear", 2)
     with pytest.raises(TypeError, match="this is a Linear"):
@@ -116,9 +128,9 @@ def test_perplexity_by_position_is_that_of_each_token(tokenizer, prompted):  # n
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(length=1), "length=1 is not"), (dict(length=9, parts=9), "parts=9 is not"),
+    (dict(length=1), "length=1: the least is 2"), (dict(length=9, parts=9), "parts=9 is not"),
     (dict(length=60), "a text of .* tokens is shorter than a window of 60"),
-    (dict(length=9, windows=0), "windows=0 is not"),
+    (dict(length=9, windows=0), "windows=0: the least is 1"),
     (dict(length=65, text="word " * 100), "64")])
 def test_perplexity_by_position_says_what_it_cannot(tokenizer, options, message):  # noqa: F811
     options = dict(text="one text, and that is all") | options

@@ -150,6 +150,7 @@ def test_the_patterns_of_freezing(kind):
     (lambda m: minillm.freeze.wrap(m, last=3), "last=3.*3 blocks"),
     (lambda m: minillm.freeze.wrap(m, first=3), "first=3.*3 blocks, so first is from 1 to 2"),
     (lambda m: minillm.freeze.wrap(m, first=0), "first=0.*so first is from 1 to 2"),
+    (lambda m: minillm.freeze.wrap(m, first=1.5), "first=1.5.*so first is from 1 to 2"),
     (lambda m: minillm.freeze.wrap(m, first=1, last=1), "last=1 and first=1: each says what is fr"),
     (lambda m: minillm.freeze.wrap(m, ["lm_head"], last=2),
      r"targets=\['lm_head'\] and last=2: each says"),

@@ -50,12 +50,13 @@ def wrap(model, targets=None, *, last=None, first=None):
     where nothing would be left to learn, where a parameter is frozen already, and
     without targets where a block occurs twice.
     """
+    if targets is None and last is None and first is None:
+        last = 2
     given = [f"{name}={value!r}" for name, value in
              (("targets", targets), ("last", last), ("first", first)) if value is not None]
     if len(given) > 1:
         raise ValueError(f"{' and '.join(given)}: each says what is frozen, so give one of them")
     if targets is None:
-        last = 2 if last is None and first is None else last
         names = within(model, lowest(model, last, first)) | own(model)
     else:
         names = within(model, select(model, targets, lambda site: True, None, "module"))
@@ -65,28 +66,28 @@ def wrap(model, targets=None, *, last=None, first=None):
                          "parameters learn again")
     shared = {id(p) for name, *_, p in parameters(model) if name in names}
     if all(id(p) in shared for *_, p in parameters(model)):
-        raise ValueError(f"{''.join(given)} freezes every parameter: nothing would be left to "
+        raise ValueError(f"{given[0]} freezes every parameter: nothing would be left to "
                          "learn")
     return say_of(model, Freeze, lambda name: name in names)
 
 
-def lowest(model, last=None, first=None):
+def lowest(model, last, first=None):
     """The Sites below the lowest block that learns, without the modules that hold blocks."""
-    said = f"last={last}" if first is None else f"first={first}"
+    option, number = ("last", last) if first is None else ("first", first)
     sites, blocks = walk(model), roles.blocks(model)
     n, name = len(blocks), blocks[0].name.rpartition(".")[0]
     if len({id(block.module) for block in blocks}) < n:
         raise ValueError(f"a block of {name!r} occurs twice, so it is not clear which blocks are "
                          "the last: name the modules in targets=")
     if n == 1:
-        raise ValueError(f"{said}: {name!r} has one block, and none below it to freeze")
-    number = first if first is not None else last
-    if not 0 < number < n:
-        raise ValueError(f"{said}: {name!r} has {n} blocks, so {said.partition('=')[0]} is from 1 "
-                         f"to {n - 1}")
-    lowest = blocks[first if first is not None else n - last].name
-    below = sites[: [site.name for site in sites].index(lowest)]
-    return [site for site in below if not lowest.startswith(f"{site.name}.")]
+        raise ValueError(f"{option}={number!r}: {name!r} has one block, and none below it to "
+                         "freeze")
+    if not isinstance(number, int) or not 0 < number < n:
+        raise ValueError(f"{option}={number!r}: {name!r} has {n} blocks, so {option} is from 1 to "
+                         f"{n - 1}")
+    learns = blocks[n - number if option == "last" else number].name  # the lowest one
+    below = sites[: [site.name for site in sites].index(learns)]
+    return [site for site in below if not learns.startswith(f"{site.name}.")]
 
 
 def own(model):

@@ -30,6 +30,7 @@ import torch
 from minillm import options
 from minillm.calling import logits
 from minillm.measure.intervals import score
+from minillm.measure.likelihood import windows_of
 from minillm.measure.scores import metric, paired
 from minillm.model.generate import evaluating
 from minillm.registry import prepare
@@ -58,14 +59,8 @@ def token_calibration_error(model, tokenizer, text, length=512, windows=None, bi
     The windows are those of `perplexity`: at most `windows` of them, of `length` tokens, and
     the first token of each is not predicted. The model may be minillm's or Hugging Face's.
     """
-    length, bins = options.whole("length", length, 2), options.whole("bins", bins)
-    if windows is not None:
-        windows = options.whole("windows", windows)
-    ids = tokenizer.encode(text)
-    if len(ids) < 2:
-        raise ValueError(f"a text of {len(ids)} tokens has nothing to predict")
-    rows = [ids[i : i + length] for i in range(0, len(ids), length)]
-    rows = [row for row in rows if len(row) == length][:windows] or [ids]
+    bins = options.whole("bins", bins)
+    rows = windows_of(tokenizer, text, length, windows)
     parts = [window(model, torch.tensor([row]), bins) for row in rows]
     return score("calibration error", parts, metric("calibration error"))
 

@@ -63,6 +63,21 @@ def at_least(least, **arguments):
             raise ValueError(f"{name}={value!r}: the least is {least}")
 
 
+def windows_of(tokenizer, text, length, windows=None):
+    """At most `windows` pieces of `length` ids each, which do not overlap: lists of ids.
+
+    A text that is shorter than `length` is one piece. ValueError for a length below 2, for
+    windows below 1, and for a text of fewer than 2 tokens.
+    """
+    at_least(2, length=length)
+    at_least(1, windows=windows)
+    ids = tokenizer.encode(text)
+    if len(ids) < 2:
+        raise ValueError(f"a text of {len(ids)} tokens has nothing to predict")
+    rows = [ids[i : i + length] for i in range(0, len(ids), length)]
+    return [row for row in rows if len(row) == length][:windows] or [ids]
+
+
 def perplexity(model, tokenizer, text, length=512, windows=None, batch=4):
     """The perplexity of text, a Score, over at most `windows` windows of `length` tokens,
     which do not overlap.
@@ -71,14 +86,8 @@ def perplexity(model, tokenizer, text, length=512, windows=None, batch=4):
     window that is not full is left out unless it is the only one. The interval is over
     windows. ValueError for a length below 2, and for windows or batch below 1.
     """
-    at_least(2, length=length)
-    at_least(1, windows=windows, batch=batch)
-    ids = tokenizer.encode(text)
-    if len(ids) < 2:
-        raise ValueError(f"a text of {len(ids)} tokens has nothing to predict")
-    rows = [ids[i : i + length] for i in range(0, len(ids), length)]
-    rows = [row for row in rows if len(row) == length][:windows] or [ids]
-    parts = []
+    at_least(1, batch=batch)
+    rows, parts = windows_of(tokenizer, text, length, windows), []
     for i in range(0, len(rows), batch):
         x = torch.tensor(rows[i : i + batch])
         labels = x.clone()

@@ -5,16 +5,17 @@
 A model that uses its context predicts late tokens better than early ones. Beyond the positions
 of its training the curve of plain RoPE rises steeply; a scaling that works keeps it flat. This
 picture is the one of Press et al. 2022 (ALiBi, arXiv 2108.12409) and of the papers in
-`minillm.model.rope`.
+`minillm.model.rope`. The positions that a configuration allows may be more than those of the
+training.
 
-The windows are the same for all parts, so a part sees no easier text than another.
+All parts are measured on the same windows.
 """
 
 import torch
 
 from minillm import options
 from minillm.measure.intervals import score
-from minillm.measure.likelihood import token_nll
+from minillm.measure.likelihood import token_nll, windows_of
 from minillm.measure.scores import metric
 
 
@@ -26,14 +27,10 @@ def by_position(model, tokenizer, text, length, parts=8, windows=None):
     equal parts; the first token of a window is not predicted. The interval is over windows.
     ValueError for a text shorter than one window, and for more parts than predicted tokens.
     """
-    length = options.whole("length", length, 2)
+    rows = torch.tensor(windows_of(tokenizer, text, length, windows))  # (n, length)
+    if rows.shape[1] < length:
+        raise ValueError(f"a text of {rows.shape[1]} tokens is shorter than a window of {length}")
     parts = options.whole("parts", parts, 1, length - 1)
-    if windows is not None:
-        windows = options.whole("windows", windows)
-    ids = torch.tensor(tokenizer.encode(text))
-    rows = ids[: len(ids) // length * length].view(-1, length)[:windows]
-    if not len(rows):
-        raise ValueError(f"a text of {len(ids)} tokens is shorter than a window of {length}")
     ends = [round(i * length / parts) for i in range(parts + 1)]
     found = [[] for _ in range(parts)]
     for row in rows:

@@ -102,7 +102,7 @@ METRICS = {
     "F1 (micro)": Metric(micro_f1, least=0, most=1),
     "F1 (tokens)": Metric(least=0, most=1),
     "BLEU": Metric(corpus_bleu, least=0, most=100),
-    "calibration error": Metric(calibration_gap, least=0, most=1, better=-1),
+    "calibration error": Metric(calibration_gap, summed=True, least=0, most=1, better=-1),
 }
 
 

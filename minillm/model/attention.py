@@ -46,6 +46,7 @@ def count(documents, cache=None):
     """The positions (b, t) of the tokens of documents (b, t), after those in the cache.
 
     Padding has position 0: no text counts it, and a table of learned positions has no row for it.
+    A document whose keys have all left the cache starts at 0 again. It would see none of them.
     """
     own = documents[:, :, None] == documents[:, None]  # (b, t, t)
     positions = own.tril().sum(-1) - 1

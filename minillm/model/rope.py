@@ -20,12 +20,13 @@ more slowly.
     factors   f_i / factors_i                      as GGUF files store llama3
 
 llama3 and yarn leave the fast pairs as they are and stretch the slow ones. They differ
-in between: llama3 goes by the turns, yarn by the number i of the pair. NTK's slowest
-pair is the one of linear, its fastest is untouched. It needs no type of its own: it is
-a model with another `rope_base`.
+in between: llama3 goes by the turns, yarn by the number i of the pair. (yarn's paper
+goes by the turns too. Its authors' code, transformers and llama.cpp go by i.) NTK's
+slowest pair is the one of linear, its fastest is untouched. It needs no type of its
+own: it is a model with another `rope_base`.
 
-`stretch` prepares a model for texts that are `factor` times as long. All these types
-are used without training or with a short one; yarn's paper trains 400 steps.
+`stretch` prepares a model for texts that are `factor` times as long as those of its
+training. A short training on long texts may follow.
 
 Letters in the shapes: b batch, h heads, t tokens, d head size. transformers has seven
 types, one function for each. Not included: LongRoPE, and dynamic NTK, whose factor
@@ -91,11 +92,13 @@ def attention_factor(scaling):
     if scaling is None or scaling["rope_type"] != "yarn":
         return 1.0
     given = scaling.get("attention_factor")
-    return 0.1 * math.log(scaling["factor"]) + 1 if given is None else given
+    return 0.1 * math.log(max(1, scaling["factor"])) + 1 if given is None else given
 
 
 def ntk_base(base, factor, head_size):
     """base * factor^(d/(d-2)): the base with which the slowest pair turns `factor` times slower.
+
+    ValueError for a head of one pair, whose only frequency is 1 with any base.
 
     >>> base = ntk_base(10000.0, 4, 64)
     >>> round(base)
@@ -104,6 +107,9 @@ def ntk_base(base, factor, head_size):
     >>> round(slow.item(), 3)
     4.0
     """
+    if head_size == 2:
+        raise ValueError("head_size=2 is one pair, which turns by 1 with any base: ntk cannot slow "
+                         "it down")
     return base * factor ** (head_size / (head_size - 2))
 
 
@@ -112,8 +118,9 @@ def stretch(model, kind, factor, original=None):
 
     kind: "linear", "ntk", "llama3" (with the bounds of Llama 3.1, 1 and 4 turns) or "yarn";
     "none" leaves the angles as they are, to measure how a model fails beyond its training.
-    original: the positions of its training, by default the model's own. Files hold the change, as
-    transformers names it. Only what follows is computed with it: empty caches before.
+    original: the length of the texts of its training, by default the model's positions. A model
+    that was trained on shorter texts needs it. Files hold the change, as transformers names it.
+    A cache that was filled before the change is of no use after it.
 
     TypeError for another class than minillm's; ValueError for a model with learned positions or
     stretched already, an unknown kind, a factor that is not above 1.
@@ -127,7 +134,7 @@ def stretch(model, kind, factor, original=None):
     if config.rope_scaling:
         raise ValueError(f"this model has rope_scaling={config.rope_scaling!r} already")
     factor = options.real("factor", factor, lambda x: 1 < x < math.inf, "a number above 1")
-    original = options.whole("original", original or config.positions)
+    original = options.whole("original", config.positions if original is None else original)
     fields = dict(
         linear=dict(factor=factor),
         llama3=dict(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0,
