@@ -94,11 +94,12 @@ from minillm.measure import report
 from minillm.measure.show import show
 import minillm.checkpoints.peft
 from minillm.checkpoints import save
+from minillm.checkpoints.together import load_all, save_all
 from minillm.zoo import load
 
 __all__ = [
     "Cache", "CannotMerge", "Config", "Format", "Layer", "Patch", "Transformer", "adapters",
-    "compare", "compile", "data", "checkpoints", "distributed", "freeze", "layers", "load", "lora",
-    "measure", "prepare", "prompts", "prune", "quant", "report", "rows", "save", "show", "sparse",
-    "techniques", "train", "untie", "use", "zoo",
+    "compare", "compile", "data", "checkpoints", "distributed", "freeze", "layers", "load",
+    "load_all", "lora", "measure", "prepare", "prompts", "prune", "quant", "report", "rows",
+    "save", "save_all", "show", "sparse", "techniques", "train", "untie", "use", "zoo",
 ]

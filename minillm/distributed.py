@@ -122,6 +122,11 @@ def wait():
         dist.barrier()
 
 
+def sharded(model):
+    """Whether the weights of the model are spread over several processes."""
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+
 def whole(t):
     """The whole of a tensor that may be spread over the processes. Every process must call it."""
     return t.full_tensor() if isinstance(t, DTensor) else t

@@ -68,7 +68,8 @@ def test_the_suggested_rate_learns_and_the_exploded_one_does_not():
     result = found(build("llama"), steps=60)
     good, bad = (losses(quiet(build("llama"), steps=30, lr=lr, schedule="constant"))
                  for lr in (result.rate, result.ended))
-    assert sum(good[-5:]) < sum(good[:5]) < sum(bad[-5:])
+    assert sum(good[-5:]) < 0.6 * sum(good[:5]) and max(bad) > 1.5 * bad[0]
+    assert sum(good[-5:]) < sum(bad[-5:])
 
 
 def kept(model):

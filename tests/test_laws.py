@@ -526,12 +526,8 @@ def test_on_cuda(kind):
 # --- stacks -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number",
-                         [*range(6),
-                          *(pytest.param(n, marks=pytest.mark.slow) for n in range(6, 60))])
-def test_a_stack_of_several_methods(number, tmp_path):
-    """Three to five methods, drawn with their options: copied, saved, loaded, unwrapped in
-    another order."""
+def drawn(number):
+    """(the generator, a model's name, the keys of three to five methods, the model with these)."""
     draw = random.Random(number)
     kind = draw.choice([kind for kind in MODELS if kind != "Conv1D"])
     keys = draw.sample(sorted(OPTIONS), 14)
@@ -544,6 +540,16 @@ def test_a_stack_of_several_methods(number, tmp_path):
             except (ValueError, CannotMerge):
                 continue
             names.append(key)
+    return draw, kind, names, model
+
+
+@pytest.mark.parametrize("number",
+                         [*range(6),
+                          *(pytest.param(n, marks=pytest.mark.slow) for n in range(6, 60))])
+def test_a_stack_of_several_methods(number, tmp_path):
+    """Three to five methods, drawn with their options: copied, saved, loaded, unwrapped in
+    another order."""
+    draw, kind, names, model = drawn(number)
     what, expected = f"{names} on {kind}", logits(model)
     law("8 stacks", bool(expected.isfinite().all()), what)
     law("8 stacks", torch.equal(logits(copy.deepcopy(model)), expected), f"deepcopy of {what}")

@@ -15,7 +15,6 @@ import dataclasses
 import pathlib
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from minillm import distributed, files
 from minillm.checkpoints import gguf, gguf_write, huggingface, layouts
@@ -94,7 +93,7 @@ def save(model, path, tokenizer=None, shard_bytes=5_000_000_000, type=None, forc
     and writes into a directory that holds other files, which stay there. The errors of `check_save`
     come before anything is written; OSError if the disk is full.
     """
-    sharded = any(isinstance(p, DTensor) for p in model.parameters())
+    sharded = distributed.sharded(model)
     if distributed.place()[0] and not sharded:
         return  # every process has the whole model, and the first one writes it
     own = check_save(model, path, tokenizer, type, force)
@@ -140,7 +139,8 @@ def check_model(model):
     found = attached(model)
     if found:
         raise ValueError("a checkpoint holds a plain model, and this one has techniques attached: "
-                         + "; ".join(f"{name} ({remedy})" for name, remedy in found.items()))
+                         + "; ".join(f"{name} ({remedy})" for name, remedy in found.items())
+                         + ". minillm.save_all(model, directory) writes all of them")
     if not isinstance(model, Transformer):
         raise TypeError(f"save writes minillm's Transformer, not {model.__class__.__name__}; a "
                         "Hugging Face model has save_pretrained")

@@ -101,13 +101,16 @@ def tensor_files(path):
 # --- writing ----------------------------------------------------------------------------------
 
 
-def written(directory):
-    """The names of the files in a directory that `save` wrote and nobody has changed since."""
+def written(directory, record=RECORD):
+    """The names of the files in a directory that `save` wrote and nobody has changed since.
+
+    record: the name of the JSON file that has their checksums.
+    """
     directory = pathlib.Path(directory)
     try:
-        sums = files.read_json(directory / RECORD)["sha256"]
+        sums = files.read_json(directory / record)["sha256"]
         own = {name for name, digest in sums.items() if unchanged(directory, name, digest)}
-        return own | {RECORD}
+        return own | {record}
     except (OSError, ValueError, KeyError, AttributeError):
         return set()
 

@@ -37,7 +37,7 @@ from safetensors.torch import save_file
 from minillm import files, prompts
 from minillm.checkpoints import peft_settings
 from minillm.checkpoints.peft_settings import (
-    module_names, placed, prompt_settings, settings, turned,
+    CONFIG, holds, module_names, placed, prompt_settings, settings, turned,
 )
 from minillm.registry import KINDS, attached, hint, walk
 from minillm.registry.attach import check_free, surround
@@ -47,7 +47,7 @@ from minillm.registry.opening import read, remake, share
 from minillm.registry.sites import check_whole, parameters
 from minillm.registry.store import learned_of, over
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 LORA = {"A": "lora_A.weight", "B": "lora_B.weight"}
 EMBEDDING = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
@@ -163,11 +163,10 @@ def load(model, directory, name=None):
     check_whole(model, "load")
     directory = pathlib.Path(directory)
     config, tensors = opened(directory)
-    peft_settings.check(config, directory / CONFIG)
-    if config["peft_type"] == "PROMPT_TUNING":
-        kind, parts, common, own = prompt(model, config, tensors, directory)
+    kind = holds(directory)
+    if kind == "prompts":
+        parts, common, own = prompt(model, config, tensors, directory)
     else:
-        kind = "dora" if config.get("use_dora") else config["peft_type"].lower()
         parts, common, own = sorted_out(model, kind, config, tensors, directory)
     cls, sites = KINDS[kind], {site.name: site for site in walk(model)}
     name = check_name(name, kind, model)
@@ -190,8 +189,6 @@ def opened(directory):
         raise ValueError(f"{directory} has its tensors in adapter_model.bin, a pickle, which can "
                          "run any code and is not opened: save it as safetensors with peft")
     config = files.read_json(directory / CONFIG)
-    if not isinstance(config, dict):
-        raise ValueError(f"{directory / CONFIG} is no object of settings")
     return config, read(directory / TENSORS)[0]
 
 
@@ -206,7 +203,7 @@ def prompt(model, config, tensors, directory):
                          "place in this model")
     default = prompts.first_embedding(model)
     (site,) = [site for site in walk(model) if default(site)]
-    return "prompts", {site.name: {"P": P}}, {}, {}
+    return {site.name: {"P": P}}, {}, {}
 
 
 def sorted_out(model, kind, config, tensors, directory):

@@ -2,15 +2,18 @@
 
 import collections
 import logging
+import pathlib
 import re
 
 import torch
 
+from minillm import files
 from minillm.checkpoints import layouts
 from minillm.model.transformer import Transformer
 from minillm.registry import walk
 from minillm.registry.sites import bare
 
+CONFIG = "adapter_config.json"
 log = logging.getLogger("minillm")
 
 # the settings that do not change what a loaded adapter computes, and those that `peft` reads
@@ -134,6 +137,18 @@ def targets(model, found, places):
 
 
 # --- reading ----------------------------------------------------------------------------------
+
+
+def holds(directory):
+    """The kind of the adapter in a directory of peft's; ValueError for one that minillm lacks."""
+    directory = pathlib.Path(directory)
+    if not (directory / CONFIG).is_file():
+        raise FileNotFoundError(f"{directory} has no {CONFIG}: it is no adapter of peft's")
+    config = files.read_json(directory / CONFIG)
+    check(config, directory / CONFIG)
+    if config["peft_type"] == "PROMPT_TUNING":
+        return "prompts"
+    return "dora" if config.get("use_dora") else config["peft_type"].lower()
 
 
 def check(config, path):

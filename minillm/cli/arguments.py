@@ -127,9 +127,9 @@ def version():
 
 def model(sub):
     sub.add_argument("--model", type=path, default="tiny",
-                     help="tiny (the default), smollm2, a Hugging Face directory or a .gguf file")
-    sub.add_argument("--adapter", action="append", default=[], type=path, metavar="FILE",
-                     help="a file that a technique saved; repeatable")
+                     help="tiny (the default), smollm2, a directory or a .gguf file")
+    sub.add_argument("--adapter", action="append", default=[], type=path, metavar="PATH",
+                     help="a file that a technique saved, or peft's directory; repeatable")
     sub.add_argument("--any-base", action="store_true",
                      help="load adapters that were made for another model")
     device(sub)
@@ -154,7 +154,7 @@ def records(sub, text):
 
 def compare_arguments(sub):
     sub.add_argument("--model", type=path, default="tiny",
-                     help="tiny (the default), smollm2, a Hugging Face directory or a .gguf file")
+                     help="tiny (the default), smollm2, a directory or a .gguf file")
     device(sub)
     task(sub)
     sub.add_argument("--data", type=path, metavar="FILE",
@@ -294,7 +294,7 @@ def export_arguments(sub):
     model(sub)
     sub.add_argument("--out", required=True, type=path, metavar="PATH",
                      help="a directory (Hugging Face layout) or a .gguf file")
-    sub.add_argument("--type", choices=["f32", "f16", "bf16", "q8_0"],
-                     help="how a GGUF file stores its matrices (default f32)")
+    sub.add_argument("--type", choices=["f32", "f16", "bf16", "q8_0", "peft"],
+                     help="of a GGUF file's matrices (default f32); peft: its adapter directory")
     sub.add_argument("--force", action="store_true",
                      help="replace a file, or write beside files that minillm did not write")

@@ -4,7 +4,8 @@ import os
 
 from minillm import compare
 from minillm.cli.paths import check_paths
-from minillm.cli.using import place, refuse_second
+from minillm.cli.adapters import place
+from minillm.cli.using import refuse_second
 
 
 def run(args):

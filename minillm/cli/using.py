@@ -7,44 +7,13 @@ import torch
 
 from minillm import checkpoints, compare, data, measure, registry, train, zoo
 from minillm.measure import report
+from minillm.cli.adapters import held, load, place
 from minillm.cli.paths import check_paths
 from minillm.cli.words import said
 from minillm.model.generate import check_options
 from minillm.measure.show import show
 from minillm.registry import sites
-from minillm.registry.store import holds, read
 from minillm.train.room import positions
-
-
-def load(args):
-    """(model, tokenizer) of --model with every --adapter, on --device."""
-    names = {}
-    if args.any_base and not args.adapter:
-        args.parser.error("--any-base is for --adapter FILE, and there is none")
-    for path in args.adapter:
-        family, name = holds(path)
-        if family not in registry.techniques():
-            raise ValueError(f"{path} is not a file that a technique of minillm saved")
-        if name in names:
-            raise ValueError(f"{names[name]} and {path} both hold {name!r}, and a model can have "
-                             "each name once. minillm train --option name=NAME gives an adapter "
-                             "another name")
-        names[name] = path
-    model, tokenizer = zoo.load(args.model, dtype=args.dtype, device=place(args.device))
-    for path in names.values():
-        registry.techniques()[holds(path)[0]].load(model, path, any_base=args.any_base)
-    return model, tokenizer
-
-
-def place(written):
-    """The torch.device of --device; by default a GPU where there is one."""
-    if written is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return checkpoints.placed(written)
-    except ValueError as error:
-        text = str(error).replace(f"device={written!r}", f"--device {written}")
-        raise ValueError(text) from error
 
 
 def needs_tokenizer(tokenizer, args):
@@ -261,10 +230,11 @@ def run_export(args):
     changes gets a matrix of its own. What `freeze` trained is part of the model already.
     """
     check_paths(args, {"--out": args.out})
+    if args.type == "peft":
+        return export_to_peft(args)
     for path in args.adapter:
-        metadata = read(path)[1]
-        kind = registry.KINDS.get(metadata.get("kind", metadata.get("technique")))
-        if kind and issubclass(kind, registry.Patch) and kind.fold is registry.Patch.fold:
+        kind = registry.KINDS[held(path)[0]]
+        if issubclass(kind, registry.Patch) and kind.fold is registry.Patch.fold:
             raise ValueError(f"{path} holds {kind.kind}, which does not change a weight: it cannot "
                              "be merged into the model, and the file formats of other programs "
                              "have no place for it")
@@ -283,6 +253,16 @@ def run_export(args):
     if tied:
         print(f"{args.out} stores the head and the embedding apart: --adapter changes "
               f"{' and '.join(sorted(tied))}, which shared a matrix")
+    print(f"wrote {args.out}")
+
+
+def export_to_peft(args):
+    """Write the one --adapter as a directory of peft's, unmerged."""
+    if len(args.adapter) != 1:
+        raise ValueError("--type peft writes one adapter, and a directory holds one: give one "
+                         f"--adapter FILE, not {len(args.adapter)}")
+    model, _ = load(args)
+    checkpoints.peft.save(model, args.out, force=args.force)
     print(f"wrote {args.out}")
 
 

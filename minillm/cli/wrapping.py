@@ -1,17 +1,19 @@
 """What `minillm train` wraps: a new technique, or one that an --adapter file holds already."""
 
 import dataclasses
+import pathlib
 
 import torch
 
 from minillm import options, registry
+from minillm.cli.adapters import held
 from minillm.cli.words import of_technique
 from minillm.registry import learning, opening, store
 
 
 @dataclasses.dataclass(frozen=True)
 class Brought:
-    """What an --adapter file holds."""
+    """What an --adapter holds."""
 
     path: str
     kind: str
@@ -20,13 +22,13 @@ class Brought:
 
     @classmethod
     def read(cls, path):
-        metadata = store.read(path)[1]
-        family, name = store.holds(path)
+        kind, name = held(path)
+        metadata = {} if pathlib.Path(path).is_dir() else store.read(path)[1]
         over = set(opening.field(metadata, "over", path)) if "over" in metadata else set()
         if "beside" in metadata:  # formats are not in `over`
             beside = opening.field(metadata, "beside", path, list)
             over |= {one for one in beside if one in registry.KINDS and a_format(one)} - {name}
-        return cls(path, metadata.get("kind", family), name, frozenset(over))
+        return cls(path, kind, name, frozenset(over))
 
 
 def a_format(kind):

@@ -91,6 +91,14 @@ def load(family, model, path, name=None, *, replace=False, any_base=False):
     In place; returns the model. ValueError if the technique is attached already, unless
     `replace`; or if the file was made for another model, unless `any_base`.
     """
+    return planned(family, model, path, name, replace=replace, any_base=any_base)(model)
+
+
+def planned(family, model, path, name=None, *, replace=False, any_base=False, alone=True):
+    """Check a file, and return the function that does to the model what it holds.
+
+    The arguments are those of `store.planned`.
+    """
     tensors, metadata = opened(path, family)
     cls = kind_of(metadata, path)
     if name not in (None, cls.kind):
@@ -107,11 +115,16 @@ def load(family, model, path, name=None, *, replace=False, any_base=False):
         raise ValueError(f"{path} {does} {sorted(missing)[0]!r}, which this model lacks "
                          f"({len(missing)} such)")
     check_learned(model, own, kept, shared, path)
-    check_base(model, metadata, path, any_base)
-    check_beside(model, cls.kind, metadata, path, own, {}, any_base)
-    put_back(model, own, kept, shared, cls.kind)
-    gone(model, cls.kind)
-    return say_of(model, cls, lambda slot: slot in named)
+    if alone:
+        check_base(model, metadata, path, any_base)
+        check_beside(model, cls.kind, metadata, path, own, {}, any_base)
+
+    def attach(model):
+        put_back(model, own, kept, shared, cls.kind)
+        gone(model, cls.kind)
+        return say_of(model, cls, lambda slot: slot in named)
+
+    return attach
 
 
 VERBS = (unwrap, merge, merge, save, load)

@@ -165,6 +165,11 @@ def share(cls, made, sites, tensors, path):
                 raise ValueError(f"{path}, {where!r}: {error}") from error
 
 
+def needs(metadata, path):
+    """The names of the techniques over which the file's technique was filled or trained."""
+    return frozenset(field(metadata, "over", path) if "over" in metadata else {})
+
+
 def check_base(model, metadata, path, any_base=False):
     """The names in this model of the techniques over which the file's technique was trained.
 

@@ -33,7 +33,7 @@ from minillm.registry.learning import (
 from minillm.registry.names import check_name, follow, names_of
 from minillm.registry.opening import (
     BUFFER, COMMON, LEARNED, check_above, check_base, check_beside, check_free, field, here_names,
-    holds, kind_of, lies_over, listed, opened, read, remake, share, sorted_out,
+    holds, kind_of, lies_over, listed, needs, opened, read, remake, share, sorted_out,
 )
 from minillm.registry.past import before_birth
 from minillm.registry.sites import check_whole, walk
@@ -195,12 +195,59 @@ def load(family, model, path, name=None, *, replace=False, any_base=False):
     model has one of this name, unless `replace`: then the file's takes its place. ValueError
     if the file was made for another model, unless `any_base`.
     """
+    return planned(family, model, path, name, replace=replace, any_base=any_base)(model)
+
+
+def planned(family, model, path, name=None, *, replace=False, any_base=False, alone=True):
+    """Check a file, and return the function that attaches what it holds to the model.
+
+    The arguments are those of `load`. alone: False if all techniques that were beside it come
+    too: then the caller checks the base, and the order.
+    """
     tensors, metadata = opened(path, family)
     cls = kind_of(metadata, path)
     configs = field(metadata, "sites", path)
     if configs:
         check_whole(model, "load")
     sites = {site.name: site for site in walk(model)}
+    check_sites(family, cls, configs, sites, path)
+    a_format = issubclass(cls, Format)
+    if a_format and name not in (None, cls.kind):
+        raise ValueError(f"name={name!r}: {path} holds the format {cls.kind}, and a format has "
+                         "no other name")
+    name = cls.kind if a_format else check_name(name or metadata.get("name"), cls.kind, model)
+    check_free(family, name, model, configs, path, replace)
+    parts, own, kept, common = sorted_out(tensors, configs, path)
+    made = {where: remake(cls, sites[where], config, parts[where], f"{path}, {where!r}")
+            for where, config in configs.items()}
+    share(cls, made, sites, common, path)
+    over = check_base(model, metadata, path, any_base) if alone else needs(metadata, path)
+    shared = field(metadata, "shared", path)
+    check_learned(model, own, kept, shared, path)
+    if a_format:
+        check_formats(cls, model, [site for where, site in sites.items()
+                                   if where in made and not isinstance(site.module, cls)])
+    if alone:
+        check_beside(model, name, metadata, path, own, made, any_base)
+        check_above(model, name, made, path, any_base)
+    for patch in made.values() if not a_format else ():
+        patch.beneath = frozenset(listed(metadata, "beneath", path) or ())
+
+    def attach(model):
+        put_back(model, own, kept, shared, name)
+        sites = {site.name: site for site in walk(model)}
+        if a_format:
+            return store(model, [sites[where] for where in made], lambda site: made[site.name])
+        surround(model, name, [(sites[where], patch) for where, patch in made.items()], over)
+        if any(claims(patch) for patch in made.values()):
+            let_learn(model, own)
+        return model
+
+    return attach
+
+
+def check_sites(family, cls, configs, sites, path):
+    """ValueError if the file has settings for a site {name: Site} where the kind cannot be."""
     if not all(isinstance(config, dict) for config in configs.values()):
         raise ValueError(f"{path} does not say where its tensors belong: "
                          "the settings of a site are no object")
@@ -212,33 +259,3 @@ def load(family, model, path, name=None, *, replace=False, any_base=False):
                 f"{path} has {family} for {where!r}, which this model lacks{why}; "
                 f"{hint(where, possible)}"
             )
-    a_format = issubclass(cls, Format)
-    if a_format and name not in (None, cls.kind):
-        raise ValueError(f"name={name!r}: {path} holds the format {cls.kind}, and a format has "
-                         "no other name")
-    name = cls.kind if a_format else check_name(name or metadata.get("name"), cls.kind, model)
-    check_free(family, name, model, configs, path, replace)
-    parts, own, kept, common = sorted_out(tensors, configs, path)
-    made = {where: remake(cls, sites[where], config, parts[where], f"{path}, {where!r}")
-            for where, config in configs.items()}
-    share(cls, made, sites, common, path)
-    over = check_base(model, metadata, path, any_base)
-    shared = field(metadata, "shared", path)
-    check_learned(model, own, kept, shared, path)
-    new = [site for where, site in sites.items()
-           if where in made and not isinstance(site.module, cls)]
-    if a_format:
-        check_formats(cls, model, new)
-    check_beside(model, name, metadata, path, own, made, any_base)
-    check_above(model, name, made, path, any_base)
-    lay_beneath = frozenset(listed(metadata, "beneath", path) or ())
-    put_back(model, own, kept, shared, name)
-    if not a_format:
-        pairs = [(sites[where], patch) for where, patch in made.items()]
-        for patch in made.values():
-            patch.beneath = lay_beneath
-        surround(model, name, pairs, over)
-        if any(claims(patch) for patch in made.values()):
-            let_learn(model, own)
-        return model
-    return store(model, [sites[where] for where in made], lambda site: made[site.name])
