@@ -5,6 +5,7 @@ import pytest
 from small_model import model, run  # noqa: F401
 from test_nothing_lost import learn
 
+import minillm
 from minillm.registry import store
 
 
@@ -70,3 +71,26 @@ def test_another_technique_over_quant_and_freeze_trains(second, options, run):
     assert store.read("b.safetensors")[1]["kind"] == dict(wanda="prune").get(second, second)
     run("eval", "--adapter", "a.safetensors", "--adapter", "b.safetensors", "--text", "a.txt",
         "--length", 64)
+
+
+def test_an_adapter_goes_to_peft_and_comes_back(run):
+    learn(run, "lora", "--option", "r=2", "--out", "a.safetensors", steps=2)
+    out = ("--out", "peft", "--type", "peft")
+    assert run("export", "--adapter", "a.safetensors", *out) == "wrote peft\n"
+    ask = ("--text", "a.txt", "--length", 64)
+    assert run("eval", "--adapter", "peft", *ask) == run("eval", "--adapter", "a.safetensors", *ask)
+    learn(run, "lora", "--adapter", "peft", "--out", "b.safetensors", steps=2)  # and goes on
+    assert store.read("b.safetensors")[1]["name"] == "lora"
+    run("export", "--adapter", "peft", "--out", "merged")
+    for adapters in ((), ("--adapter", "a.safetensors", "--adapter", "b.safetensors")):
+        said = run("export", *adapters, "--out", "two", "--type", "peft", code=1)
+        assert f"give one --adapter FILE, not {len(adapters) // 2}" in said
+    assert "merged has no adapter_config.json" in run("eval", "--adapter", "merged", *ask, code=1)
+
+
+def test_a_directory_of_save_all_is_a_model(run):
+    whole = minillm.lora.wrap(minillm.quant.wrap(minillm.load(run.model)[0]), r=2)
+    minillm.save_all(whole, "tuned")
+    said = run("show", "--model", "tuned")
+    assert "[quant(bits=8)] + lora(r=2" in said
+    run("export", "--model", "tuned", "--out", "merged")

@@ -35,7 +35,10 @@ def test_stacks_are_trained_saved_in_one_directory_and_loaded_in_a_fresh_process
     for number in numbers:
         _, kind, names, model = drawn(number)
         if any(p.requires_grad for p in model.parameters()):
-            minillm.train.train(model, EXAMPLES, steps=3, lr=1e-2, progress=False)
+            try:
+                minillm.train.train(model, EXAMPLES, steps=3, lr=1e-2, progress=False)
+            except ValueError as error:  # a mask over a dropout has no gradient
+                assert "has a dropout that no folded weight has" in str(error), names
         minillm.save_all(model, tmp_path / str(number))
         learns = [name for name, p in model.named_parameters() if p.requires_grad]
         jobs.append((kind, str(tmp_path / str(number)), logits(model).detach(), learns))
