@@ -165,7 +165,8 @@ def test_load_finds_the_base_by_its_source(inside, tmp_path):
     assert attached(minillm.load(directory)[0]) == "quant"
 
 
-def test_a_base_without_a_source_has_to_be_given(tmp_path):
-    minillm.save_all(minillm.lora.wrap(build("hf_gpt2"), r=2), tmp_path / "d")
+@pytest.mark.parametrize("kind", ["hf_gpt2", "llama"])
+def test_a_base_without_a_source_has_to_be_given(kind, tmp_path):
+    minillm.save_all(minillm.lora.wrap(build(kind), r=2), tmp_path / "d")
     with pytest.raises(ValueError, match=r"does not name its base.*load_all\(model"):
         minillm.load(tmp_path / "d")

@@ -54,7 +54,7 @@ def save_all(model, directory, *, force=False):
         return
     own = huggingface.written(directory, LIST)
     files.check_writable(directory, directory=True, force=force, own=own, needs=NAMES)
-    told = dict(source=getattr(model, "source", None), base=base_of(model), techniques=[],
+    told = dict(source=getattr(model, "source", None) or None, base=base_of(model), techniques=[],
                 active=sorted({patch.name for patch in adapters(model) if taking_part(patch)}))
     with files.atomic(directory, own) as new:
         new.mkdir()
