@@ -87,6 +87,7 @@ import minillm.quant.nf4
 import minillm.quant.qat
 from minillm import prune
 import minillm.prune.gradual
+import minillm.prune.structured
 import minillm.prune.wanda
 from minillm import sparse
 from minillm import data, distributed, train, measure, checkpoints, zoo, compare

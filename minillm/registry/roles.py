@@ -18,7 +18,9 @@ names. Freezing, adapters and calibration all use it.
 - OPT has no MLP module: its two matrices lie in the block itself. `loose` lists such leaves.
 - The keys and values come from the leaves of the attention with one of the usual names. GPT-2's
   `c_attn` computes the queries too.
-- The last leaf of the MLP takes the inner activations. A mixture of experts has several, or none.
+- The last leaf of the MLP takes the inner activations, which the leaves before it compute. A
+  mixture of experts has several, or none.
+- The queries and the output are the first and the last leaf of the attention, if it has four.
 
 >>> import minillm
 >>> model = minillm.Transformer(minillm.Config(vocab_size=50, width=8, layers=2, heads=2))
@@ -57,6 +59,9 @@ class Block:
     loose: list  # the linear leaves that lie in neither attention nor mlp
     keys_values: list  # the leaves of the attention that compute the keys and the values
     last: Site | None  # the last leaf of the MLP, also where its leaves lie in the block itself
+    inner: list  # the leaves that compute the input of `last`
+    queries: Site | None  # the leaf of the attention that computes the queries alone
+    output: Site | None  # the leaf after the attention's heads
 
 
 @dataclasses.dataclass
@@ -155,8 +160,14 @@ def block_of(site, sites):
     loose = [one for one in leaves if not any(one is part or under(one, part) for part in held)]
     keys_values = [one for one in leaves if attention and under(one, attention)
                    and one.name.rsplit(".", 1)[-1] in KEYS_VALUES]
+    last = last_of_mlp(inner, leaves, attention, mlp, loose)
+    of_mlp = [one for one in leaves if one is mlp or mlp and under(one, mlp)] if mlp else loose
+    before = [one for one in of_mlp if last and one is not last and one.shape[0] == last.shape[1]]
+    heads = [one for one in leaves if attention and under(one, attention)]
+    whole = len(heads) == 4 and len(keys_values) == 2
+    queries = first(one for one in heads if one not in keys_values) if whole else None
     return Block(site, attention, mlp, [one for one in inner if is_norm(one)], loose, keys_values,
-                 last_of_mlp(inner, leaves, attention, mlp, loose))
+                 last, before, queries, heads[-1] if whole else None)
 
 
 def last_of_mlp(inner, leaves, attention, mlp, loose):
