@@ -70,6 +70,7 @@ from minillm.model.transformer import Cache, Config, Transformer, compile
 from minillm import freeze
 import minillm.freeze.bitfit
 import minillm.freeze.gradual
+import minillm.freeze.norms
 from minillm import prompts, lora
 import minillm.lora.combine
 import minillm.lora.dora
