@@ -129,7 +129,7 @@ def tensors_of(site, patch):
         pair = {"A": torch.cat([patch.A, patch.A0]), "B": torch.cat([patch.B, -patch.B0], 1)}
     else:
         pair = {key: getattr(patch, key) for key in SUFFIXES[patch.kind] if hasattr(patch, key)}
-    suffixes = EMBEDDING if site.leaf.lookup else SUFFIXES[patch.kind]
+    suffixes = EMBEDDING if site.leaf and site.leaf.lookup else SUFFIXES[patch.kind]
     return {suffixes[key]: t for key, t in pair.items()}
 
 
