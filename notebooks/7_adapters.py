@@ -83,7 +83,7 @@ WAYS = {
     "in parallel": (lambda model: parallel.wrap(model, size=m), 6e-3),
     "Compacter": (lambda model: compacter.wrap(model, size=m, n=n), 3e-2),
     "(IA)3": (ia3.wrap, 1e-1),
-    "norms alone": (norms.wrap, 1e-2),
+    "norms alone": (norms.wrap, 1e-1),
 }
 each = 2 * m * d + m + d
 PREDICTED = {
@@ -160,6 +160,11 @@ for name, (count, perplexity) in results.items():
 # %% [markdown]
 # The interval behind each figure is that of the test text alone. Where two overlap, this test
 # cannot tell them apart.
+#
+# The order does not follow the number. The norms alone, the fewest of all, come before Compacter
+# and (IA)³ here, at a rate far above those of the networks. At the same size, beside the MLP is
+# better than after it, as He et al. found. And the norms beside the adapters help more than twice
+# as many bottlenecks do.
 
 # %%
 fig, axes = plt.subplots(figsize=(7, 3.6))

@@ -78,6 +78,6 @@ def wrap(model, targets=None):
 
 register("norms", Norms, family="freeze")
 method("norms", wrap, does="trains the norms only",
-       paper="Zhao et al. 2023, arXiv 2312.11420", rates=dict(tiny=3e-3, smollm2=3e-3),
+       paper="Zhao et al. 2023, arXiv 2312.11420", rates=dict(tiny=1e-3, smollm2=1e-3),
        small={"": dict(targets=lambda name, module: roles.NORM.search(type(module).__name__)
                        or name == "head")})
