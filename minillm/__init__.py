@@ -6,6 +6,8 @@ Fine-tuning, wrapped in place with `minillm.NAME.wrap(model)`:
                        Howard & Ruder 2018, arXiv 1801.06146
     freeze.bitfit      trains the biases only
                        Ben Zaken et al. 2022, arXiv 2106.10199
+    freeze.norms       trains the norms only
+                       Zhao et al. 2023, arXiv 2312.11420
     prompts            learns vectors that come before the text
                        Lester et al. 2021, arXiv 2104.08691
     lora               learns a low-rank change of each weight
@@ -70,6 +72,7 @@ from minillm.model.transformer import Cache, Config, Transformer, compile
 from minillm import freeze
 import minillm.freeze.bitfit
 import minillm.freeze.gradual
+import minillm.freeze.norms
 from minillm import prompts, lora
 import minillm.lora.combine
 import minillm.lora.dora

@@ -9,21 +9,21 @@
                                                             ("near-identity" in the paper)
     size            m
     f               the nonlinearity                        GELU (the paper leaves it open)
+    norms           the norms trained beside                 see `adapters.norms`
 
 Cost: 2 m d + m + d parameters a sublayer, and 2 m d multiplications a token, also after
 training: because of f the adapter is no change of a weight, and cannot be merged. The
 sublayers are the attention and the MLP of each block, as in the paper.
-`targets=["mlp"]` is the cheaper half that Pfeiffer et al. 2020 (arXiv 2005.00247) found
-to be nearly as good.
+`wrap(model, ["mlp"])` is the cheaper half that Pfeiffer et al. 2020 (arXiv 2005.00247)
+found to be nearly as good.
 
 A sublayer of a Hugging Face model may return a tuple. Its first item is the hidden
 state, and only that item is adapted. The `adapters` library patches the source file of
 each architecture; here the patch wraps any module.
 
-The paper also trains the layer norms, 2 d more parameters for each. Here the caller
-lets them learn after `wrap`, with `norm.requires_grad_(True)`. They are then in the
-adapters' file. But they stay trained after `unwrap`, and `minillm.use` does not switch
-them.
+The paper also trains the layer norms, at most 2 d more parameters for each: `norms=True`.
+Then each norm has its own change of the scale and bias, as a part of the same adapter (see
+`adapters.norms`). The file holds it, `minillm.use` switches it, `unwrap` takes it away.
 
 >>> from torch import nn; import torch, minillm
 >>> model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(2, 8)
@@ -39,7 +39,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from minillm import options
-from minillm.registry import Patch, roles
+from minillm.adapters.norms import Delta, scaled
+from minillm.registry import Patch, roles, select
 from minillm.registry.attach import attach
 from minillm.registry.table import method
 from minillm.registry.verbs import verbs
@@ -48,16 +49,22 @@ from minillm.registry.verbs import verbs
 class Bottleneck(Patch):
     touches = "output"
     reads = False
+    norm = False  # whether it is around a norm: then it has `delta` and no matrices
 
-    def __init__(self, site, size=32, width=None):
+    def __init__(self, site, size=32, width=None, norm=False):
         super().__init__()
         self.size = size = options.whole("size", size)
+        self.norm, self.width = options.flag("norm", norm), width
+        if norm:
+            self.delta = Delta(site)
+            return
         self.width = site.width if width is None else options.whole("width", width)
         self.down, self.b_down = site.new(size, self.width), site.new(size)
         self.up, self.b_up = site.new(self.width, size), site.new(self.width)
 
     def fill(self, site):
-        nn.init.normal_(self.down, std=self.width**-0.5)
+        if not self.norm:
+            nn.init.normal_(self.down, std=self.width**-0.5)
 
     @classmethod
     def accepts(cls, site):
@@ -68,6 +75,8 @@ class Bottleneck(Patch):
         return site.leaf is None or not site.leaf.lookup
 
     def forward(self, below, *args, **kwargs):
+        if self.norm:
+            return self.delta(below, *args, **kwargs)
         output = below(*args, **kwargs)
         if isinstance(output, tuple):
             return (self.adapt(output[0]), *output[1:])
@@ -94,10 +103,11 @@ class Bottleneck(Patch):
         return F.linear(F.gelu(F.linear(h, down, b_down)), up, b_up)
 
     def extra_repr(self):
-        return f"{self.width} -> {self.size} -> {self.width}"
+        bottleneck = f"{self.width} -> {self.size} -> {self.width}"
+        return f"delta of {', '.join(self.delta._parameters)}" if self.norm else bottleneck
 
 
-def wrap(model, targets=None, *, name=None, size=32, width=None):
+def wrap(model, targets=None, *, name=None, size=32, width=None, norms=False):
     """Put an adapter after each sublayer of `targets`; in place, returns the model.
 
     targets: by default the attention and the MLP of each block (see `registry.roles`);
@@ -105,13 +115,19 @@ def wrap(model, targets=None, *, name=None, size=32, width=None):
     in the block. name: by default "adapters". size: the units of the bottleneck, m.
     width: the width of the sublayer's output, d. By default it is that of its last leaf;
     of a mixture of experts without `targets`, that of the block's norms. Give it where
-    that is wrong. Only the adapters learn afterwards.
+    that is wrong. norms: whether the norms of the model are trained too, as in the paper.
+    Only what it adds learns afterwards. ValueError for norms=True in a model whose norms
+    have no parameters, and where a target is a norm.
     """
     default = sublayers if targets is None else lambda model: None
     if targets is None and width is None:
         width = roles.width_of_experts(model)
-    return attach(Bottleneck, model, targets, default=default, what="sublayer", name=name,
-                  size=size, width=width)
+    sites = select(model, targets, Bottleneck.accepts, default(model), "sublayer")
+    names, own = {site.name for site in sites}, set()
+    if options.flag("norms", norms):
+        own = scaled(model, names)
+    return attach(Bottleneck, model, lambda name, module: name in names | own, what="sublayer",
+                  name=name, size=size, width=width, each=lambda site: dict(norm=site.name in own))
 
 
 def sublayers(model):
@@ -125,4 +141,5 @@ def sublayers(model):
 unwrap, merge, unmerge, save, load = verbs("adapters", Bottleneck)
 method("adapters", wrap, does="puts a small network after each sublayer",
        paper="Houlsby et al. 2019, arXiv 1902.00751", rates=dict(tiny=5e-3, smollm2=2e-3),
-       small={"": dict(size=4), "mlp": dict(targets="mlp", size=2)})
+       small={"": dict(size=4), "mlp": dict(targets="mlp", size=2),
+              "norms": dict(size=4, norms=True)})

@@ -28,7 +28,7 @@ adapter its own s_i, t_i. Here each adapter has its own A, because no parameter 
 learns belongs to several sites. The price is n^3 parameters an adapter, 64 at n = 4.
 `targets="mlp"` is the paper's Compacter++, without the adapter after the attention.
 The authors' code builds W in every call; peft has no Compacter. Not included: a B_i of
-a rank above one, and trained layer norms (see `minillm.adapters`).
+a rank above one, and trained layer norms (see `freeze.norms`).
 
 >>> from torch import nn; import torch, minillm
 >>> model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(2, 8)

@@ -14,6 +14,7 @@
     lokr           LOKR             lokr_w1 or lokr_w1_a, lokr_w1_b; the same with w2
     ia3            IA3              ia3_l (out, 1), at the input (1, in)
     prompts        PROMPT_TUNING    prompt_embeddings (length, width), without a module
+    norms          LN_TUNING        ln_tuning_layers.weight, ln_tuning_layers.bias (d,)
 
 The name of a tensor is base_model.model. + its module + the above. Modules have the names of the
 Hugging Face model, also where the model is minillm's Transformer. (GPT-2 has one leaf for q, k and
@@ -35,7 +36,7 @@ import torch
 from safetensors.torch import save_file
 
 from minillm import files, prompts
-from minillm.checkpoints import peft_settings
+from minillm.checkpoints import peft_norms, peft_settings
 from minillm.checkpoints.peft_settings import (
     CONFIG, holds, module_names, placed, prompt_settings, settings, turned,
 )
@@ -56,7 +57,7 @@ SUFFIXES = {"lora": LORA, "dora": LORA | {"m": "lora_magnitude_vector"},
             "loha": {"B1": "hada_w1_a", "A1": "hada_w1_b", "B2": "hada_w2_a", "A2": "hada_w2_b"},
             "lokr": {"C": "lokr_w1", "B1": "lokr_w1_a", "A1": "lokr_w1_b",
                      "D": "lokr_w2", "B2": "lokr_w2_a", "A2": "lokr_w2_b"},
-            "ia3": {"factor": "ia3_l"}}
+            "ia3": {"factor": "ia3_l"}, "norms": peft_norms.SUFFIXES}
 
 # --- saving -----------------------------------------------------------------------------------
 
@@ -87,7 +88,8 @@ def save(model, directory, name=None, *, force=False):
         for key in found[0][1].shares:
             tensors[f"base_model.vera_{key}"] = getattr(found[0][1].common, key)
         config = settings(model, found, places)
-    saved, config["modules_to_save"] = whole_modules(model, learned_of(name, model), places)
+    learned = {} if kind == "norms" else learned_of(name, model)
+    saved, config["modules_to_save"] = whole_modules(model, learned, places)
     tensors |= saved
     directory = pathlib.Path(directory)
     own = ours(directory)
@@ -104,6 +106,7 @@ def chosen(model, name):
     """[(site, patch)] of one adapter."""
     every = [(site, patch) for site in walk(model) if site.layer
              for patch in site.layer.patches.values() if name in (None, patch.name)]
+    every += peft_norms.norms(model) if name in (None, "norms") else []
     fits = [(site, patch) for site, patch in every if patch.kind in (*SUFFIXES, "prompts")]
     names = sorted({patch.name for _, patch in fits})
     if len(names) > 1:
@@ -126,7 +129,7 @@ def tensors_of(site, patch):
         pair = {"A": torch.cat([patch.A, patch.A0]), "B": torch.cat([patch.B, -patch.B0], 1)}
     else:
         pair = {key: getattr(patch, key) for key in SUFFIXES[patch.kind] if hasattr(patch, key)}
-    suffixes = EMBEDDING if site.leaf.lookup else SUFFIXES[patch.kind]
+    suffixes = EMBEDDING if site.leaf and site.leaf.lookup else SUFFIXES[patch.kind]
     return {suffixes[key]: t for key, t in pair.items()}
 
 
@@ -168,6 +171,9 @@ def load(model, directory, name=None):
         parts, common, own = prompt(model, config, tensors, directory)
     else:
         parts, common, own = sorted_out(model, kind, config, tensors, directory)
+    if kind == "norms":
+        own |= {f"{where}.{key}": t for where, part in parts.items() for key, t in part.items()}
+        return peft_norms.put_in(model, name, own, directory)
     cls, sites = KINDS[kind], {site.name: site for site in walk(model)}
     name = check_name(name, kind, model)
     places, made = module_names(model), {}
@@ -226,7 +232,8 @@ def sorted_out(model, kind, config, tensors, directory):
             own_or_base(model, key, t, sites, own, config, path)
         elif module not in leaves:
             lookup = EMBEDDING["A"] in key or EMBEDDING["B"] in key
-            possible = [site for site in leaves.values() if bool(site.leaf.lookup) == lookup]
+            possible = [site for site in leaves.values()
+                        if lookup == bool(site.leaf and site.leaf.lookup)]
             raise ValueError(f"{path} has {kind} for {module!r}, which this model lacks; "
                              f"{hint(module, possible)}")
         else:

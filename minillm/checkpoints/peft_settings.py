@@ -8,7 +8,7 @@ import re
 import torch
 
 from minillm import files
-from minillm.checkpoints import layouts
+from minillm.checkpoints import layouts, peft_norms
 from minillm.model.transformer import Transformer
 from minillm.registry import walk
 from minillm.registry.sites import bare
@@ -30,7 +30,7 @@ KNOWN = {
     "decompose_factor", "feedforward_modules", "init_ia3_weights", "rank_dropout",
     "module_dropout", "rank_dropout_scale",
 }
-TYPES = ("LORA", "VERA", "LOHA", "LOKR", "IA3", "PROMPT_TUNING")
+TYPES = ("LORA", "VERA", "LOHA", "LOKR", "IA3", "PROMPT_TUNING", "LN_TUNING")
 TRAINING = ("rank_dropout", "module_dropout")  # what only training does
 STARTS = re.compile("pissa.*|olora|corda|eva|loftq|lora_ga", re.IGNORECASE)  # these change the base
 
@@ -79,6 +79,10 @@ def placed(site, places):
 def settings(model, found, places):
     """The adapter_config.json of patches around leaves."""
     kind, first = found[0][1].kind, found[0][1]
+    if kind == "norms":
+        peft_norms.check(found)
+        return dict(common_settings(model), peft_type="LN_TUNING",
+                    target_modules=targets(model, found, places))
     conv = {site.leaf.transposed or turned(model, site) for site, _ in found
             if not site.leaf.lookup}
     config = dict(common_settings(model), peft_type="LORA" if kind == "dora" else kind.upper(),
@@ -128,10 +132,11 @@ def prompt_settings(model, found):
 
 
 def targets(model, found, places):
-    """The endings of the modules' names where they name no other leaf; else the whole names."""
+    """The endings of the modules' names where they name no other one; else the whole names."""
     here = {places[site.name] for site, _ in found}
     endings = {name.rpartition(".")[2] for name in here}
-    leaves = {places[site.name] for site in walk(model) if site.leaf and site.name in places}
+    leaves = {places[site.name] for site in walk(model)
+              if site.name in places and (site.leaf or found and found[0][1].kind == "norms")}
     also = {name for name in leaves if name.rpartition(".")[2] in endings}
     return sorted(endings if also == here and not any(e.isdigit() for e in endings) else here)
 
@@ -146,9 +151,10 @@ def holds(directory):
         raise FileNotFoundError(f"{directory} has no {CONFIG}: it is no adapter of peft's")
     config = files.read_json(directory / CONFIG)
     check(config, directory / CONFIG)
-    if config["peft_type"] == "PROMPT_TUNING":
-        return "prompts"
-    return "dora" if config.get("use_dora") else config["peft_type"].lower()
+    theirs = config["peft_type"]
+    kinds = dict(LORA="dora" if config.get("use_dora") else "lora", LN_TUNING="norms",
+                 PROMPT_TUNING="prompts")
+    return kinds.get(theirs, theirs.lower())
 
 
 def check(config, path):

@@ -18,10 +18,10 @@ trains. The usual patterns:
 
     wrap(model, last=2)                         only the last two blocks and the final norm learn
     wrap(model, first=4)                        all learn but what lies below the fifth block
-    wrap(model, ["embed_tokens"])               all learn but the embedding
+    wrap(model, embedding=True)                 all learn but the embedding (and a head tied to it)
+    wrap(model, last=2, head=False)             the head learns too, also a tied one
     wrap(model, ".*mlp")                        all learn but the MLPs
-    wrap(model, lambda name, module: not list(module.children()) and "norm" not in name)
-                                                only the norms learn
+    norms.wrap(model)                           only the norms learn: see `norms`
 
 >>> import minillm
 >>> model = minillm.Transformer(minillm.Config(vocab_size=50, width=8, layers=4, heads=2))
@@ -30,6 +30,7 @@ trains. The usual patterns:
 ['layers.3', 'norm.weight']
 """
 
+from minillm import options
 from minillm.registry import method, parameters, roles, select, walk
 from minillm.registry.claiming import VERBS, Claim, say_of
 from minillm.registry.learning import slots, stopped_by
@@ -40,38 +41,60 @@ class Freeze(Claim):
     """Forbids parameters to learn."""
 
 
-def wrap(model, targets=None, *, last=None, first=None):
+def wrap(model, targets=None, *, last=None, first=None, embedding=None, head=None):
     """Freeze the modules that `targets` names; in place, returns the model.
 
     targets: any modules, with the modules inside them; see `registry.select`. last: the
     last so many blocks learn, with the modules after the blocks (the final norm, an
     untied head), and all else is frozen. first: the first so many blocks are frozen,
-    with all that lies below them. Give one of the three; by default last=2. ValueError
-    where nothing would be left to learn, where a parameter is frozen already, and
-    without targets where a block occurs twice.
+    with all that lies below them. Give one of the three at most. embedding, head: True
+    freezes this one too, False lets it learn all the same (see `registry.roles`; learned
+    positions are not in the embedding). By default last=2. ValueError where nothing would
+    be frozen or nothing left to learn, where a parameter is frozen already, and without
+    targets where a block occurs twice.
     """
-    if targets is None and last is None and first is None:
-        last = 2
-    given = [f"{name}={value!r}" for name, value in
-             (("targets", targets), ("last", last), ("first", first)) if value is not None]
+    most = dict(targets=targets, last=last, first=first)
+    given = {key: value for key, value in most.items() if value is not None}
     if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)}: each says what is frozen, so give one of them")
-    if targets is None:
-        names = within(model, lowest(model, last, first)) | own(model)
-    else:
+        said = " and ".join(f"{key}={value!r}" for key, value in given.items())
+        raise ValueError(f"{said}: each says what is frozen, so give one of them")
+    by_role = dict(embedding=embedding, head=head)
+    by_role = {key: options.flag(key, value) for key, value in by_role.items() if value is not None}
+    if not given and not by_role:
+        given = dict(last=2)
+    if targets is not None:
         names = within(model, select(model, targets, lambda site: True, None, "module"))
+    else:
+        names = within(model, lowest(model, **given)) | own(model) if given else set()
+    said = ", ".join(f"{key}={value!r}" for key, value in (given | by_role).items())
+    for role, frozen in by_role.items():
+        part = of_role(model, role)
+        if frozen != by_role.get("embedding", frozen) and part & of_role(model, "embedding"):
+            raise ValueError(f"{said}: the two share a matrix, so both learn or neither does")
+        names = names | part if frozen else names - part
     already = sorted(stopped_by(model, "freeze") & names)
     if already:
         raise ValueError(f"{already[0]!r} is frozen already: minillm.freeze.unwrap(model) lets all "
                          "parameters learn again")
     shared = {id(p) for name, *_, p in parameters(model) if name in names}
-    if all(id(p) in shared for *_, p in parameters(model)):
-        raise ValueError(f"{given[0]} freezes every parameter: nothing would be left to "
-                         "learn")
+    if not names or all(id(p) in shared for *_, p in parameters(model)):
+        which, left = ("every", "learn") if names else ("no", "freeze")
+        raise ValueError(f"{said} freezes {which} parameter: nothing would be left to {left}")
     return say_of(model, Freeze, lambda name: name in names)
 
 
-def lowest(model, last, first=None):
+def of_role(model, role):
+    """The names of the parameters of the embedding or the head, all names of a tied one."""
+    site = getattr(roles.parts(model), role)
+    if site is None:
+        raise ValueError(f"this {type(model).__name__} has no part that is known as its {role}: "
+                         "name it in targets=")
+    inside = within(model, [site])
+    tied = {id(p) for name, *_, p in parameters(model) if name in inside}
+    return inside | {name for name, *_, p in parameters(model) if id(p) in tied}
+
+
+def lowest(model, last=None, first=None):
     """The Sites below the lowest block that learns, without the modules that hold blocks."""
     option, number = ("last", last) if first is None else ("first", first)
     sites, blocks = walk(model), roles.blocks(model)

@@ -13,11 +13,16 @@ the lowest block.
     train(model, examples, ..., on_step=Unfreezing(until=0.5))
 
 The parameters of a technique in a block, such as LoRA, wait with the block. A head that
-shares its matrix with the embedding waits with the embedding. The gradient of a block
-that waits is dropped, so AdamW neither moves nor decays it, and its moments start when
-it joins. Cost: that of full fine-tuning; to save compute, use `freeze.wrap`. The
-schedule depends only on the step, so a training that was interrupted continues bit for
-bit.
+shares its matrix with the embedding waits with the embedding. A parameter that waits has
+no gradient, so AdamW neither moves nor decays it, and its moments start when it joins.
+The schedule depends only on the step, so a training that was interrupted continues bit
+for bit.
+
+Cost: a step costs what it trains, as with `freeze.wrap(model, last=k)`: the backward pass
+stops at the lowest block that learns, and the blocks beneath keep no activations. On
+average over a training with until=0.5 that is three quarters of the blocks. In several
+processes (torchrun) the gradients of all are computed, and those that wait are dropped,
+because DDP waits for each of them.
 
 >>> import minillm
 >>> model = minillm.Transformer(minillm.Config(vocab_size=50, width=8, layers=4, heads=2))
@@ -30,6 +35,7 @@ bit.
 30 []
 """
 
+import contextlib
 import dataclasses
 import math
 
@@ -57,11 +63,34 @@ class Unfreezing:
         joined = min(n, 1 + int(step * n / (self.until * steps)))
         return [] if joined == n else lowest(model, joined)
 
-    def __call__(self, model, step, steps):
+    def held(self, model, step, steps):
+        """The parameters that do not learn yet, those of techniques among them."""
         sites = self.waiting(model, step, steps)
         names = within(model, sites) | own(model) if sites else ()
         every = [p for name, _, _, p in parameters(model) if name in names]
         for site in sites:
             every += site.layer.patches.parameters() if site.layer else ()
-        for p in every:
+        return every
+
+    @contextlib.contextmanager
+    def around(self, model, step, steps):
+        """The forward and the backward pass of a step, in which what waits has no gradient.
+
+        If nothing would be left to learn in this step (LoRA in the lowest block alone), the
+        gradients are computed, and `__call__` drops them.
+        """
+        stopped = [p for p in self.held(model, step, steps) if p.requires_grad]
+        ids = {id(p) for p in stopped}
+        if all(id(p) in ids for p in model.parameters() if p.requires_grad):
+            stopped = []
+        try:
+            for p in stopped:
+                p.requires_grad_(False)
+            yield
+        finally:
+            for p in stopped:
+                p.requires_grad_(True)
+
+    def __call__(self, model, step, steps):
+        for p in self.held(model, step, steps):
             p.grad = None

@@ -33,6 +33,7 @@ class Report:
     gradients: int
     optimizer: int
     activations: int
+    spared: int  # gradients and optimizer of what is frozen
     seconds_per_token: float
     batch: int
     length: int
@@ -44,6 +45,7 @@ class Report:
             f"training: {name}": getattr(self, name)
             for name in ("weights", "gradients", "optimizer", "activations")
         }
+        mib |= {"training: saved by what is frozen": self.spared} if self.spared else {}
         rows = [
             dict(what="parameters", figure=f"{self.parameters:,}"),
             dict(what="trainable", figure=f"{self.trainable:,}"),
@@ -91,8 +93,8 @@ def report(model, batch=1, length=128, repeats=5, vocabulary=None):
             f"batch={batch}, length={length}: a report needs at least one row of two tokens"
         )
     learning = [p for p in model.parameters() if p.requires_grad]
-    half = 4 * sum(p.numel() for p in learning if p.element_size() < 4)  # float32 copies
-    gradients = half + sum(p.numel() * p.element_size() for p in learning if p.element_size() >= 4)
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+    gradients, optimizer = state_of(learning)
     vocabulary = vocabulary or size_of_vocabulary(model)
     device = next(model.parameters()).device
     config = getattr(model, "config", None)
@@ -107,12 +109,25 @@ def report(model, batch=1, length=128, repeats=5, vocabulary=None):
         bytes_by_format=bytes_by_format(model),
         weights=total_bytes(model),
         gradients=gradients,
-        optimizer=2 * gradients + half,
+        optimizer=optimizer,
         activations=saved_bytes(model, ids) if learning else 0,
+        spared=sum(state_of(frozen)),
         seconds_per_token=seconds(model, ids, repeats) / ids.numel(),
         batch=batch,
         length=length,
     )
+
+
+def state_of(parameters):
+    """(bytes of the gradients, bytes of AdamW's states) while these parameters learn.
+
+    What is less than float32 has a float32 copy, which counts as state (see `train.masters`).
+    """
+    half = 4 * sum(p.numel() for p in parameters if p.element_size() < 4)
+    gradients = half + sum(
+        p.numel() * p.element_size() for p in parameters if p.element_size() >= 4
+    )
+    return gradients, 2 * gradients + half
 
 
 def size_of_vocabulary(model):

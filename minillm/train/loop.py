@@ -112,11 +112,12 @@ def update(run):
     micro = [run.on_device(batch) for batch in itertools.islice(run.batches, parts)]
     count = sum(learnt(labels) for _, labels, _ in micro)
     total = 0.0
-    for batch in micro:
-        part = openings.checked(run.loss(*distributed.rows(batch)))
-        (part * (distributed.place()[1] / count)).backward()
-        masters.collect(run.masters)
-        total += part.item()
+    with openings.around(o.on_step, run.model, step, o.steps):
+        for batch in micro:
+            part = openings.checked(run.loss(*distributed.rows(batch)))
+            (part * (distributed.place()[1] / count)).backward()
+            masters.collect(run.masters)
+            total += part.item()
     total = distributed.total(total, run.device)
 
     if o.on_step is not None:

@@ -17,6 +17,10 @@ An `on_step` may have a method `settled(steps)`, which gives the step after whic
 one that the user wants. The evaluations before it count neither as the best nor for `patience`.
 Otherwise the best model of a gradual pruning would be the one that is not pruned yet.
 
+It may have a method `around(model, step, steps)`, a context in which the forward and the backward
+pass of the step run: gradual unfreezing lets the parameters that wait have no gradient there. It
+is not used in several processes, because DDP waits for the gradient of every parameter.
+
 It may have a method `check(model)` too, and a `loss` a method `check(examples)`. `train` calls them
 before the first step; a ValueError says what they cannot take.
 
@@ -26,12 +30,14 @@ patches' buffers and options, and a resumed training needs the same functions: a
 compared by its fields, a `functools.partial` by its arguments, a function by its name.
 """
 
+import contextlib
 import dataclasses
 import functools
 
 import torch
 from torch import nn
 
+from minillm import distributed
 from minillm.registry import fingerprint
 from minillm.train import identity
 
@@ -57,6 +63,13 @@ def checked(part):
         raise ValueError("loss= gives a number without a gradient: it depends on no parameter that "
                          "learns")
     return part
+
+
+def around(on_step, model, step, steps):
+    """The context of the forward and the backward pass of a step."""
+    if hasattr(on_step, "around") and distributed.place()[1] == 1:
+        return on_step.around(model, step, steps)
+    return contextlib.nullcontext()
 
 
 def settled(on_step, steps):
