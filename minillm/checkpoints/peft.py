@@ -34,11 +34,12 @@ import re
 import torch
 from safetensors.torch import save_file
 
-from minillm import files, prompts
+from minillm import files
 from minillm.checkpoints import peft_settings
 from minillm.checkpoints.peft_settings import (
     module_names, placed, prompt_settings, settings, turned,
 )
+from minillm.prompts import placeholders
 from minillm.registry import KINDS, attached, hint, walk
 from minillm.registry.attach import check_free, surround
 from minillm.registry.learned import check_learned, let_learn, put_back
@@ -204,7 +205,7 @@ def prompt(model, config, tensors, directory):
     if config.get("num_transformer_submodules", 1) not in (1, None):
         raise ValueError(f"{directory / CONFIG}: a prompt for an encoder and a decoder has no "
                          "place in this model")
-    default = prompts.first_embedding(model)
+    default = placeholders.first_embedding(model)
     (site,) = [site for site in walk(model) if default(site)]
     return "prompts", {site.name: {"P": P}}, {}, {}
 
