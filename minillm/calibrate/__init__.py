@@ -140,8 +140,7 @@ def stream(model, examples, change, targets=None, *, statistic=Gram, batch_size=
 
             def through(batch):
                 args, kwargs = batch.beside[0]
-                with taking(batch.parts):
-                    # a clone, because the block may add in place
+                with taking(batch.parts):  # a clone, because the block may add in place
                     return state(standing(block)(batch.x.clone(), *args, **kwargs))
 
             settle(through, chosen)

@@ -30,6 +30,15 @@ def split(patch, below, ids):
     return torch.where(ours, which, -1), torch.where(ours, 0, ids)
 
 
+def column(which, length):
+    """In each row (b,), the column of placeholder 0 of which (b, t); -length if there is none.
+
+    It is negative where this call begins within the placeholders (a prompt taken in pieces).
+    """
+    first = torch.arange(which.shape[-1], device=which.device) - which
+    return torch.where(which >= 0, first, -length).amax(-1)
+
+
 def before(patch, ids, labels, mask):
     """(ids, labels, mask), each (b, p + t) or None, with the patch's p placeholders in front."""
     p = patch.length

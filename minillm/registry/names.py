@@ -84,8 +84,9 @@ def adapters(model, names):
 
     One of these patches may have none itself (the one at the embedding, of a prefix).
     """
-    known = sorted({patch.name for patch in patches(model) if any(True for _ in patch.parameters())})
-    found = [patch for patch in patches(model) if patch.name in known]
+    every = patches(model)
+    known = sorted({patch.name for patch in every if any(True for _ in patch.parameters())})
+    found = [patch for patch in every if patch.name in known]
     for name in names:
         if name not in known:
             close = difflib.get_close_matches(str(name), known) or known
