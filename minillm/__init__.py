@@ -73,7 +73,10 @@ from minillm import freeze
 import minillm.freeze.bitfit
 import minillm.freeze.gradual
 import minillm.freeze.norms
-from minillm import prompts, lora
+from minillm import prompts
+import minillm.prompts.ptuning
+import minillm.prompts.prefix
+from minillm import lora
 import minillm.lora.combine
 import minillm.lora.dora
 import minillm.lora.pissa

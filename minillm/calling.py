@@ -3,12 +3,14 @@
 import inspect
 
 import torch
+from torch import nn
 
 from minillm.model.transformer import Transformer
 from minillm.registry import walk
 from minillm.registry.names import by_rows
 
 POSITIONS = ("position_embeddings", "embed_positions")  # tables of positions with a padding_idx
+LEARNED = ("wpe", *POSITIONS)  # all of transformers' tables of positions
 
 
 def native(model):
@@ -78,6 +80,21 @@ def positions(model, ids, mask):
         return (mask.long().cumsum(1) - 1).clamp(min=0)
     counted = (mask & (ids != pad)).long()
     return counted.cumsum(1) * counted + pad
+
+
+def limit(model):
+    """How many positions the model has; None if they are unlimited or unknown.
+
+    A table with a padding_idx (RoBERTa's) has the first position in the row after it.
+    """
+    config = getattr(model, "config", None)
+    own = getattr(config, "positions", None)  # of minillm's Transformer
+    tables = [site for site in walk(model) if site.name.rpartition(".")[2] in LEARNED
+              and (isinstance(site.module, nn.Embedding) or site.leaf and site.leaf.lookup)]
+    rows = getattr(config, "max_position_embeddings", None)
+    if own or not tables or rows is None:  # transformers' rotary positions are unlimited
+        return own
+    return rows - min(1 + site.padding if site.padding is not None else 0 for site in tables)
 
 
 def logits_at(model, ids, mask, keep):

@@ -9,10 +9,9 @@ from torch import nn
 
 import minillm
 from minillm import measure
-from minillm.calling import logits, native
+from minillm.calling import limit, logits, native
 from minillm.train import loss_sum
 from minillm.train.loop import check_compiled
-from minillm.train.room import positions
 
 ROWS = [[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5], [8, 9, 7, 9, 3]]
 
@@ -164,7 +163,7 @@ def made(name):
 @torch.no_grad()
 def test_the_longest_text_fits_and_one_more_token_does_not(name):
     model = made(name)
-    room = positions(model)
+    room = limit(model)
     assert (room is None) == (name == "XGLMForCausalLM")  # its positions are computed
     if room:
         assert model(torch.full((1, room), 5)).logits.shape[1] == room

@@ -14,7 +14,7 @@ import torch
 from models import build
 
 import minillm
-from minillm.checkpoints.peft import SUFFIXES
+from minillm.checkpoints.peft import HELD
 from minillm.registry import KINDS, METHODS, CannotMerge, Patch
 
 ROOT = pathlib.Path(minillm.__file__).parent
@@ -41,7 +41,7 @@ def of_readme():
             fields = ("" if i else heading, f"[`{method.path}`]({where})", method.does,
                       method.paper, len(file.read_text(encoding="utf-8").splitlines()),
                       learns(method) if method.rates else "", "yes" if folds(method) else "",
-                      "yes" if method.kind in (*SUFFIXES, "prompts") else "")
+                      "yes" if method.kind in HELD else "")
             lines.append(f"| {' | '.join(map(str, fields))} |")
     return "\n".join(lines) + "\n"
 

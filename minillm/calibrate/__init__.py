@@ -51,6 +51,7 @@ from minillm.calling import arguments, logits, native
 from minillm.data import Example, check_examples, collate
 from minillm.model.generate import evaluating
 from minillm.registry import hidden_linears, prepare, roles, select, walk
+from minillm.registry.names import taking
 from minillm.registry.sites import check_whole
 
 
@@ -84,6 +85,7 @@ class Batch:
     mask: torch.Tensor | None  # (b, t), 0 at padding; None where there is none
     x: torch.Tensor | None = None  # (b, t, width), before the next block
     beside: list = dataclasses.field(default_factory=list)  # [(args, kwargs)] of the blocks to come
+    parts: list = dataclasses.field(default_factory=list)  # how the patches take part in its call
 
 
 def stream(model, examples, change, targets=None, *, statistic=Gram, batch_size=8, progress=True):
@@ -138,8 +140,8 @@ def stream(model, examples, change, targets=None, *, statistic=Gram, batch_size=
 
             def through(batch):
                 args, kwargs = batch.beside[0]
-                # a clone, because the block may add in place
-                return state(standing(block)(batch.x.clone(), *args, **kwargs))
+                with taking(batch.parts):  # a clone, because the block may add in place
+                    return state(standing(block)(batch.x.clone(), *args, **kwargs))
 
             settle(through, chosen)
             for batch in batches:

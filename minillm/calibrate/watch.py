@@ -11,6 +11,9 @@ import dataclasses
 
 import torch
 
+from minillm.registry.learning import patches
+from minillm.registry.names import part
+
 
 class Stop(Exception):
     """Raised by a hook that has its input, to skip the rest of the forward pass."""
@@ -117,6 +120,7 @@ def enter(run, blocks, batches, sites):
     for batch in batches if blocks else ():
         with watching(*notes, *doors(blocks, batch)), contextlib.suppress(Stop):
             run(batch)
+        batch.parts = [part(patch) for block in blocks for patch in patches(standing(block))]
         if len(batch.beside) != len(blocks):
             raise ValueError(f"the model calls {len(batch.beside)} of its {len(blocks)} blocks")
     missed = [site.name for site in sites if site.name not in reached]

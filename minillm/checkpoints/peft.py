@@ -13,7 +13,7 @@
     loha           LOHA             hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b: B1, A1, B2, A2
     lokr           LOKR             lokr_w1 or lokr_w1_a, lokr_w1_b; the same with w2
     ia3            IA3              ia3_l (out, 1), at the input (1, in)
-    prompts        PROMPT_TUNING    prompt_embeddings (length, width), without a module
+    prompts, ptuning, prefix        prompt_embeddings, without a module: see `peft_prompts`
     norms          LN_TUNING        ln_tuning_layers.weight, ln_tuning_layers.bias (d,)
 
 The name of a tensor is base_model.model. + its module + the above. Modules have the names of the
@@ -35,10 +35,10 @@ import re
 import torch
 from safetensors.torch import save_file
 
-from minillm import files, prompts
-from minillm.checkpoints import peft_norms, peft_settings
+from minillm import files
+from minillm.checkpoints import peft_norms, peft_prompts, peft_settings
 from minillm.checkpoints.peft_settings import (
-    CONFIG, holds, module_names, placed, prompt_settings, settings, turned,
+    CONFIG, holds, module_names, placed, settings, turned,
 )
 from minillm.registry import KINDS, attached, hint, walk
 from minillm.registry.attach import check_free, surround
@@ -58,6 +58,7 @@ SUFFIXES = {"lora": LORA, "dora": LORA | {"m": "lora_magnitude_vector"},
             "lokr": {"C": "lokr_w1", "B1": "lokr_w1_a", "A1": "lokr_w1_b",
                      "D": "lokr_w2", "B2": "lokr_w2_a", "A2": "lokr_w2_b"},
             "ia3": {"factor": "ia3_l"}, "norms": peft_norms.SUFFIXES}
+HELD = (*SUFFIXES, *peft_prompts.TYPES)  # the kinds that peft has a file for
 
 # --- saving -----------------------------------------------------------------------------------
 
@@ -78,9 +79,8 @@ def save(model, directory, name=None, *, force=False):
                          f"{beneath[0]} into the model and save that, or train {name} without it")
     places = module_names(model)
     tensors = {}
-    if kind == "prompts":
-        tensors["prompt_embeddings"] = found[0][1].P
-        config = prompt_settings(model, found)
+    if kind in peft_prompts.TYPES:
+        tensors["prompt_embeddings"], config = peft_prompts.written(model, found)
     else:
         for site, patch in found:
             for key, t in tensors_of(site, patch).items():
@@ -107,13 +107,13 @@ def chosen(model, name):
     every = [(site, patch) for site in walk(model) if site.layer
              for patch in site.layer.patches.values() if name in (None, patch.name)]
     every += peft_norms.norms(model) if name in (None, "norms") else []
-    fits = [(site, patch) for site, patch in every if patch.kind in (*SUFFIXES, "prompts")]
+    fits = [(site, patch) for site, patch in every if patch.kind in HELD]
     names = sorted({patch.name for _, patch in fits})
     if len(names) > 1:
         raise ValueError(f"the model has the adapters {', '.join(names)}, and a directory holds "
                          f"one: save(model, directory, name={names[0]!r})")
     if not fits:
-        known = ", ".join((*SUFFIXES, "prompts"))
+        known = ", ".join(HELD)
         raise ValueError(f"there is no adapter{f' called {name!r}' * (name is not None)} here that "
                          f"peft has a file for ({known}); attached: {attached(model)}")
     return fits
@@ -166,9 +166,9 @@ def load(model, directory, name=None):
     check_whole(model, "load")
     directory = pathlib.Path(directory)
     config, tensors = opened(directory)
-    kind = holds(directory)
-    if kind == "prompts":
-        parts, common, own = prompt(model, config, tensors, directory)
+    kind, known, common, own = holds(directory), {}, {}, {}
+    if kind in peft_prompts.TYPES:
+        parts, known = peft_prompts.opened(model, config, tensors, directory / TENSORS)
     else:
         parts, common, own = sorted_out(model, kind, config, tensors, directory)
     if kind == "norms":
@@ -179,7 +179,7 @@ def load(model, directory, name=None):
     places, made = module_names(model), {}
     for where, part in parts.items():
         check_free(sites[where], name, kind)
-        chosen = options(kind, config, places.get(where), part)
+        chosen = known.get(where) or options(kind, config, places.get(where))
         made[where] = remake(cls, sites[where], chosen, part, f"{directory}, {where!r}")
     share(cls, made, sites, common, directory)
     check_learned(model, own, {}, {}, directory)
@@ -196,20 +196,6 @@ def opened(directory):
                          "run any code and is not opened: save it as safetensors with peft")
     config = files.read_json(directory / CONFIG)
     return config, read(directory / TENSORS)[0]
-
-
-def prompt(model, config, tensors, directory):
-    """What `load` needs of a soft prompt."""
-    P = tensors.pop("prompt_embeddings", None)
-    if P is None or P.dim() != 2 or tensors:
-        raise ValueError(f"{directory / TENSORS} should hold prompt_embeddings (length, width) "
-                         f"and nothing else; it holds {sorted(tensors)[:1] or 'another shape'}")
-    if config.get("num_transformer_submodules", 1) not in (1, None):
-        raise ValueError(f"{directory / CONFIG}: a prompt for an encoder and a decoder has no "
-                         "place in this model")
-    default = prompts.first_embedding(model)
-    (site,) = [site for site in walk(model) if default(site)]
-    return {site.name: {"P": P}}, {}, {}
 
 
 def sorted_out(model, kind, config, tensors, directory):
@@ -276,10 +262,8 @@ def own_or_base(model, key, t, sites, own, config, path):
     own[f"{sites[module].name}.{last}"] = t
 
 
-def options(kind, config, module, part):
+def options(kind, config, module):
     """Our options of one patch."""
-    if kind == "prompts":
-        return dict(length=len(part["P"]))
     if kind == "vera":
         return dict(r=config.get("r", 256), dropout=config.get("vera_dropout", 0.0))
     if kind == "ia3":

@@ -28,9 +28,11 @@ KNOWN = {
     "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
     "ensure_weight_tying", "bias", "init_lora_weights", "alpha", "decompose_both",
     "decompose_factor", "feedforward_modules", "init_ia3_weights", "rank_dropout",
-    "module_dropout", "rank_dropout_scale",
+    "module_dropout", "rank_dropout_scale", "prefix_projection", "encoder_hidden_size",
+    "encoder_reparameterization_type", "encoder_num_layers", "encoder_dropout",
 }
-TYPES = ("LORA", "VERA", "LOHA", "LOKR", "IA3", "PROMPT_TUNING", "LN_TUNING")
+TYPES = ("LORA", "VERA", "LOHA", "LOKR", "IA3", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING",
+         "LN_TUNING")
 TRAINING = ("rank_dropout", "module_dropout")  # what only training does
 STARTS = re.compile("pissa.*|olora|corda|eva|loftq|lora_ga", re.IGNORECASE)  # these change the base
 
@@ -122,15 +124,6 @@ def common_settings(model):
     return dict(base_model_name_or_path=base, inference_mode=True, task_type="CAUSAL_LM")
 
 
-def prompt_settings(model, found):
-    (_, patch), = found
-    blocks = getattr(bare(model).config, "layers", None) or bare(model).config.num_hidden_layers
-    heads = getattr(bare(model).config, "heads", None) or bare(model).config.num_attention_heads
-    return dict(common_settings(model), peft_type="PROMPT_TUNING", num_virtual_tokens=patch.length,
-                token_dim=patch.P.shape[1], num_transformer_submodules=1, num_layers=blocks,
-                num_attention_heads=heads, prompt_tuning_init="RANDOM")
-
-
 def targets(model, found, places):
     """The endings of the modules' names where they name no other one; else the whole names."""
     here = {places[site.name] for site, _ in found}
@@ -153,7 +146,7 @@ def holds(directory):
     check(config, directory / CONFIG)
     theirs = config["peft_type"]
     kinds = dict(LORA="dora" if config.get("use_dora") else "lora", LN_TUNING="norms",
-                 PROMPT_TUNING="prompts")
+                 PROMPT_TUNING="prompts", P_TUNING="prompts", PREFIX_TUNING="prefix")
     return kinds.get(theirs, theirs.lower())
 
 

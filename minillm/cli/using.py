@@ -6,6 +6,7 @@ import sys
 import torch
 
 from minillm import checkpoints, compare, data, measure, registry, train, zoo
+from minillm.calling import limit
 from minillm.measure import report
 from minillm.cli.adapters import held, load, place
 from minillm.cli.paths import check_paths
@@ -13,7 +14,6 @@ from minillm.cli.words import said
 from minillm.model.generate import check_options
 from minillm.measure.show import show
 from minillm.registry import sites
-from minillm.train.room import positions
 
 
 def needs_tokenizer(tokenizer, args):
@@ -25,7 +25,7 @@ def needs_tokenizer(tokenizer, args):
 
 def read_records(path, tokenizer, model, args):
     """The Reading of a file. An error suggests a larger --length only if the model has room."""
-    most = positions(model)
+    most = limit(model)
     try:
         return data.read(path, tokenizer, length=args.length, skip_bad=args.skip_bad)
     except ValueError as error:

@@ -59,6 +59,8 @@ def surround(model, name, pairs, over):
     before = frozenset(names_of(model))
     for _, patch in pairs:
         patch.name = name
+    for cls in {type(patch) for _, patch in pairs}:
+        cls.join([patch for _, patch in pairs])
     tied, biases = ties(model), shared_biases(model)
     bases = [(site, remainder(site, patch, tied, biases)) for site, patch in pairs if patch.start]
     for site, base in bases:

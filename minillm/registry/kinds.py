@@ -59,6 +59,20 @@ class Common(nn.Module):
             self.register_buffer(name, t)
 
 
+class Facts:
+    """What one patch of a `wrap` finds out in a call of the model, for the others of that `wrap`.
+
+    The patch at the embedding sees the ids of each call before any other leaf computes. It sets
+    `now`, and the patches of the other leaves read it. All of them hold this same object (see
+    `Patch.join`). A copy or a pickle keeps no call.
+    """
+
+    now = None  # None: no call has been yet
+
+    def __getstate__(self):
+        return {}
+
+
 class Patch(Kind):
     """A computation around a leaf or a sublayer. A subclass gives `fold`, or `forward`, or both."""
 
@@ -71,6 +85,7 @@ class Patch(Kind):
     fixed = False  # whether its training is over; then it claims no parameters
     start = False  # whether it takes a part out of the base when it comes: see `part`
     shares = ()  # the names of the tensors that all patches of one `wrap` share: see Common
+    facts = None  # what its patches read of the present call, if they read anything: see Facts
     random = False  # whether `forward` draws at random now, which `fold` cannot do
 
     before = frozenset()  # the names that the model had before it
@@ -90,6 +105,10 @@ class Patch(Kind):
         """(W, b) -> (W', b'): a leaf with W' (out, in) and b' computes what `forward` does."""
         raise CannotMerge(f"{self.name} cannot be merged: what it computes is no "
                           "change of a weight")
+
+    @classmethod
+    def join(cls, patches):
+        """Called with all patches of one `wrap` or one file, before they take their places."""
 
     def share(self, common):
         """Use this Common; ValueError if it does not fit. A kind with `shares` has one."""

@@ -80,9 +80,13 @@ def by_rows(module):
 
 
 def adapters(model, names):
-    """The patches with parameters of their own; ValueError for a name that none of them has."""
-    found = [patch for patch in patches(model) if any(True for _ in patch.parameters())]
-    known = sorted({patch.name for patch in found})
+    """The patches of each name that has parameters; ValueError for a name that none of them has.
+
+    One of these patches may have none itself (the one at the embedding, of a prefix).
+    """
+    every = patches(model)
+    known = sorted({patch.name for patch in every if any(True for _ in patch.parameters())})
+    found = [patch for patch in every if patch.name in known]
     for name in names:
         if name not in known:
             close = difflib.get_close_matches(str(name), known) or known
@@ -106,10 +110,11 @@ def rows(model, names):
     asked = [[one] if isinstance(one, str) else list(one or ()) for one in names]
     found = adapters(model, [name for one in asked for name in one])
     before = [(patch, patch.rows, patch.active, patch.outside) for patch in found]
+    devices = {patch.name: p.device for patch in found for p in patch.parameters()}
     follow(model)
     try:
         for patch in found:
-            device = next(patch.parameters()).device
+            device = devices[patch.name]
             patch.outside = patch.active if patch.rows is None else patch.outside
             patch.rows = torch.tensor([patch.name in one for one in asked], device=device)
             patch.active = bool(patch.rows.any())
@@ -122,23 +127,35 @@ def rows(model, names):
 
 @contextlib.contextmanager
 def taking(parts):
-    """A context in which the patches take part as in parts: [(patch, active, rows)]."""
-    before = [(patch, patch.active, patch.rows) for patch, *_ in parts]
+    """A context in which the patches take part as in parts, which `part` has made."""
+    before = [part(patch) for patch, *_ in parts]
     try:
-        for patch, *now in parts:
-            patch.active, patch.rows = now
+        for one in parts:
+            take(*one)
         yield
     finally:
-        for patch, *was in before:
-            patch.active, patch.rows = was
+        for one in before:
+            take(*one)
+
+
+def part(patch):
+    """(patch, active, rows, what it knows of the present call): how it takes part now."""
+    return patch, patch.active, patch.rows, patch.facts and patch.facts.now
+
+
+def take(patch, active, rows, known):
+    patch.active, patch.rows = active, rows
+    if patch.facts:
+        patch.facts.now = known
 
 
 def again(module):
-    """The context in which a backward pass calls the module again: its patches take part as now.
+    """The context in which the module is called again: its patches take part as now.
 
-    `minillm.use` may come between the forward and the backward pass.
+    A backward pass that recomputes calls it, and calibration, block by block. `minillm.use`, or
+    the call of another batch, may come in between.
     """
-    return taking([(patch, patch.active, patch.rows) for patch in patches(module)])
+    return taking([part(patch) for patch in patches(module)])
 
 
 def use(model, *names):

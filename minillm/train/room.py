@@ -5,12 +5,10 @@ positions too. An id is unknown if the embedding has no row for it.
 """
 
 import torch
-from torch import nn
 
+from minillm.calling import limit
 from minillm.data import NOT_LEARNT
-from minillm.registry import prepare, walk
-
-LEARNED = ("wpe", "embed_positions", "position_embeddings")  # transformers' tables of positions
+from minillm.registry import prepare
 
 
 def check_room(model, examples, what="example"):
@@ -22,7 +20,7 @@ def check_room(model, examples, what="example"):
     vocabulary, every example passes.
     """
     config = getattr(model, "config", None)
-    most, vocabulary = positions(model), getattr(config, "vocab_size", None)
+    most, vocabulary = limit(model), getattr(config, "vocab_size", None)
     before = prepare(model, torch.zeros(1, 1, dtype=torch.long))[0].shape[1] - 1  # soft prompts
     packed = next((e.documents for e in examples if e.documents and max(e.documents) > 1), None)
     if packed:  # an error if a technique takes no packed rows
@@ -39,21 +37,6 @@ def check_room(model, examples, what="example"):
         if odd:
             raise ValueError(f"{what} {i} has the id {odd[0]}, and the model's vocabulary has the "
                              f"ids 0 to {vocabulary - 1}: was another tokenizer used?")
-
-
-def positions(model):
-    """How many positions the model has; None if they are unlimited or unknown.
-
-    A table with a padding_idx (RoBERTa's) has the first position in the row after it.
-    """
-    config = getattr(model, "config", None)
-    own = getattr(config, "positions", None)  # of minillm's Transformer
-    tables = [site for site in walk(model) if site.name.rpartition(".")[2] in LEARNED
-              and (isinstance(site.module, nn.Embedding) or site.leaf and site.leaf.lookup)]
-    rows = getattr(config, "max_position_embeddings", None)
-    if own or not tables or rows is None:  # transformers' rotary positions are unlimited
-        return own
-    return rows - min(1 + site.padding if site.padding is not None else 0 for site in tables)
 
 
 def longest(example):
