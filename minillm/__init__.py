@@ -10,6 +10,10 @@ Fine-tuning, wrapped in place with `minillm.NAME.wrap(model)`:
                        Zhao et al. 2023, arXiv 2312.11420
     prompts            learns vectors that come before the text
                        Lester et al. 2021, arXiv 2104.08691
+    prompts.ptuning    a small network computes the vectors before the text
+                       Liu et al. 2021, arXiv 2103.10385
+    prompts.prefix     learns keys and values that come before the text, in each layer
+                       Li & Liang 2021, arXiv 2101.00190
     lora               learns a low-rank change of each weight
                        Hu et al. 2021, arXiv 2106.09685
     lora.dora          LoRA for each weight's direction, and its length apart

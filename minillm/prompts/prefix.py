@@ -145,6 +145,6 @@ def wrap(model, targets=None, *, name=None, length=20, hidden=None, start="vocab
 
 register("prefix", Prefix, family="prompts")
 method("prefix", wrap, does="learns keys and values that come before the text, in each layer",
-       paper="Li & Liang 2021, arXiv 2101.00190", rates=dict(tiny=3e-2, smollm2=1e-2),
+       paper="Li & Liang 2021, arXiv 2101.00190", rates=dict(tiny=1e-1, smollm2=1e-2),
        small={"": dict(length=3, targets=r".*(k_proj|v_proj|c_attn|mlp\.2)"),
               "network": dict(length=2, hidden=5, targets=r".*(k_proj|v_proj|c_attn|mlp\.2)")})

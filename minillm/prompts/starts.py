@@ -39,7 +39,8 @@ def vectors(start, length, embed, vocabulary):
     if len(start) > length:
         raise ValueError(f"start has {len(start)} labels, and length={length}: give each label a "
                          "vector of its own")
-    means = [embed(ids_of(label, len(label), vocabulary)).mean(0) for label in start]
+    every = [ids_of(label, None, vocabulary, "a list of ids (a label)") for label in start]
+    means = [embed(label).mean(0) for label in every]
     rest = embed(torch.randint(vocabulary, (length - len(start),)))
     return torch.cat([torch.stack(means), rest])
 
@@ -49,7 +50,7 @@ def labels(start):
 
 
 def ids_of(start, length, vocabulary, known="'vocabulary' or a list of ids"):
-    """The ids (length,) of a text, repeated or cut, or of random tokens."""
+    """The ids (length,) of a text, repeated or cut, or of random tokens; length=None: all."""
     if isinstance(start, str) and start == "vocabulary":
         return torch.randint(vocabulary, (length,))
     ids = start.tolist() if isinstance(start, torch.Tensor) else start
@@ -59,7 +60,7 @@ def ids_of(start, length, vocabulary, known="'vocabulary' or a list of ids"):
         raise ValueError(f"start={start!r} is empty: give at least one id")
     if odd := [i for i in ids if not 0 <= i < vocabulary]:
         raise ValueError(f"start has the id {odd[0]}, and the vocabulary has 0 to {vocabulary - 1}")
-    return torch.tensor(ids)[torch.arange(length) % len(ids)]
+    return torch.tensor(ids)[torch.arange(length or len(ids)) % len(ids)]
 
 
 def outputs(model, sites, ids):
