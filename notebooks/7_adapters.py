@@ -187,6 +187,7 @@ plt.show()
 # **Predict: which of the seven cost nothing in the end?** The FLOPs are counted. The time is that
 # of a forward pass, the shortest of several in turn, beside the model without an adapter.
 
+
 # %%
 def flops(model):
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
