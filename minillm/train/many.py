@@ -188,6 +188,8 @@ class Run:
         model = getattr(model, "_orig_mod", model)
         self.learning = [(n, p) for n, p in model.named_parameters()
                          if p.requires_grad and id(p) in own]
+        if not self.learning:
+            raise ValueError("nothing in this LoRA learns: requires_grad is False")
         alone = types.SimpleNamespace(named_parameters=lambda: self.learning)
         sets = groups(alone, o.lr, o.weight_decay, o.rates)
         for _, p in self.learning:
@@ -240,6 +242,8 @@ def checked(model, runs, shared):
     """[Run] of the given settings; ValueError before any work."""
     check_compiled(model)
     check_model(model)
+    if not isinstance(runs, (dict, list, tuple)):
+        raise ValueError(f"runs={runs!r} is neither a dict {{name: settings}} nor a list of pairs")
     pairs = list(runs.items() if isinstance(runs, dict) else runs)
     names = [name for name, _ in pairs]
     if not names:
@@ -248,11 +252,14 @@ def checked(model, runs, shared):
         raise ValueError(f"two runs are called {twice[0]!r}: a run is the training of one LoRA, "
                          "and its name is that LoRA's")
     check(model, names)
-    return [run_of(model, name, shared | dict(own)) for name, own in pairs]
+    return [run_of(model, name, shared, own) for name, own in pairs]
 
 
-def run_of(model, name, given):
+def run_of(model, name, shared, own):
     """A Run; the ValueError of a wrong setting names it."""
+    if not isinstance(own, dict):
+        raise ValueError(f"run {name!r}: {own!r} is not a dict of settings")
+    given = shared | own
     known = inspect.signature(train).parameters
     for key in given:
         if key not in SETTINGS:
@@ -280,5 +287,5 @@ def check_model(model):
     shared = [name for name, _, _, p in parameters(model) if p.requires_grad]
     if shared:
         more = f" and {len(shared) - 1} more" if len(shared) > 1 else ""
-        raise ValueError(f"{shared[0]!r}{more} of the model's own learn, and all runs would share "
-                         "them: only LoRAs may learn here")
+        raise ValueError(f"{shared[0]!r}{more} of the model's own learns, and all runs would share "
+                         "it: only LoRAs may learn here")
