@@ -273,7 +273,8 @@ def test_models_that_are_refused():
     model = wrapped(names="a")
     model.norm.weight.requires_grad_(True)
     refused(model, "'norm.weight' of the model's own learns, and all runs would share it")
-    refused(minillm.freeze.bitfit.wrap(wrapped("gpt2", names="a")), "and .* more of the model's own learns")
+    refused(minillm.freeze.bitfit.wrap(wrapped("gpt2", names="a")),
+            "and .* more of the model's own learns")
     model = wrapped(names="a")
     model.extra = torch.nn.BatchNorm1d(3).requires_grad_(False)
     refused(model, "'extra' is a BatchNorm1d, which computes over all rows")
