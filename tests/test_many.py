@@ -20,7 +20,7 @@ WRAPS = {  # each LoRA with its own rank, scale and targets
 }
 RUNS = {  # and each run with its own settings
     "a": dict(examples=examples(), steps=20, lr=1e-2, batch_size=4, seed=3),
-    "b": dict(examples=examples(7, seed=1), epochs=3, lr=3e-3, batch_size=2, accumulate=3,
+    "b": dict(examples=examples(7, seed=1), epochs=2.5, lr=3e-3, batch_size=2, accumulate=3,
               schedule="linear", warmup=2, clip=0.1, weight_decay=0.1, betas=(0.8, 0.9)),
     "c": dict(examples=data.pack(examples(20, seed=2), 16), steps=11, lr=2e-2, batch_size=1,
               clip=None, rates={r"B$": 4}, schedule="constant", seed=5),
