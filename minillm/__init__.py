@@ -87,6 +87,7 @@ import minillm.lora.pissa
 import minillm.lora.vera
 import minillm.lora.loha
 import minillm.lora.lokr
+import minillm.lora.many
 from minillm import adapters
 import minillm.adapters.compacter
 import minillm.adapters.ia3

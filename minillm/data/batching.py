@@ -59,11 +59,15 @@ class Batches:
         return self
 
     def __next__(self):
+        return collate(self.draw(), self.pad)
+
+    def draw(self):
+        """The examples of the next batch."""
         chosen = self.order()[self.position : self.position + self.batch_size]
         self.position += self.batch_size
         if self.position >= len(self.examples):
             self.epoch, self.position = self.epoch + 1, 0
-        return collate([self.examples[i] for i in chosen], self.pad)
+        return [self.examples[i] for i in chosen]
 
 
 batches = Batches

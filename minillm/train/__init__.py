@@ -1,6 +1,7 @@
 """The training loop: batches, the loss, the schedule, evaluation, checkpoints, the log.
 
     loop          `train`, and one optimizer step from top to bottom: read `update` first
+    many          `many`: several LoRAs at once, each as if it were trained alone
     settings      its arguments, checked
     room          whether the model has the positions and the ids of the examples
     schedules     the learning rate over the steps
@@ -40,13 +41,14 @@ from minillm.train.history import Summary, check_log, check_picture, picture, su
 from minillm.train.interrupt import Interrupted
 from minillm.train.loop import train
 from minillm.train.losses import held_out_loss, loss_sum
+from minillm.train.many import Diverged, many
 from minillm.train.room import check_room
 from minillm.train.schedules import SCHEDULES, rate
 from minillm.train.sharding import shard
 
 __all__ = [
-    "SCHEDULES", "Found", "Interrupted", "Summary", "by_role", "check_disk", "check_log",
-    "check_picture", "check_room", "checkpoint_needs", "clear", "distill", "find_rate", "groups",
-    "held_out_loss", "layerwise", "loss_sum", "newest", "picture", "rate", "restore", "saved",
-    "schedules", "shard", "summary", "times", "train",
+    "SCHEDULES", "Diverged", "Found", "Interrupted", "Summary", "by_role", "check_disk",
+    "check_log", "check_picture", "check_room", "checkpoint_needs", "clear", "distill", "find_rate",
+    "groups", "held_out_loss", "layerwise", "loss_sum", "many", "newest", "picture", "rate",
+    "restore", "saved", "schedules", "shard", "summary", "times", "train",
 ]
