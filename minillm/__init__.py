@@ -74,6 +74,7 @@ from minillm import prompts, lora
 import minillm.lora.combine
 import minillm.lora.dora
 import minillm.lora.pissa
+import minillm.lora.loftq
 import minillm.lora.vera
 import minillm.lora.loha
 import minillm.lora.lokr
