@@ -14,6 +14,8 @@ Fine-tuning, wrapped in place with `minillm.NAME.wrap(model)`:
                        Liu et al. 2024, arXiv 2402.09353
     lora.pissa         LoRA that starts with the principal part of each weight
                        Meng et al. 2024, arXiv 2404.02948
+    lora.loftq         LoRA that starts with what rounding a weight will lose
+                       Li et al. 2023, arXiv 2310.08659
     lora.vera          one random low-rank pair for all weights; scales of it learn
                        Kopiczko et al. 2024, arXiv 2310.11454
     lora.loha          multiplies two low-rank changes of each weight, entry by entry
