@@ -20,6 +20,8 @@ Fine-tuning, wrapped in place with `minillm.NAME.wrap(model)`:
                        Liu et al. 2024, arXiv 2402.09353
     lora.pissa         LoRA that starts with the principal part of each weight
                        Meng et al. 2024, arXiv 2404.02948
+    lora.loftq         LoRA that starts with what rounding a weight will lose
+                       Li et al. 2023, arXiv 2310.08659
     lora.vera          one random low-rank pair for all weights; scales of it learn
                        Kopiczko et al. 2024, arXiv 2310.11454
     lora.loha          multiplies two low-rank changes of each weight, entry by entry
@@ -84,6 +86,7 @@ from minillm import lora
 import minillm.lora.combine
 import minillm.lora.dora
 import minillm.lora.pissa
+import minillm.lora.loftq
 import minillm.lora.vera
 import minillm.lora.loha
 import minillm.lora.lokr

@@ -52,7 +52,8 @@ def learns(method):
         model = minillm.Transformer(SMOLLM2)
     if method.name == "bitfit":
         return ""  # a Llama has no bias
-    learning = {id(p): p.numel() for p in method.wrap(model).parameters() if p.requires_grad}
+    base = METHODS[method.kind]  # LoftQ rounds, which meta tensors cannot; the count is the kind's
+    learning = {id(p): p.numel() for p in base.wrap(model).parameters() if p.requires_grad}
     return f"{sum(learning.values()):,}"
 
 
