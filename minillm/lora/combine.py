@@ -104,11 +104,27 @@ def wrap(model, weights, *, name, way="linear", density=None, r=None):
     found = chosen(model, weights)
     for site, _ in found:
         check_free(site, name, "lora")
+        check_together(site, weights)
     others = {p.name for p in patches(model) if p.active and any(True for _ in p.parameters())}
     pairs = [(site, combined(site, parts, weights, WAYS[way], density, r))
              for site, parts in found]
+    over = {one for _, parts in found for patch in parts for one in patch.over}
     use(model, *others - weights.keys())
-    return surround(model, name, pairs, over=())
+    surround(model, name, pairs, over - weights.keys())
+    for site, new in pairs:  # where they lie, beneath what is around them (a mask, DoRA)
+        site.layer.add(new, min(i for i, key in enumerate(site.layer.patches) if key in weights))
+    return model
+
+
+def check_together(site, names):
+    """ValueError where a patch lies between the LoRAs that does more than add to the weight."""
+    here = list(site.layer.patches.values())
+    places = [i for i, patch in enumerate(here) if patch.name in names]
+    for patch in here[places[0]: places[-1]]:
+        if patch.active and not patch.additive:
+            raise ValueError(f"{patch.name} lies between {here[places[0]].name} and "
+                             f"{here[places[-1]].name} at {site.name!r}, so their sum is none of "
+                             "one LoRA: combine those on one side of it")
 
 
 def chosen(model, weights):

@@ -170,6 +170,14 @@ def needs(metadata, path):
     return frozenset(field(metadata, "over", path) if "over" in metadata else {})
 
 
+def check_complete(own, metadata, path):
+    """ValueError if the file lacks a learned parameter that it was written with."""
+    lost = sorted((listed(metadata, "learned", path) or set()) - own.keys())
+    if lost:
+        raise ValueError(f"{path} lacks the learned parameter {lost[0]!r} ({len(lost)} such) that "
+                         "it was written with")
+
+
 def check_base(model, metadata, path, any_base=False):
     """The names in this model of the techniques over which the file's technique was trained.
 
