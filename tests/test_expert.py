@@ -58,7 +58,7 @@ def test_loras_on_both_sides_of_a_mask_are_no_sum():
     learnt(minillm.lora.wrap(model, name="a", r=2))
     minillm.lora.dora.wrap(model, r=2, name="d")
     learnt(minillm.lora.wrap(model, name="b", r=2))
-    with pytest.raises(ValueError, match="d lies between a and b at '0'"):
+    with pytest.raises(ValueError, match="d lies between a and b"):
         combine.wrap(model, {"a": 1.0, "b": 1.0}, name="ab")
     assert "ab" not in model[0].patches
 

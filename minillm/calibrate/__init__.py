@@ -149,8 +149,7 @@ def stream(model, examples, change, targets=None, *, statistic=Gram, batch_size=
 
             settle(through, chosen, most)
             for batch in batches:
-                batch.x = through(batch)
-                del batch.beside[0]
+                batch.x, _ = through(batch), batch.beside.pop(0)
         settle(whole, [site for site in rest if site not in before], outside)
 
 

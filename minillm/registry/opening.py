@@ -10,10 +10,11 @@ import safetensors
 import torch
 
 from minillm.registry import fingerprint
-from minillm.registry.kinds import Common, Format, Patch
+from minillm.registry.kinds import Format, Patch
 from minillm.registry.learned import shapes
 from minillm.registry.learning import noted, said
 from minillm.registry.names import names_of
+from minillm.registry.shared import Common
 from minillm.registry.sites import walk
 from minillm.registry.table import KINDS, formats_of, patches_of
 
