@@ -5,6 +5,7 @@ Over 1,000 of them, the same in every run.
 """
 
 import json
+import os
 import shutil
 import struct
 
@@ -301,4 +302,6 @@ def test_broken_data(tmp_path, name):
 
 
 def test_that_there_were_a_thousand():
+    if "PYTEST_XDIST_WORKER" in os.environ and checks["files"] < 1000:
+        pytest.skip("another process ran some of this file's tests, and counted them")
     assert checks["files"] >= 1000 and 300 < checks["refused"] < checks["files"] - 100, checks

@@ -22,8 +22,9 @@ inputs that they do not get in the changed model.
 
 Memory: the hidden states of all tokens, and the activations of one block for one batch.
 Time: about four forward passes. A group of leaves outside of the blocks (a head that is
-named) costs one more pass of the whole model. So does every group of a model without
-blocks, and of one that calls a block more than once (ALBERT).
+named) costs one more pass of the whole model, and one pass looks at all of them first. So
+does every group of a model without blocks, and of one that calls a block more than once
+(ALBERT).
 
 Padding never counts. Each block has to get the hidden state that the block before it
 returns; a model that changes it in between is an error. GPTQ's code gives the masks of
@@ -46,7 +47,9 @@ import torch
 from tqdm.auto import tqdm
 
 from minillm import options
-from minillm.calibrate.watch import called_again, enter, gather, groups, standing, state
+from minillm.calibrate.watch import (
+    called_again, enter, gather, groups, standing, state, survey, watching,
+)
 from minillm.calling import arguments, logits, native
 from minillm.data import Example, check_examples, collate
 from minillm.model.generate import evaluating
@@ -98,8 +101,8 @@ def stream(model, examples, change, targets=None, *, statistic=Gram, batch_size=
     Gram. batch_size: examples in a forward pass. progress: whether to show a bar.
 
     Meanwhile the model is in eval mode. ValueError, before any leaf is changed, for a
-    leaf that no example reaches, for blocks that do not form a chain, and for hidden
-    states that are not finite.
+    leaf that no example reaches, for blocks that do not form a chain, and for inputs and
+    hidden states that are not finite, or whose squares are not.
     """
     check_whole(model, "calibrate")
     sites, order = select(model, targets, linear, hidden_linears(model)), walk(model)
@@ -127,15 +130,16 @@ def stream(model, examples, change, targets=None, *, statistic=Gram, batch_size=
         rest = [site for site in sites if site.name not in within]
         before = [site for site in rest if names.index(site.name) < first]
 
-        def settle(run, chosen):
-            for group, once in groups(run, batches[0], chosen):
+        def settle(run, chosen, most):
+            for group, once in groups(run, batches[0], chosen, most):
                 found = gather(run, batches, group[0], once, statistic())
                 for site in group:
                     change(site, found)
                     bar.update()
 
-        settle(whole, before)
-        enter(whole, blocks, batches, [site for group in inside for site in group])
+        outside = looked(whole, batches, rest)
+        settle(whole, before, outside)
+        most = enter(whole, blocks, batches, [site for group in inside for site in group])
         for block, chosen in zip(blocks, inside):
 
             def through(batch):
@@ -143,11 +147,21 @@ def stream(model, examples, change, targets=None, *, statistic=Gram, batch_size=
                 with taking(batch.parts):  # a clone, because the block may add in place
                     return state(standing(block)(batch.x.clone(), *args, **kwargs))
 
-            settle(through, chosen)
+            settle(through, chosen, most)
             for batch in batches:
-                batch.x = through(batch)
-                del batch.beside[0]
-        settle(whole, [site for site in rest if site not in before])
+                batch.x, _ = through(batch), batch.beside.pop(0)
+        settle(whole, [site for site in rest if site not in before], outside)
+
+
+def looked(run, batches, sites):
+    """The most calls of each site in one batch, before any leaf is changed (see `survey`)."""
+    notes, most = survey(sites)
+    for batch in batches if sites else ():
+        most.start()
+        with watching(*notes):
+            run(batch)
+    most.check(sites)
+    return most
 
 
 def linear(site):

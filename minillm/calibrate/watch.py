@@ -46,11 +46,47 @@ def on_input(site, see):
     return lambda: module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def groups(run, batch, sites):
-    """[(sites that read the same tensor, whether each is called once)], in call order.
+def survey(sites):
+    """(hooks, {site's name: the most calls in one batch}) for one run of each batch.
 
-    A site that this batch calls twice, or that gets no tokens, is a group of its own. A site
-    that it does not reach (an expert) comes last.
+    The hooks raise a ValueError for an input that is not finite, or whose squares are not.
+    `most` is complete when the hooks have seen every batch; call `most.start()` before each.
+    """
+    most = Calls()
+
+    def see(x, name):
+        most.count(name)
+        total = x.to(torch.promote_types(x.dtype, torch.float32)).square().sum()
+        if not total.isfinite():
+            raise ValueError(f"the input of {name!r} holds nan or infinity, or is so large that "
+                             "its square is infinity")
+
+    return [on_input(site, lambda x, name=site.name: see(x, name)) for site in sites], most
+
+
+class Calls(dict):
+    """{name: the most calls in one batch}"""
+
+    def start(self):
+        self.now = collections.Counter()
+
+    def count(self, name):
+        self.now[name] += 1
+        self[name] = max(self.get(name, 0), self.now[name])
+
+    def check(self, sites):
+        """ValueError for the first site that no batch has reached."""
+        missed = [site.name for site in sites if site.name not in self]
+        if missed:
+            raise ValueError(f"no example reaches {missed[0]!r} ({len(missed)} such): give more of "
+                             "them, or leave it out of targets=")
+
+
+def groups(run, batch, sites, most):
+    """[(sites that read the same tensor, whether no batch calls one twice)], in call order.
+
+    most: {name: calls}, from `survey`. A site that this batch calls twice, or that gets no tokens,
+    is a group of its own. A site that it does not reach (an expert) comes last.
     """
     calls, found, last = [], [], None  # `calls` keeps the inputs alive: none reuses memory
     notes = [on_input(site, lambda x, site=site: calls.append((site, x, contents(x))))
@@ -66,7 +102,8 @@ def groups(run, batch, sites):
         found[-1].append(site) if held and held == last else found.append([site])
         last = held
     found += [[site] for site in sites if not times[site.name]]
-    return [(group, all(times[site.name] == 1 for site in group)) for group in found]
+    return [(group, all(most[site.name] == times[site.name] == 1 for site in group))
+            for group in found]
 
 
 def contents(x):
@@ -114,19 +151,20 @@ def tokens(x, mask, name):
 
 
 def enter(run, blocks, batches, sites):
-    """Record the blocks' inputs in each batch; ValueError if they form no chain."""
-    reached = set()
-    notes = [on_input(site, lambda x, name=site.name: reached.add(name)) for site in sites]
+    """Record the blocks' inputs in each batch; ValueError if they form no chain.
+
+    Returns the most calls of each of the sites in one batch (see `survey`).
+    """
+    notes, most = survey(sites)
     for batch in batches if blocks else ():
+        most.start()
         with watching(*notes, *doors(blocks, batch)), contextlib.suppress(Stop):
             run(batch)
         batch.parts = [part(patch) for block in blocks for patch in patches(standing(block))]
         if len(batch.beside) != len(blocks):
             raise ValueError(f"the model calls {len(batch.beside)} of its {len(blocks)} blocks")
-    missed = [site.name for site in sites if site.name not in reached]
-    if missed:
-        raise ValueError(f"no example reaches {missed[0]!r} ({len(missed)} such): give more of "
-                         "them, or leave it out of targets=")
+    most.check(sites)
+    return most
 
 
 def called_again(run, blocks, batch):

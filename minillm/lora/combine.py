@@ -92,9 +92,8 @@ def wrap(model, weights, *, name, way="linear", density=None, r=None):
     options.one_of("way", way, WAYS)
     if way == "linear" and density is not None:
         raise ValueError(f"density={density!r} has no effect on way='linear'")
-    density = 0.2 if density is None else options.positive("density", density)
-    if density > 1:
-        raise ValueError(f"density={density!r} is not a number above 0, up to 1")
+    density = options.real("density", 0.2 if density is None else density, lambda x: 0 < x <= 1,
+                           "a number above 0, up to 1")
     if r is not None:
         options.whole("r", r)
     if not isinstance(weights, dict) or not weights:
@@ -104,11 +103,15 @@ def wrap(model, weights, *, name, way="linear", density=None, r=None):
     found = chosen(model, weights)
     for site, _ in found:
         check_free(site, name, "lora")
+    places = {site.name: site.layer.place(weights) for site, _ in found}
     others = {p.name for p in patches(model) if p.active and any(True for _ in p.parameters())}
-    pairs = [(site, combined(site, parts, weights, WAYS[way], density, r))
-             for site, parts in found]
+    pairs = [(site, combined(site, each, weights, WAYS[way], density, r)) for site, each in found]
+    over = {one for _, parts in found for patch in parts for one in patch.over}
     use(model, *others - weights.keys())
-    return surround(model, name, pairs, over=())
+    surround(model, name, pairs, over - weights.keys())
+    for site, new in pairs:  # to where they lie, beneath what is around them (a mask, DoRA)
+        site.layer.add(new, places[site.name])
+    return model
 
 
 def chosen(model, weights):

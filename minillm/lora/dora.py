@@ -71,8 +71,12 @@ class DoRA(LoRA):
 
     @torch.no_grad()
     def norm(self, W):
-        """||W + s B A|| of each row, (out,), in A's dtype, without a gradient."""
-        W, A, B, s = W.to(self.A.dtype), self.A, self.B, self.scale
+        """||W + s B A|| of each row, (out,), in float32 or float64, without a gradient.
+
+        The square of a row's norm may be beyond float16.
+        """
+        dtype, s = torch.promote_types(self.A.dtype, torch.float32), self.scale
+        W, A, B = W.to(dtype), self.A.to(dtype), self.B.to(dtype)
         squares = torch.linalg.vector_norm(W, dim=1) ** 2  # (out,)
         squares += 2 * s * (B * (W @ A.T)).sum(1)
         squares += s**2 * (B @ (A @ A.T) * B).sum(1)

@@ -43,7 +43,7 @@ from torch import nn
 from minillm import options
 from minillm.registry import Patch, hidden_linears, select
 from minillm.registry.attach import attach
-from minillm.registry.kinds import Common
+from minillm.registry.shared import Common
 from minillm.registry.sites import check_whole
 from minillm.registry.table import method, register
 

@@ -42,7 +42,7 @@ from minillm import options
 from minillm.prompts import attended, placeholders, starts
 from minillm.registry import Patch, select
 from minillm.registry.attach import attach
-from minillm.registry.kinds import Facts
+from minillm.registry.shared import Facts
 from minillm.registry.table import method, register
 
 

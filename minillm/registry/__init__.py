@@ -3,6 +3,7 @@
     leaf         a module with one weight matrix
     layer        Layer: a base and the patches around it
     kinds        Patch and Format, from which every technique is made
+    shared       what the patches of one wrap share
     sites        the places of a model's tree
     targets      which sites a technique wraps
     table        all kinds and methods

@@ -7,9 +7,9 @@ from minillm.registry.hooks import take_hooks
 from minillm.registry.kinds import Format
 from minillm.registry.layer import Layer
 from minillm.registry.learning import came, say
-from minillm.registry.names import check_name, follow, names_of, taking_part, version
+from minillm.registry.names import check_name, follow, names_of, taking_part
 from minillm.registry.past import Aside, past
-from minillm.registry.sites import check_whole, shared_biases, ties
+from minillm.registry.sites import check_whole, other_keys, shared_biases, ties, walk
 from minillm.registry.targets import hidden_linears, select
 
 
@@ -55,6 +55,7 @@ def surround(model, name, pairs, over):
 
     pairs: [(site, patch)]; over: the names over which the patches were filled or trained.
     """
+    check_shared(model, name, pairs)
     follow(model)
     before = frozenset(names_of(model))
     for _, patch in pairs:
@@ -67,17 +68,31 @@ def surround(model, name, pairs, over):
         put(site, base)
     for site, patch in pairs:
         patch.before, patch.over = before - {name}, frozenset(over)
-        patch.version = version(patch)
+        patch.version = patch.versions()
         if site.layer is None:
             site.replace(Layer(site.module))
         site.layer.add(patch)
     return came(model, name)
 
 
+def check_shared(model, name, pairs):
+    """ValueError if patches of this name elsewhere share other tensors than the new ones do."""
+    new = {site.name for site, _ in pairs}
+    for site in walk(model) if any(patch.shares for _, patch in pairs) else ():
+        if site.layer and name in site.layer.patches and site.name not in new:
+            raise ValueError(f"the patches called {name!r} share {', '.join(pairs[0][1].shares)}, "
+                             f"and there is one at {site.name!r} with its own: name all leaves in "
+                             f"one wrap, or give the new ones a name: name={name + '-2'!r}")
+
+
 def check_formats(cls, model, sites):
     """ValueError for the first leaf that cannot be stored in the format."""
-    tied = ties(model)
+    tied, others = ties(model), other_keys(model)
     for site in sites:
+        if other := others.get(site.name):
+            raise ValueError(f"{other[0]!r} is the weight of {site.name!r} too, under a name that "
+                             f"no leaf has, so a {cls.kind} of the leaf would leave it apart: give "
+                             "each its own with minillm.untie(model)")
         if isinstance(site.module, Format):
             raise ValueError(f"{site.name!r} is already stored as {site.module.kind}: "
                              f"minillm.{site.module.family}.unwrap(model) first gives its dense "

@@ -56,6 +56,9 @@ def fold_in(site, patch, base, keep, tolerance):
     W = W.to(torch.promote_types(W.dtype, torch.float32)) if site.leaf else None
     wanted, bias = patch.fold(W, b)
     changed = not torch.equal(wanted, W) or bias is not b
+    if changed and not wanted.isfinite().all():
+        raise ValueError(f"{patch.name} or the weight of {site.name!r} holds nan or infinity: "
+                         "merged, it would be lost in them")
     new = rebased(base, wanted, bias) if changed else twin(base)
     new = apart(new, base)
     if changed and isinstance(new, Format):

@@ -14,7 +14,7 @@ from minillm.registry.learning import (
 )
 from minillm.registry.names import follow
 from minillm.registry.opening import (
-    check_base, check_beside, field, kind_of, opened, sorted_out,
+    check_base, check_beside, check_complete, field, kind_of, opened, sorted_out,
 )
 from minillm.registry.store import write
 from minillm.registry.table import KINDS, attached
@@ -114,6 +114,7 @@ def planned(family, model, path, name=None, *, replace=False, any_base=False, al
         does = "claims" if cls.claim else "freezes"
         raise ValueError(f"{path} {does} {sorted(missing)[0]!r}, which this model lacks "
                          f"({len(missing)} such)")
+    check_complete(own, metadata, path)
     check_learned(model, own, kept, shared, path)
     if alone:
         check_base(model, metadata, path, any_base)

@@ -22,6 +22,14 @@ def positional(args, kwargs):
     return tuple(kwargs.values()), {}
 
 
+def version(p):
+    """The tensor and the number of its changes in place; a new tensor may have any values.
+
+    A tensor made under torch.inference_mode has no such number, and cannot be trained.
+    """
+    return id(p), 0 if p.is_inference() else p._version
+
+
 class Kind(nn.Module):
     """What Patch and Format share: each is built for a Site, and then filled.
 
@@ -45,32 +53,6 @@ class Kind(nn.Module):
         """{option: value}; `load` builds it again from these."""
         names = list(inspect.signature(type(self)).parameters)[1:]  # the first is the site
         return {name: getattr(self, name) for name in names}
-
-
-class Common(nn.Module):
-    """Tensors that all patches of one `wrap` share, as buffers: each patch has this same module.
-
-    So they are in memory once, in a copy and a pickle once, and in a file once.
-    """
-
-    def __init__(self, **tensors):
-        super().__init__()
-        for name, t in tensors.items():
-            self.register_buffer(name, t)
-
-
-class Facts:
-    """What one patch of a `wrap` finds out in a call of the model, for the others of that `wrap`.
-
-    The patch at the embedding sees the ids of each call before any other leaf computes. It sets
-    `now`, and the patches of the other leaves read it. All of them hold this same object (see
-    `Patch.join`). A copy or a pickle keeps no call.
-    """
-
-    now = None  # None: no call has been yet
-
-    def __getstate__(self):
-        return {}
 
 
 class Patch(Kind):
@@ -149,12 +131,22 @@ class Patch(Kind):
         """(ids, labels, mask), each (b, t) or None, with what the technique adds to a batch."""
         return ids, labels, mask
 
+    def versions(self):
+        """A value that changes when the parameters do."""
+        return tuple(version(p) for p in self.parameters())
+
     def __getstate__(self):
-        """A copy or a pickle lies outside of the context `minillm.rows`."""
-        state = super().__getstate__()
+        """A copy or a pickle lies outside of the context `minillm.rows`, and is no training."""
+        state = dict(super().__getstate__(), settled=self.version == self.versions())
         if self.rows is not None:
-            state = dict(state, rows=None, active=self.outside)
+            state.update(rows=None, active=self.outside)
         return state
+
+    def __setstate__(self, state):
+        settled = state.pop("settled", False)
+        super().__setstate__(state)
+        if settled:
+            self.version = self.versions()
 
 
 class Once:

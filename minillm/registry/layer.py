@@ -64,6 +64,20 @@ class Layer(nn.Module):
         for name in sorted(names, key=lambda name: TOUCHES.index(every[name].touches)):
             self.patches[name] = every[name]
 
+    def place(self, names):
+        """The place of the innermost of these patches, for one that computes what they do together.
+
+        ValueError where a patch lies between them that does more than add to the weight.
+        """
+        here = list(self.patches.values())
+        places = [i for i, patch in enumerate(here) if patch.name in names]
+        for patch in here[places[0] : places[-1]]:
+            if patch.active and not patch.additive:
+                raise ValueError(f"{patch.name} lies between {here[places[0]].name} and "
+                                 f"{here[places[-1]].name}, so one patch cannot replace both: "
+                                 f"choose those on one side of {patch.name}")
+        return places[0]
+
     def stack(self):
         """The patches that change what the site computes, innermost first."""
         return [patch for patch in self.patches.values() if patch.active or patch.start]

@@ -39,6 +39,8 @@ def check_learned(model, tensors, kept, shared, path):
         if isinstance(site.module, Format)
     }
     for name, t in tensors.items():
+        if t.is_floating_point() and not torch.isfinite(t).all():
+            raise ValueError(f"{path}: {name!r} holds nan or infinity")
         if ours.get(name) != tuple(t.shape) or not t.is_floating_point():
             here = f"has {ours[name]}" if name in ours else "lacks it"
             raise ValueError(

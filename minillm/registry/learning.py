@@ -24,7 +24,7 @@ import dataclasses
 import torch
 
 from minillm.registry.foreign import mark
-from minillm.registry.kinds import Format, Patch
+from minillm.registry.kinds import Format, Patch, version
 from minillm.registry.layer import Layer, dense
 from minillm.registry.past import birth
 from minillm.registry.sites import bare, parameters, walk
@@ -126,11 +126,6 @@ def decided(says, claimed):
 def note_changes(p, says):
     for one in says:
         one.since.update({name: CHANGED for name, then in one.since.items() if then != version(p)})
-
-
-def version(p):
-    """The tensor and the number of its changes in place; a new tensor may have any values."""
-    return id(p), p._version
 
 
 def patches(model):

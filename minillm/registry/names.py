@@ -16,7 +16,6 @@ import re
 import torch
 from torch import nn
 
-from minillm.registry import learning
 from minillm.registry.kinds import Patch
 from minillm.registry.learning import noted, patches
 from minillm.registry.table import KINDS
@@ -42,11 +41,6 @@ def check_name(name, kind, model):
     return name
 
 
-def version(patch):
-    """A value that changes when the patch's parameters do."""
-    return tuple(learning.version(p) for p in patch.parameters())
-
-
 def names_of(model):
     """The names of all techniques in the model but the formats, which are named by their kind."""
     return {patch.name for patch in patches(model)} | noted(model)
@@ -61,10 +55,10 @@ def follow(model):
     """Update `over` of each patch whose parameters have changed since the last time."""
     every, now = patches(model), taking_part(model)
     for patch in every:
-        if patch.version != version(patch):
+        if patch.version != patch.versions():
             apart = {other.name for other in every if not meet(patch, other)}
             new = patch.over | patch.before & (now - apart)
-            patch.over, patch.version = new, version(patch)
+            patch.over, patch.version = new, patch.versions()
 
 
 def meet(patch, other):

@@ -10,10 +10,11 @@ import safetensors
 import torch
 
 from minillm.registry import fingerprint
-from minillm.registry.kinds import Common, Format, Patch
+from minillm.registry.kinds import Format, Patch
 from minillm.registry.learned import shapes
 from minillm.registry.learning import noted, said
 from minillm.registry.names import names_of
+from minillm.registry.shared import Common
 from minillm.registry.sites import walk
 from minillm.registry.table import KINDS, formats_of, patches_of
 
@@ -168,6 +169,14 @@ def share(cls, made, sites, tensors, path):
 def needs(metadata, path):
     """The names of the techniques over which the file's technique was filled or trained."""
     return frozenset(field(metadata, "over", path) if "over" in metadata else {})
+
+
+def check_complete(own, metadata, path):
+    """ValueError if the file lacks a learned parameter that it was written with."""
+    lost = sorted((listed(metadata, "learned", path) or set()) - own.keys())
+    if lost:
+        raise ValueError(f"{path} lacks the learned parameter {lost[0]!r} ({len(lost)} such) that "
+                         "it was written with")
 
 
 def check_base(model, metadata, path, any_base=False):

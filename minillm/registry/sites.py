@@ -98,24 +98,29 @@ def bare(model):
 
 def walk(model):
     """Every Site below `model`, in order and each once; `walk` does not enter patches."""
-    model, sites = bare(model), {}
-
-    def visit(parent, prefix):
-        base = parent.base if isinstance(parent, Layer) else parent
-        # named_children would show a module with two places only once
-        for key, child in base._modules.items():
-            if child is None or isinstance(child, (Patch, Aside)):
-                continue
-            if id(child) in sites:
-                sites[id(child)].places.append((base, key))
-                continue
-            layer = child if isinstance(child, Layer) else None
-            name = f"{prefix}.{key}" if prefix else key
-            sites[id(child)] = Site(name, layer.base if layer else child, layer, [(base, key)])
-            visit(child, name)
-
-    visit(model, "")
+    sites = {}
+    visit(bare(model), "", sites)
     return list(sites.values())
+
+
+def visit(parent, prefix, sites):
+    """Enter the Sites below `parent` in sites, {id of a module: Site}.
+
+    It is no function inside of `walk`: that would refer to itself, and Python would keep the
+    modules that a verb replaces until its garbage collector runs.
+    """
+    base = parent.base if isinstance(parent, Layer) else parent
+    # named_children would show a module with two places only once
+    for key, child in base._modules.items():
+        if child is None or isinstance(child, (Patch, Aside)):
+            continue
+        if id(child) in sites:
+            sites[id(child)].places.append((base, key))
+            continue
+        layer = child if isinstance(child, Layer) else None
+        name = f"{prefix}.{key}" if prefix else key
+        sites[id(child)] = Site(name, layer.base if layer else child, layer, [(base, key)])
+        visit(child, name, sites)
 
 
 def check_whole(model, what):
@@ -154,6 +159,16 @@ def ties(model):
             owners.setdefault(id(site.module._buffers), []).append(site.name)
     tied = [names for names in owners.values() if len(names) > 1]
     return {name: [n for n in names if n != name] for names in tied for name in names}
+
+
+def other_keys(model):
+    """{name of a leaf: names of parameters under another key that are its weight too}."""
+    names = {}
+    for name, _, key, p in parameters(model):
+        names.setdefault(id(p), []).append((name, key))
+    return {name.removesuffix(".weight"): [one for one, other in every if other != "weight"]
+            for every in names.values() for name, key in every
+            if key == "weight" and any(other != "weight" for _, other in every)}
 
 
 def shared_biases(model):

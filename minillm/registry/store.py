@@ -32,7 +32,8 @@ from minillm.registry.learning import (
 )
 from minillm.registry.names import check_name, follow, names_of
 from minillm.registry.opening import (
-    BUFFER, COMMON, LEARNED, check_above, check_base, check_beside, check_free, field, here_names,
+    BUFFER, COMMON, LEARNED, check_above, check_base, check_beside, check_complete, check_free,
+    field, here_names,
     holds, kind_of, lies_over, listed, needs, opened, read, remake, share, sorted_out,
 )
 from minillm.registry.past import before_birth
@@ -117,7 +118,8 @@ def write(path, family, kind, name, model, tensors, own, kept, force=False, **me
     base = fingerprint.of(model, held)
     needs = {one: {} for one in sorted(beneath)} | fingerprint.patches(model, beneath)
     shared = {slot: others for slot, others in tied_names(model).items() if slot in own}
-    fields = dict(metadata, base=base, over=needs, shared=shared, beside=sorted(here_names(model)),
+    fields = dict(metadata, base=base, over=needs, shared=shared, learned=sorted(own),
+                  beside=sorted(here_names(model)),
                   beneath=sorted(lies_over(model, name)))
     fields = {key: json.dumps(value) for key, value in fields.items()}
     every = tensors | {LEARNED + slot: p.detach() for slot, p in own.items()}
@@ -223,6 +225,7 @@ def planned(family, model, path, name=None, *, replace=False, any_base=False, al
     share(cls, made, sites, common, path)
     over = check_base(model, metadata, path, any_base) if alone else needs(metadata, path)
     shared = field(metadata, "shared", path)
+    check_complete(own, metadata, path)
     check_learned(model, own, kept, shared, path)
     if a_format:
         check_formats(cls, model, [site for where, site in sites.items()
