@@ -63,6 +63,7 @@ Beneath them:
 
 Around them:
 
+    augment        more training data from the data that is there; NEFTune's noise
     train          the training loop and its checkpoints
     measure        perplexity, accuracy, F1, BLEU, ROUGE; parameters and bytes
     checkpoints    Hugging Face directories and GGUF files, both ways
@@ -104,6 +105,7 @@ import minillm.prune.gradual
 import minillm.prune.structured
 import minillm.prune.wanda
 from minillm import sparse
+from minillm import augment
 from minillm import data, distributed, train, measure, checkpoints, zoo, compare
 from minillm.measure import report
 from minillm.measure.show import show
@@ -114,7 +116,7 @@ from minillm.zoo import load
 
 __all__ = [
     "Cache", "CannotMerge", "Config", "Format", "Layer", "Patch", "Transformer", "adapters",
-    "compare", "compile", "data", "checkpoints", "distributed", "freeze", "layers", "load",
-    "load_all", "lora", "measure", "prepare", "prompts", "prune", "quant", "report", "rows",
-    "save", "save_all", "show", "sparse", "techniques", "train", "untie", "use", "zoo",
+    "augment", "compare", "compile", "data", "checkpoints", "distributed", "freeze", "layers",
+    "load", "load_all", "lora", "measure", "prepare", "prompts", "prune", "quant", "report",
+    "rows", "save", "save_all", "show", "sparse", "techniques", "train", "untie", "use", "zoo",
 ]

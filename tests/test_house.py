@@ -12,7 +12,7 @@ FLOORS = [
     ["registry", "data"],
     ["model"],
     ["calling", "calibrate"],
-    ["freeze", "prompts", "lora", "adapters", "quant", "prune", "sparse"],
+    ["freeze", "prompts", "lora", "adapters", "augment", "quant", "prune", "sparse"],
     ["train", "measure"],
     ["checkpoints"],
     ["zoo"],

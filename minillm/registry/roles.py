@@ -76,11 +76,17 @@ def parts(model):
     """The Parts of a model. ValueError if it is not clear which modules are the blocks."""
     sites = walk(model)
     inside = block_sites(model, sites)
-    return Parts(embedding=asked(model, "get_input_embeddings", sites) or first(
-                     site for site in sites if site.leaf and site.leaf.lookup),
+    return Parts(embedding=embedding(model),
                  blocks=[block_of(site, sites) for site in inside],
                  norms=[site for site in sites if is_norm(site)],
                  head=asked(model, "get_output_embeddings", sites) or last_leaf(sites, inside))
+
+
+def embedding(model):
+    """The Site of the token embedding, also of a model without blocks; or None."""
+    sites = walk(model)
+    return asked(model, "get_input_embeddings", sites) or first(
+        site for site in sites if site.leaf and site.leaf.lookup)
 
 
 def blocks(model):
