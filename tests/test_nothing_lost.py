@@ -212,8 +212,8 @@ def test_examples_that_do_not_fit_stop_the_training_before_it_starts(name, tmp_p
     message = "30 tokens and a prompt of 3, and .* 32 positions: at most 29"
     with pytest.raises(ValueError, match=message):
         quiet(minillm.prompts.wrap(build("llama"), length=3), [row(30)], log=log)
-    with pytest.raises(ValueError, match="not one token of an example fits"):
-        quiet(minillm.prompts.wrap(build("gpt2"), length=40), log=log)
+    with pytest.raises(ValueError, match="32 positions, and the text needs one, so length is at"):
+        minillm.prompts.wrap(build("gpt2"), length=40)
     with pytest.raises(ValueError, match="give prompts the examples unpacked"):
         packed = data.pack([row(5)] * 4, 20)
         quiet(minillm.prompts.wrap(build("gpt2"), length=4), packed, log=log)
@@ -229,7 +229,7 @@ def test_lengths_beyond_the_model_are_one_line(run, tmp_path):
     for options, message in (
             (("--length", 1024), "example 0 has 1024 tokens, and the model has 512 positions"),
             ((*prompts, "--length", 500), "500 tokens and a prompt of 20, and the model has 512"),
-            ((*prompts, "--option", "length=2000"), "not one token of an example fits")):
+            ((*prompts, "--option", "length=2000"), "512 positions, and the text needs one")):
         said = run("train", "--data", "a.txt", *options, "--log", "log.jsonl",
                    "--out", "b.safetensors", code=1)
         assert message in said
