@@ -50,8 +50,8 @@ def test_bound_mean_square_and_padding(kind):
 
 
 def test_a_packed_row_has_the_noise_of_its_documents():
-    model, documents = build("llama").train(), torch.tensor([[1, 1, 1, 1, 2, 2],
-                                                                     [1, 1, 1, 2, 2, 0]])
+    documents = torch.tensor([[1, 1, 1, 1, 2, 2], [1, 1, 1, 2, 2, 0]])
+    model = build("llama").train()
     torch.manual_seed(0)
     every = torch.stack([noise(model, documents)[0] for _ in range(100)]).abs().amax((0, 3))
     lengths = torch.tensor([[4, 4, 4, 4, 2, 2], [3, 3, 3, 2, 2, 0]])
