@@ -65,6 +65,14 @@ def test_a_file_of_untrained_weights_after_freeze(name, files):
     assert torch.equal(logits(model), expected)
 
 
+@pytest.mark.parametrize("name", ["freeze", "prune"])
+def test_a_technique_that_was_unwrapped_guards_its_values_no_more(name, files):
+    model = load(build("llama"), files / name)
+    minillm.techniques()[name].unwrap(model)
+    load(model, files / "quant0")
+    assert torch.equal(logits(model), logits(minillm.quant.wrap(build("llama"))))
+
+
 def test_what_commutes_is_loaded_in_both_orders(files):
     for order in (["lora", "quant0"], ["quant0", "lora"]):
         model = build("llama")

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
-from models import build
+from models import build, two
 from test_tokenizer import tables
 from test_train import examples
 
@@ -242,6 +242,16 @@ def test_broken_files_of_techniques(tmp_path, technique):
                 and all(same(t, before[name]) for name, t in model.state_dict().items()))
 
     broken()
+
+
+def test_a_size_in_the_settings_that_the_tensors_do_not_have(tmp_path):
+    """It is refused before any memory is taken: it might be all that there is."""
+    minillm.lora.save(minillm.lora.wrap(two(), r=2), tmp_path / "a")
+    tensors, metadata = minillm.registry.store.read(tmp_path / "a")
+    lie = metadata["sites"].replace('"r": 2', f'"r": {1 << 17}')
+    safetensors.torch.save_file(tensors, tmp_path / "a", metadata | {"sites": lie})
+    with pytest.raises(ValueError, match="'0': the settings do not fit the tensors: .*131072"):
+        minillm.lora.load(two(), tmp_path / "a")
 
 
 def test_broken_training_checkpoints(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from models import build
 
 import minillm
-from minillm.model.generate import left_pad
+from minillm.model.generate import left_pad, ring
 
 ROWS = [[3, 1, 4], [1, 5, 9]]
 
@@ -82,6 +82,17 @@ def test_a_soft_prompt_alone_can_be_continued():
     placeholders = torch.tensor([[24, 25, 26]])
     for i in range(4):
         assert new[0, i] == model(torch.cat([placeholders, new[:, :i]], 1))[0, -1].argmax()
+
+
+@pytest.mark.parametrize("t", [5, 6, 9])
+def test_a_prompt_longer_than_the_windows_ring(t):
+    """The prompt goes in pieces of a window, each beside the keys that its first token sees."""
+    model, prompt = build("llama"), torch.randint(24, (2, t))
+    model.config.window = 3
+    ids = prompt
+    for _ in range(4):
+        ids = torch.cat([ids, model(ids)[:, -1:].argmax(-1)], 1)
+    assert ring(prompt, None, t + 4, 3) == (5, 3) and model.generate(prompt, 4).equal(ids)
 
 
 def test_a_seed_decides_the_draws():

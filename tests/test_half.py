@@ -140,6 +140,15 @@ def test_a_gradient_of_on_steps_own():
     assert model.unused.tolist() == [0.75, 1.0, 1.25]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_on_step_that_does_nothing_rounds_nothing(dtype):
+    plain, model = half(dtype), half(dtype)
+    options = dict(steps=6, lr=1e-4, clip=None)
+    expected = losses(quiet(plain, **options))
+    assert losses(quiet(model, on_step=lambda *_: None, **options)) == expected
+    assert same(model, plain)
+
+
 def test_what_on_step_leaves_alone_stays_exact():
     """A rounding of what it does not change, at each step, would be another training."""
     def look(model, step, steps):

@@ -185,6 +185,24 @@ def test_what_learned_beside_a_mask_after_a_copy(tmp_path):
         }
 
 
+def test_what_the_user_set_beside_one_technique_does_not_bind_a_later_one():
+    model = minillm.lora.wrap(build("llama"), r=2)
+    model.norm.weight.requires_grad_(True)
+    minillm.lora.unwrap(model)
+    assert learning(model) == learning(build("llama"))
+    assert learning(minillm.lora.wrap(model, r=2)) == set()
+
+
+def test_what_learned_beside_a_mask_that_is_gone_is_not_in_the_next_ones_file():
+    model = minillm.prune.wrap(two())
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    minillm.prune.wrap(minillm.prune.unwrap(model))
+    minillm.lora.wrap(model, r=2)
+    assert not minillm.registry.store.learned_of("prune", model)
+
+
 def test_no_module_is_added_and_nothing_is_in_the_state():
     model = build("llama")
     names = [name for name, _ in model.named_modules()], list(model.state_dict())

@@ -42,6 +42,28 @@ def test_yarn_turns_as_its_formula_says():
         assert given[0].eq(m).all()
 
 
+@pytest.mark.parametrize("original, slow", [(4096, 17), (10**7, 31)])
+def test_yarn_of_a_long_context_stretches_the_slowest_pair_in_part(original, slow):
+    """With d = 32 there are 16 pairs, and none turns as little as once: `slow` is beyond them.
+
+    The authors' code bounds it by d - 1, and not by the last pair.
+    """
+    scaling = YARN | dict(original_max_position_embeddings=original)
+    fast = math.floor(32 * math.log(original / (64 * math.pi)) / (2 * math.log(500.0)))
+    found, plain = rope.frequencies(32, 500.0, scaling), rope.frequencies(32, 500.0)
+    ramp = ((torch.arange(16) - fast) / (slow - fast)).clamp(0, 1)
+    torch.testing.assert_close(found, plain * (1 - ramp) + plain / 4 * ramp)
+
+
+def test_yarn_with_one_bound_has_a_step_and_no_ramp():
+    """Between two whole pairs, too: `truncate` would round the bound."""
+    one = YARN | dict(beta_fast=4.0, beta_slow=4.0, truncate=False)
+    ratio = rope.frequencies(32, 500.0) / rope.frequencies(32, 500.0, one)
+    bound = 32 * math.log(64 / (2 * math.pi * 4.0)) / (2 * math.log(500.0))
+    assert bound % 1 > 0.1
+    torch.testing.assert_close(ratio, torch.where(torch.arange(16) < bound, 1.0, 4.0))
+
+
 @pytest.mark.parametrize("kind", ["none", "linear", "ntk", "llama3", "yarn"])
 def test_stretch_gives_a_model_for_longer_texts(tmp_path, kind):
     model, ids = small(), torch.randint(24, (1, 256))

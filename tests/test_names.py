@@ -128,6 +128,12 @@ def test_merged_one_by_one_in_any_order(first, keep):
     assert list(after) == list(bits) and all(torch.equal(after[k], bits[k]) for k in bits)
 
 
+def test_unmerge_puts_an_adapter_back_around_all_that_lay_beneath_it():
+    model = named("a", "b", "c")
+    minillm.lora.unmerge(minillm.lora.merge(model, "c"))
+    assert all(list(layer.patches) == ["a", "b", "c"] for layer in minillm.layers(model).values())
+
+
 def test_all_of_a_technique_at_once():
     model, plain = named("sql", "chat"), build("llama")
     expected = logits(model)

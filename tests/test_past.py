@@ -103,3 +103,15 @@ def test_a_format_gives_its_own_bias_back():
         model[0].bias.add_(1.0)
     bias = model[0].bias.clone()
     assert minillm.quant.unwrap(model)[0].bias.equal(bias)
+
+
+def test_a_small_change_that_the_dtype_rounds_away_is_not_merged():
+    """A change of 1/10,000 of each weight is less than bfloat16's rounding, which is 1/512."""
+    model = minillm.lora.wrap(two().bfloat16(), ["0"], r=1, alpha=1.0)
+    patch = model[0].patches["lora"]
+    with torch.no_grad():
+        model[0].base.weight.fill_(1.0)
+        patch.A.fill_(1.0), patch.B.fill_(1e-4)
+    with pytest.raises(ValueError, match="would lose it: the rounding is 1.00 of the change"):
+        minillm.lora.merge(model)
+    assert list(model[0].patches) == ["lora"] and past(model[0].base) is None

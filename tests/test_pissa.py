@@ -156,6 +156,17 @@ def test_quantized_afterwards_it_loses_less(tmp_path):
     assert torch.equal(minillm.lora.unwrap(minillm.quant.unwrap(model))[0].weight, W)
 
 
+def test_an_adapter_merged_into_the_integers_after_it_hides_the_weight(tmp_path):
+    model = minillm.quant.wrap(minillm.lora.pissa.wrap(two(), ["0"], r=2), ["0"])
+    minillm.lora.save(model, tmp_path / "a")
+    learnt(minillm.lora.wrap(model, ["0"], name="more", r=2))
+    minillm.lora.merge(model, "more")
+    with pytest.raises(ValueError, match="another adapter was merged into '0' after lora took its"):
+        minillm.lora.save(model, tmp_path / "b", name="lora")
+    minillm.lora.unwrap(minillm.lora.unmerge(model), "more")
+    minillm.lora.save(model, tmp_path / "b")
+
+
 def test_what_it_does_not_take():
     with pytest.raises(
         ValueError, match="lora takes a part out of the weight of '0', and prune lies around it"

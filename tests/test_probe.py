@@ -1,6 +1,7 @@
 """`merge(probe=...)`: the model computes the same afterwards, or nothing is merged."""
 
 import copy
+import types
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 import minillm
 from minillm.registry import layers
-from minillm.registry.probe import ALLOWED, ROUNDED, allowed_of, outputs
+from minillm.registry.probe import ALLOWED, ROUNDED, allowed_of, check, outputs
 
 
 def tree(model):
@@ -84,6 +85,30 @@ def test_the_bounds():
     with pytest.raises(ValueError, match="for the probe differ by .* allowed=0.1"):
         minillm.lora.merge(coarse, probe=IDS, tolerance=100)
     assert tree(coarse) == before
+
+
+def test_the_bound_of_float16():
+    """one = I and a LoRA of c I: the outputs are (2 + c) two(x) before, and (2 + 2c) after."""
+    x = torch.randn(3, 6).half()
+    for c, fits in ((0.004, True), (0.04, False)):  # off by about c / 2
+        model = minillm.lora.wrap(Odd().half(), ["one"], r=6, alpha=6.0)
+        patch = model.one.patches["lora"]
+        with torch.no_grad():
+            model.one.base.weight.copy_(torch.eye(6)), patch.A.copy_(torch.eye(6))
+            patch.B.copy_(c * torch.eye(6))
+            model.one.base.bias.zero_(), model.two.bias.zero_()
+        if fits:
+            assert not layers(minillm.lora.merge(model, probe=x))
+            continue
+        with pytest.raises(ValueError, match="differ by 0.0.* of their size.* allowed=0.005"):
+            minillm.lora.merge(model, probe=x)
+
+
+def test_the_largest_rounding_errors_are_named_largest_first():
+    plan = [(types.SimpleNamespace(name=name), None, None, rounding)
+            for name, rounding in (("a", 0.2), ("b", 0.4), ("c", 0.1), ("d", 0.3))]
+    with pytest.raises(ValueError, match="change: 'b' 0.4, 'd' 0.3, 'a' 0.2. Nothing is merged"):
+        check(torch.ones(2), 2 * torch.ones(2), 0.1, "lora", plan)
 
 
 def test_wrong_probes_change_nothing():

@@ -124,6 +124,19 @@ def test_a_list_of_experts_has_no_last_leaf():
     assert found.mlp and found.last is None
 
 
+def test_the_width_of_experts_is_that_of_the_norms_directly_in_a_block():
+    """Not that of a norm within the attention, which is of one head (Qwen3)."""
+    block = nn.ModuleDict({
+        "attn": nn.ModuleDict({"k_proj": nn.Linear(8, 4), "k_norm": nn.LayerNorm(4)}),
+        "norm": nn.LayerNorm(8),
+        "mlp": nn.ModuleDict({"experts": nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 8)) for _ in "12")})})
+    model = nn.Module()
+    model.layers = nn.ModuleList([block])
+    assert roles.width_of_experts(model) == 8
+    assert roles.width_of_experts(build("llama")) is None
+
+
 class Experts(nn.Module):
     """Two blocks, each with eight experts: the longest list is no list of blocks."""
 

@@ -131,6 +131,22 @@ def test_the_best_of_a_resumed_pruning_has_its_sparsity(tmp_path):
     assert shares(model) == {(0.5, 0.5)}
 
 
+def test_the_best_of_a_resumed_pruning_may_be_before_its_last_step(tmp_path):
+    """The checkpoint has the sparsity of its last step, and that of the best beside it."""
+    def prune(model, step, steps):
+        Gradual(0.6, end=1.0, every=1)(model, step, steps)
+
+    values = iter([4.0, 3.0, 1.0, 2.0, 2.0, 2.0])
+    options = dict(steps=6, evaluate=lambda model: next(values), every=1, on_step=prune)
+    interrupted(tmp_path, unpruned(), 5, **options)  # four steps are whole, the best is the third
+    model = unpruned()
+    assert quiet(model, checkpoints=tmp_path, resume=True, **options)[-1]["best"]["step"] == 2
+    said = Gradual(0.6, end=1.0, every=1).at(2, 6)
+    assert {patch.sparsity for patch in patches(model)} == {said}
+    assert all(((~patch.mask).sum(1) == round(said * patch.mask.shape[1])).all()
+               for patch in patches(model))
+
+
 def test_what_on_step_does_not_change_has_to_be_the_same(tmp_path):
     options = dict(steps=4, checkpoints=tmp_path, on_step=Gradual(0.5))
     quiet(unpruned(), **options)

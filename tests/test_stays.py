@@ -50,6 +50,17 @@ def test_hooks_see_what_the_site_computes(name, merge):
     assert len(model[0]._forward_pre_hooks) == 1 and not model[0]._forward_hooks
 
 
+@pytest.mark.parametrize("name", WRAPS)
+def test_a_hook_that_is_always_called_sees_a_call_that_fails(name):
+    model, seen = two(), []
+    model[0].register_forward_hook(lambda *_: seen.append(1), always_call=True)
+    for verb, count in ((WRAPS[name], 1), (minillm.techniques()[name].unwrap, 2)):
+        verb(model)
+        with pytest.raises(RuntimeError):
+            model[0](torch.ones(3, 7))  # the leaf takes 6
+        assert len(seen) == count, verb
+
+
 def test_hooks_through_a_stack_of_verbs():
     model, x = two(), torch.randn(3, 6)
     model[0].register_forward_hook(lambda module, args, y: 0 * y)
@@ -59,6 +70,15 @@ def test_hooks_through_a_stack_of_verbs():
         verb(model)
         assert not model[0](x).any(), verb
     assert type(model[0]) is nn.Linear and len(model[0]._forward_hooks) == 1
+
+
+@pytest.mark.parametrize("name", WRAPS)
+@pytest.mark.parametrize("training", [True, False])
+def test_each_leaf_stays_in_the_mode_that_was_set(name, training):
+    model = WRAPS[name](two().train(training))
+    assert model[0].training == getattr(model[0], "base", model[0]).training == training
+    minillm.techniques()[name].unwrap(model.train(not training))
+    assert model[0].training != training
 
 
 def test_attributes_set_on_a_layer_reach_the_base():
