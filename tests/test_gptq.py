@@ -94,6 +94,13 @@ def test_order_helps_where_inputs_differ_in_size():
     assert wins >= 8
 
 
+def test_columns_of_equal_inputs_keep_their_order():
+    H = torch.eye(64)
+    H[::3] *= 2
+    twice, once = [j for j in range(64) if j % 3 == 0], [j for j in range(64) if j % 3]
+    assert gptq.factor(H, 0.01, True, "x")[1].tolist() == twice + once
+
+
 def test_inputs_that_are_always_0_are_rounded_to_the_nearest():
     W, X, grid = matrix(), inputs(), Grid(4)
     X[:, [3, 7]] = 0
