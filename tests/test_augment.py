@@ -182,8 +182,8 @@ class Words:
 def test_nearest_rows_by_hand():
     model = minillm.Transformer(minillm.Config(7, 8, 1, 2))
     W = torch.zeros(7, 8)
-    W[1, :2], W[2, :2], W[3, 2], W[6, 2:4] = (torch.tensor([1.0, 0.1]), torch.tensor([10.0, 0.0]),
-                                              1.0, torch.tensor([1.0, 1.0]))
+    W[1, :3], W[2, 0], W[3, 2] = torch.tensor([1.0, 0.1, 0.1]), 10.0, 1.0
+    W[6, 2:4] = 500.0  # long: a large product with " cat", but a small cosine
     W[4] = W[5] = W[1]  # no words: a capital, no space
     model.embed_tokens.weight.data.copy_(W)
     nearest = augment.Nearest(model, Words(), k=2)
