@@ -94,3 +94,6 @@ def test_a_directory_of_save_all_is_a_model(run):
     said = run("show", "--model", "tuned")
     assert "[quant(bits=8)] + lora(r=2" in said
     run("export", "--model", "tuned", "--out", "merged")
+    said = run("train", "--model", "tuned", "--task", "package", "--steps", 1, "--out",
+               "tuned/1-lora.safetensors", "--force", code=2)
+    assert "--model tuned/1-lora.safetensors would be replaced by --out" in said

@@ -170,3 +170,10 @@ def test_a_base_without_a_source_has_to_be_given(kind, tmp_path):
     minillm.save_all(minillm.lora.wrap(build(kind), r=2), tmp_path / "d")
     with pytest.raises(ValueError, match=r"does not name its base.*load_all\(model"):
         minillm.load(tmp_path / "d")
+
+
+def test_several_processes_are_an_error_and_no_deadlock(tmp_path, monkeypatch):
+    monkeypatch.setattr(minillm.distributed, "place", lambda: (0, 2))
+    with pytest.raises(ValueError, match="save_all needs one process"):
+        minillm.save_all(stacked(), tmp_path / "d")
+    assert not (tmp_path / "d").exists()

@@ -42,16 +42,15 @@ def save_all(model, directory, *, force=False):
     The directory may be new, empty, or that of an earlier `save_all`; force=True writes beside
     files of others, which stay. ValueError if nothing is attached, or if a technique is merged:
     its change is then in the base, which the directory does not hold. FileExistsError as for
-    `minillm.save`. With several processes the first one writes; a sharded model is an error.
+    `minillm.save`. ValueError also with several processes, whose saves wait for each other.
     """
     names = in_order(model)
     if not names:
         raise ValueError("nothing is attached to this model: minillm.save(model, path) writes it")
     check_unmerged(model)
-    if distributed.sharded(model):
-        raise ValueError("save_all of a sharded model: each technique's own save can write it")
-    if distributed.place()[0]:
-        return
+    if distributed.place()[1] > 1 or distributed.sharded(model):
+        raise ValueError("save_all needs one process: with several, and of a sharded model, each "
+                         "technique's own save writes its file")
     own = huggingface.written(directory, LIST)
     files.check_writable(directory, directory=True, force=force, own=own, needs=NAMES)
     told = dict(source=getattr(model, "source", None) or None, base=base_of(model), techniques=[],

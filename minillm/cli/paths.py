@@ -9,7 +9,7 @@ import os
 import pathlib
 import re
 
-from minillm.checkpoints import huggingface
+from minillm.checkpoints import huggingface, together
 
 NAMED = ("tiny", "smollm2")  # values of --model that are not paths
 OF_CHECKPOINTS = re.compile(r"\.?step-\d+\.safetensors.*|\.lock")  # names that train uses
@@ -51,5 +51,5 @@ def inputs(args):
         found.append(("--model", args.model))
         if os.path.isdir(args.model):
             found += [("--model", os.path.join(args.model, name)) for name in os.listdir(args.model)
-                      if re.fullmatch(huggingface.NAMES, name)]
+                      if re.fullmatch(f"{huggingface.NAMES}|{together.NAMES}", name)]
     return [(option, path) for option, path in found if path]

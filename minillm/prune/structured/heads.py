@@ -7,12 +7,12 @@
 A head is a group of rows of W_q, W_k and W_v and the same group of columns of W_o (Michel et al.
 2019, arXiv 1905.10650). Where several query heads share one key/value head (grouped-query
 attention, Ainslie et al. 2023, arXiv 2305.13245), the unit is a key/value head with all its query
-heads. So each group keeps its size, and the key/value cache shrinks too. (To remove single query
-heads breaks the groups: Torch-Pruning's issues 461 and 516.)
+heads. So each group keeps its size, and the key/value cache shrinks too. (Without single query
+heads the groups break: Torch-Pruning's issues 461 and 516.)
 
     code      meaning                                               shape
     scores    score_i², one for each key/value head                 (kv_heads,)
-    size      the rows of one unit in W_q: queries * head_size
+    unit      the rows of one such head in W_q: its queries * size
 
 ||o_j|| is over the tokens of the examples. Without examples it is 1, and then the norm of W_o alone
 says little of a head: so give examples.

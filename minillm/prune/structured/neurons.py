@@ -16,10 +16,10 @@ examples the norms of the neuron's rows replace ||a_j||.
     inner     W_gate and W_up, or W_1: their rows are cut         (ffn, width)
     last      W_down, or W_2: its columns are cut                 (width, ffn)
 
-Cost: with examples, the forward passes of `calibrate`. Afterwards the MLP's products shrink by the
-share. LLM-Pruner (Ma et al. 2023, arXiv 2305.11627) scores by
-gradients, and Torch-Pruning follows every shape through the graph; here `registry.roles` names the
-leaves. Not included: another number of neurons in each block.
+Cost: with examples, the forward passes of `calibrate`. Afterwards the MLP's products shrink by
+the share. LLM-Pruner (Ma et al. 2023, arXiv 2305.11627) scores by gradients, and Torch-Pruning
+follows every shape through the graph; here `registry.roles` names the leaves. Not included:
+another number of neurons in each block.
 
 >>> import torch, minillm
 >>> model = minillm.Transformer(minillm.Config(vocab_size=50, width=8, layers=2, heads=2, ffn=16))
