@@ -300,7 +300,8 @@ def test_export_merges_what_can_be_merged_and_refuses_the_rest(run, tmp_path):
     assert (tmp_path / "lora" / "notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("where", [["--checkpoints", "c"], []])
+@pytest.mark.parametrize("where", [["--checkpoints", "c"],
+                                   pytest.param([], marks=pytest.mark.slow)])
 def test_ctrl_c_saves_and_says_how_to_go_on(run, model, tmp_path, where):
     args = ["--data", "a.txt", "--length", "64", "--option", "r=4", "--steps", "60", *where,
             "--log", "log.jsonl",
@@ -334,6 +335,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(run, model, tmp_path, where):
     assert not list(tmp_path.glob("no.safetensors*")), "a training that fails leaves nothing"
 
 
+@pytest.mark.slow
 def test_compare_writes_the_table(run, model, tmp_path):
     pytest.importorskip("matplotlib")
     sizes = ["--data", "chats.jsonl", "--steps", 2, "--seeds", 1, "--batch-size", 2]

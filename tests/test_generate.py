@@ -173,11 +173,15 @@ def test_broken_logits_are_no_token(options):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # inductor's own import
-def test_compiled_generation_gives_the_same_tokens():
+@pytest.mark.parametrize("backend", ["aot_eager",
+                                     pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_generation_gives_the_same_tokens(backend):
     model, rows = build("llama"), [[3, 1, 4, 1, 5], [9, 2]]
     minillm.lora.wrap(model, r=2)
     expected = [model.generate(rows, 6).tolist(), model.generate(rows[:1], 6).tolist()]
     minillm.compile(model)
+    for module in (*model.layers, model.lm_head):
+        module.compile(backend=backend)
     assert [model.generate(rows, 6).tolist(), model.generate(rows[:1], 6).tolist()] == expected
     with pytest.raises(TypeError, match="not Linear: torch.compile"):
         minillm.compile(torch.nn.Linear(2, 2))

@@ -195,7 +195,7 @@ def test_a_copy_keeps_no_call():
     assert not any("facts" in key for key in model.state_dict())
 
 
-@pytest.mark.parametrize("hidden", [None, 5])
+@pytest.mark.parametrize("hidden", [pytest.param(None, marks=pytest.mark.slow), 5])
 def test_compiled_blocks_and_lengths_that_vary(hidden):
     model = prefixed(hidden=hidden)
     batches = [torch.randint(24, (2, t)) for t in range(4, 16)]

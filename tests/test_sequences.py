@@ -108,7 +108,7 @@ def test_any_sequence_leaves_the_model_as_it_was(number):
     draw, names = random.Random(number), [name for name, method in METHODS.items()
                                           if method.kind == name]
     sets = list(itertools.combinations(names, 2)) + list(itertools.combinations(names, 3))
-    for chosen in sets[number::3]:
+    for chosen in sets[number::12]:
         model, calls = build("llama"), []
         model.norm.weight.requires_grad_(False)
         model.layers[1].mlp.up_proj.weight.requires_grad_(False)
