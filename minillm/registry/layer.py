@@ -158,6 +158,11 @@ class Below:
         changes = active(patch for patch in self.patches() if patch.touches == "weight")
         return lambda: folded(base, changes)
 
+    def alone(self):
+        """The leaf, where it keeps its weight dense and no patch is beneath; else None."""
+        base = self.layer.base
+        return base if self.depth == 0 and not isinstance(base, Format) and leaf(base) else None
+
     def compute(self, x, W, b=None):
         """The output of the leaf with another matrix W (out', in) and bias b (out',)."""
         return leaf(self.layer.base).compute(x, W, b)
