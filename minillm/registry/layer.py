@@ -159,9 +159,9 @@ class Below:
         return lambda: folded(base, changes)
 
     def alone(self):
-        """The leaf, where it keeps its weight dense and no patch is beneath; else None."""
-        base = self.layer.base
-        return base if self.depth == 0 and not isinstance(base, Format) and leaf(base) else None
+        """The leaf, if its weight is dense and no patch beneath changes its output; else None."""
+        base, changed = self.layer.base, any(one.active or one.start for one in self.patches())
+        return None if changed or isinstance(base, Format) or leaf(base) is None else base
 
     def compute(self, x, W, b=None):
         """The output of the leaf with another matrix W (out', in) and bias b (out',)."""
