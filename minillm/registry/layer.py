@@ -158,6 +158,11 @@ class Below:
         changes = active(patch for patch in self.patches() if patch.touches == "weight")
         return lambda: folded(base, changes)
 
+    def alone(self):
+        """The leaf, if its weight is dense and no patch beneath changes its output; else None."""
+        base, changed = self.layer.base, any(one.active or one.start for one in self.patches())
+        return None if changed or isinstance(base, Format) or leaf(base) is None else base
+
     def compute(self, x, W, b=None):
         """The output of the leaf with another matrix W (out', in) and bias b (out',)."""
         return leaf(self.layer.base).compute(x, W, b)
