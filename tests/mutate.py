@@ -6,8 +6,8 @@
     python tests/mutate.py --file "minillm/lora*" --tests tests/test_lora.py tests/test_laws.py
 
 1. All tests run once in a copy of the working tree, and a plugin notes the lines of minillm that
-   each test executes (`mutate_plugin.py`). The notes go to a file (`--map`) that is named after
-   the content of the tree. A later run on the same tree reads them.
+   each test executes (`mutate_plugin.py`; it needs `pip install coverage`). The notes go to a file
+   (`--map`) that is named after the content of the tree. A later run on the same tree reads them.
 2. The seed chooses `--count` of all possible changes (`mutate_changes.py`).
 3. Each change is written into a copy, never into the tree itself. The tests that execute its
    statement run there until one fails. Those of the test file that mirrors the changed file come

@@ -1,18 +1,18 @@
 """A pytest plugin for `mutate.py`: note the lines that each test executes, or run chosen tests."""
 
 import collections
+import contextlib
 import faulthandler
 import json
 import os
 import pathlib
 import sys
-import threading
 import time
 
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-MANY = 50  # calls of a function in one test after which its lines are no longer noted one by one
+SHARED = "shared fixture of "
 
 
 def pytest_configure(config):
@@ -22,67 +22,65 @@ def pytest_configure(config):
 
 
 class Recorder:
-    """Notes the lines of minillm that each test executes.
+    """Notes the lines of minillm that each test executes, by `coverage`, whose tracer is in C.
 
     The lines of a shared fixture count for all tests of its file.
     """
 
     def __init__(self, task):
-        self.out, self.package = task["out"], str(ROOT / "minillm") + os.sep
-        self.tests, self.failed = {}, []
-        self.seen, self.shared = set(), collections.defaultdict(set)
-        self.calls = collections.Counter()
+        import coverage  # only the script needs it
 
-    def call(self, frame, event, arg):
-        code = frame.f_code
-        if not code.co_filename.startswith(self.package):
-            return None
-        self.calls[id(code)] += 1
-        if self.calls[id(code)] > MANY:  # tracing is slow
-            return None
-        if self.calls[id(code)] == MANY:
-            self.seen |= {(code.co_filename, line) for *_, line in code.co_lines() if line}
-        return self.line(frame, event, arg)
+        self.out, self.seconds, self.failed, self.context = task["out"], {}, [], ""
+        package = str(ROOT / "minillm" / "*")
+        self.coverage = coverage.Coverage(data_file=None, config_file=False, include=[package])
+        self.coverage.start()
 
-    def line(self, frame, event, arg):
-        self.seen.add((frame.f_code.co_filename, frame.f_lineno))
-        return self.line
+    @contextlib.contextmanager
+    def within(self, context):
+        """Lines that are executed inside count for this context."""
+        before, self.context = self.context, context
+        self.coverage.switch_context(context)
+        try:
+            yield
+        finally:
+            self.context = before
+            self.coverage.switch_context(before)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item):
-        self.seen, began = set(), time.perf_counter()
-        self.calls.clear()
-        threading.settrace(self.call)
-        sys.settrace(self.call)
-        try:
-            return (yield)
-        finally:
-            sys.settrace(None)
-            threading.settrace(None)
-            self.tests[item.nodeid] = time.perf_counter() - began, self.seen
+        began = time.perf_counter()
+        with self.within(item.nodeid):
+            try:
+                return (yield)
+            finally:
+                self.seconds[item.nodeid] = time.perf_counter() - began
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef):
-        before, self.seen = self.seen, set()
-        try:
+        shared = fixturedef.scope != "function"
+        with self.within(SHARED + fixturedef.baseid if shared else self.context):
             return (yield)
-        finally:
-            if fixturedef.scope != "function":
-                self.shared[fixturedef.baseid] |= self.seen
-            self.seen |= before
 
     def pytest_runtest_logreport(self, report):
         if report.failed:
             self.failed.append(report.nodeid)
 
     def pytest_sessionfinish(self):
+        self.coverage.stop()
+        data, of = self.coverage.get_data(), collections.defaultdict(dict)
+        for path in data.measured_files():
+            file = os.path.relpath(path, ROOT)
+            for line, contexts in data.contexts_by_lineno(path).items():
+                for context in contexts:
+                    of[context].setdefault(file, set()).add(line)
         notes = {}
-        for test, (seconds, seen) in self.tests.items():
-            lines = collections.defaultdict(list)
-            shared = [more for base, more in self.shared.items() if test.startswith(base)]
-            for file, line in sorted(seen.union(*shared)):
-                lines[os.path.relpath(file, ROOT)].append(line)
-            notes[test] = dict(seconds=seconds, lines=lines)
+        for test, seconds in self.seconds.items():
+            lines = collections.defaultdict(set)
+            for context, files in of.items():
+                fits = context.startswith(SHARED) and test.startswith(context[len(SHARED) :])
+                for file, found in files.items() if fits or context == test else ():
+                    lines[file] |= found
+            notes[test] = dict(seconds=seconds, lines={f: sorted(n) for f, n in lines.items()})
         pathlib.Path(self.out).write_text(json.dumps(dict(tests=notes, failed=self.failed)))
 
 
