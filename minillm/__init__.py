@@ -22,6 +22,8 @@ Fine-tuning, wrapped in place with `minillm.NAME.wrap(model)`:
                        Meng et al. 2024, arXiv 2404.02948
     lora.loftq         LoRA that starts with what rounding a weight will lose
                        Li et al. 2023, arXiv 2310.08659
+    lora.adalora       LoRA whose ranks are allotted to the weights in training
+                       Zhang et al. 2023, arXiv 2303.10512
     lora.vera          one random low-rank pair for all weights; scales of it learn
                        Kopiczko et al. 2024, arXiv 2310.11454
     lora.loha          multiplies two low-rank changes of each weight, entry by entry
@@ -88,6 +90,9 @@ import minillm.lora.combine
 import minillm.lora.dora
 import minillm.lora.pissa
 import minillm.lora.loftq
+import minillm.lora.adalora
+import minillm.lora.budget
+import minillm.lora.orthogonal
 import minillm.lora.vera
 import minillm.lora.loha
 import minillm.lora.lokr

@@ -24,6 +24,7 @@ WRAPS = {
     "one block": lambda m, kind: minillm.lora.wrap(m, rf".*\.1\..*({'|'.join(LINEARS[kind])})",
                                                    r=3),
     "dora": lambda m, kind: minillm.lora.dora.wrap(m, LINEARS[kind], r=3),
+    "adalora": lambda m, kind: minillm.lora.adalora.wrap(m, LINEARS[kind], r=3, alpha=5.0),
     "vera": lambda m, kind: minillm.lora.vera.wrap(m, LINEARS[kind], r=3),
     "loha": lambda m, kind: minillm.lora.loha.wrap(m, LINEARS[kind], r=3, alpha=5.0),
     "lokr": lambda m, kind: minillm.lora.lokr.wrap(m, LINEARS[kind], r=1, alpha=5.0),
@@ -42,6 +43,7 @@ CONFIGS = {  # peft's own
     "patterns": ("LoraConfig", dict(r=3, rank_pattern={"q_proj": 2, "c_attn": 2, r"2\.mlp\.\w+": 4},
                                     alpha_pattern={"down_proj": 7, "h.1.mlp.c_fc": 7})),
     "some layers": ("LoraConfig", dict(r=3, layers_to_transform=[0, 2])),
+    "adalora": ("AdaLoraConfig", dict(init_r=5, target_r=2, lora_alpha=5, total_step=9)),
     "vera": ("VeraConfig", dict(r=5)),
     "loha": ("LoHaConfig", dict(r=3, alpha=5, rank_pattern={"q_proj": 2})),
     "lokr": ("LoKrConfig", dict(r=1, alpha=5, decompose_both=True)),
@@ -53,7 +55,7 @@ SPELT = {"lora": {"A": "lora_A.default.weight", "B": "lora_B.default.weight",
          "vera": {"d": "vera_lambda_d.default", "b": "vera_lambda_b.default"}}
 SPELT["dora"] = SPELT["lora"]
 SPELT |= {kind: {key: f"{suffix}.default" for key, suffix in files.SUFFIXES[kind].items()}
-          for kind in ("loha", "lokr", "ia3")}
+          for kind in ("adalora", "loha", "lokr", "ia3")}
 
 
 def learn(model):

@@ -8,6 +8,8 @@
                                     lora_embedding_A, lora_embedding_B
       with a start (PiSSA)          its change since birth: A' = [A; A0], B' = [B, -B0], rank 2r
     dora           LORA, use_dora   also lora_magnitude_vector (out,)
+    adalora        ADALORA          lora_A (r, in), lora_B (out, r), lora_E (r, 1): Q, P, Λ; of the
+                                    ranks that were kept alone
     vera           VERA             vera_lambda_d (r,), vera_lambda_b (out,); and once
                                     base_model.vera_A, base_model.vera_B
     loha           LOHA             hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b: B1, A1, B2, A2
@@ -36,7 +38,7 @@ import torch
 from safetensors.torch import save_file
 
 from minillm import files
-from minillm.checkpoints import peft_norms, peft_prompts, peft_settings
+from minillm.checkpoints import peft_adalora, peft_norms, peft_prompts, peft_settings
 from minillm.checkpoints.peft_settings import (
     CONFIG, holds, module_names, placed, settings, turned,
 )
@@ -53,6 +55,7 @@ PREFIX = "base_model.model."
 LORA = {"A": "lora_A.weight", "B": "lora_B.weight"}
 EMBEDDING = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
 SUFFIXES = {"lora": LORA, "dora": LORA | {"m": "lora_magnitude_vector"},
+            "adalora": {"Q": "lora_A", "P": "lora_B", "E": "lora_E"},
             "vera": {"d": "vera_lambda_d", "b": "vera_lambda_b"},
             "loha": {"B1": "hada_w1_a", "A1": "hada_w1_b", "B2": "hada_w2_a", "A2": "hada_w2_b"},
             "lokr": {"C": "lokr_w1", "B1": "lokr_w1_a", "A1": "lokr_w1_b",
@@ -123,6 +126,8 @@ def tensors_of(site, patch):
     """{peft's key: tensor} of a patch."""
     if patch.kind in ("loha", "lokr") and (site.leaf.lookup or site.leaf.transposed):
         raise ValueError(f"{site.name!r} is no nn.Linear, and peft has {patch.kind} for that alone")
+    if patch.kind == "adalora":
+        return peft_adalora.tensors(patch)
     if patch.kind == "ia3":
         return {"ia3_l": patch.factor[None, :] if patch.inner else patch.factor[:, None]}
     if patch.start:  # s (B A - B0 A0)
@@ -179,6 +184,8 @@ def load(model, directory, name=None):
     places, made = module_names(model), {}
     for where, part in parts.items():
         check_free(sites[where], name, kind)
+        if kind == "adalora":
+            part = peft_adalora.whole(part, config, places[where], directory)
         chosen = known.get(where) or options(kind, config, places.get(where))
         made[where] = remake(cls, sites[where], chosen, part, f"{directory}, {where!r}")
     share(cls, made, sites, common, directory)
@@ -264,6 +271,8 @@ def own_or_base(model, key, t, sites, own, config, path):
 
 def options(kind, config, module):
     """Our options of one patch."""
+    if kind == "adalora":
+        return peft_adalora.options(config)
     if kind == "vera":
         return dict(r=config.get("r", 256), dropout=config.get("vera_dropout", 0.0))
     if kind == "ia3":

@@ -8,7 +8,7 @@ import re
 import torch
 
 from minillm import files
-from minillm.checkpoints import layouts, peft_norms
+from minillm.checkpoints import layouts, peft_adalora, peft_norms
 from minillm.model.transformer import Transformer
 from minillm.registry import walk
 from minillm.registry.sites import bare
@@ -29,10 +29,11 @@ KNOWN = {
     "ensure_weight_tying", "bias", "init_lora_weights", "alpha", "decompose_both",
     "decompose_factor", "feedforward_modules", "init_ia3_weights", "rank_dropout",
     "module_dropout", "rank_dropout_scale", "prefix_projection", "encoder_hidden_size",
-    "encoder_reparameterization_type", "encoder_num_layers", "encoder_dropout",
+    "encoder_reparameterization_type", "encoder_num_layers", "encoder_dropout", "init_r",
+    "target_r", "total_step", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight",
 }
-TYPES = ("LORA", "VERA", "LOHA", "LOKR", "IA3", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING",
-         "LN_TUNING")
+TYPES = ("LORA", "ADALORA", "VERA", "LOHA", "LOKR", "IA3", "PROMPT_TUNING", "P_TUNING",
+         "PREFIX_TUNING", "LN_TUNING")
 TRAINING = ("rank_dropout", "module_dropout")  # what only training does
 STARTS = re.compile("pissa.*|olora|corda|eva|loftq|lora_ga", re.IGNORECASE)  # these change the base
 
@@ -92,6 +93,8 @@ def settings(model, found, places):
     if kind == "ia3":
         inner = [(site, patch) for site, patch in found if patch.inner]
         return dict(config, feedforward_modules=targets(model, inner, places))
+    if kind == "adalora":
+        return peft_adalora.settings(config, found, places)
     if kind == "vera":
         return dict(config, vera_dropout=first.dropout, save_projection=True, d_initial=0.1,
                     projection_prng_key=0, r=first.r, bias="none")

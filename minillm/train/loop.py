@@ -135,6 +135,7 @@ def update(run):
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     masters.write_back(run.masters)
+    openings.after(run, step)
 
     tokens = sum(ids.numel() if mask is None else int((mask > 0).sum()) for ids, _, mask in micro)
     return dict(step=step, loss=total / count, rate=o.lr * share, norm=norm, learnt=count,

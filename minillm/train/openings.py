@@ -21,6 +21,9 @@ It may have a method `around(model, step, steps)`, a context in which the forwar
 pass of the step run: gradual unfreezing lets the parameters that wait have no gradient there. It
 is not used in several processes, because DDP waits for the gradient of every parameter.
 
+It may have a method `after(model, step, steps)`, called after the optimizer's step: AdaLoRA takes
+ranks away there, because the optimizer would move at once what was set to 0 before its step.
+
 It may have a method `check(model)` too, and a `loss` a method `check(examples)`. `train` calls them
 before the first step; a ValueError says what they cannot take.
 
@@ -39,7 +42,7 @@ from torch import nn
 
 from minillm import distributed
 from minillm.registry import fingerprint
-from minillm.train import identity
+from minillm.train import identity, masters
 
 
 def check(loss, on_step, model, examples):
@@ -70,6 +73,13 @@ def around(on_step, model, step, steps):
     if hasattr(on_step, "around") and distributed.place()[1] == 1:
         return on_step.around(model, step, steps)
     return contextlib.nullcontext()
+
+
+def after(run, step):
+    """Call `on_step.after`, where it has it. The gradients are gone by then."""
+    if hasattr(run.options.on_step, "after"):
+        with masters.shown(run.masters):
+            run.options.on_step.after(run.model, step, run.options.steps)
 
 
 def settled(on_step, steps):
