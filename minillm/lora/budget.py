@@ -48,10 +48,9 @@ LEARN = ("P", "E", "Q")
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """An `on_step` for `train`, for a model with AdaLoRA. ValueError for numbers out of range.
+    """An `on_step` for `train`, for a model with AdaLoRA; name: which one, if it has several.
 
-    name: of the AdaLoRA whose ranks it allots; None if the model has one.
-    """
+    ValueError for numbers out of range."""
 
     target: float = 8
     begin: float = 0.1
