@@ -150,6 +150,8 @@ def limits(device):
     found = {"bytes/s": many.numel() * 4 / fastest(many.sum)}
     for dtype in (torch.float32, torch.bfloat16):
         n, product = 128, None
+        seconds(lambda: torch.ones(128, 128, device=device, dtype=dtype) @ torch.ones(
+            128, 128, device=device, dtype=dtype))  # the first product loads the library
         largest = 8192 if device == "cuda" else 2048
         while product is None or n < largest and seconds(product) < 0.1:
             n *= 2

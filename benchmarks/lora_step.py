@@ -4,7 +4,12 @@ the seven projections, 4 x 128 tokens (--batch, --length), AdamW.
 All sides start from the same adapter tensors and take the same batches, so their losses
 have to agree; the table says how far they are apart. A LoRA step takes about 4 N
 operations a token (N: all parameters, the head included), which tells the share of the
-machine's limit. Run: python -m benchmarks.lora_step
+machine's limit.
+
+The floor is what no LoRA step can do without: for each matrix of the model, the head
+included, the product with the input and the product with the gradient. The sides
+"floor" compute these products and nothing else, in the same rounds. Run: python -m
+benchmarks.lora_step
 """
 
 import time
@@ -17,13 +22,16 @@ from benchmarks import common
 SIDES = {f"{library} {technique}{dtype}{' compiled' * compiled}": dict(
              library=library, dora=bool(technique), dtype=dtype, compiled=compiled)
          for technique, dtype in (("", "float32"), ("", "bfloat16"), ("DoRA ", "float32"))
-         for library, compiled in (("peft", False), ("minillm", False), ("minillm", True))}
+         for library, compiled in (("peft", False), ("minillm", False), ("minillm", True),
+                                   *([] if technique else [("floor", False)]))}
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SETTINGS = dict(r=8, alpha=16, lr=1e-4, steps=4, warmup=3)
 
 
 def setup(side, settings):
     torch.manual_seed(0)
+    if side["library"] == "floor":
+        return floor(side, settings)
     dtype, device = getattr(torch, side["dtype"]), settings["device"]
     if side["library"] == "peft":
         import peft
@@ -86,6 +94,39 @@ def setup(side, settings):
     return measure
 
 
+def floor(side, settings):
+    """The matrix products of a step, with matrices of their own for each layer."""
+    dtype, device = getattr(torch, side["dtype"]), settings["device"]
+    model, _ = minillm.load(settings["checkpoint"], dtype=dtype, device=device)
+    tokens = settings["batch"] * settings["length"]
+    matrices = [module.weight.detach() for module in model.modules()
+                if isinstance(module, torch.nn.Linear)]  # the head is one of them
+    inputs = {n: torch.randn(tokens, n, device=device, dtype=dtype)
+              for W in matrices for n in W.shape}
+
+    def step():
+        for W in matrices:
+            torch.nn.functional.linear(inputs[W.shape[1]], W)
+        for W in reversed(matrices):
+            inputs[W.shape[0]] @ W
+
+    began = time.perf_counter()
+    for _ in range(settings["warmup"]):
+        step()
+    ready = time.perf_counter() - began
+
+    def measure():
+        common.wait(device)
+        began = time.perf_counter()
+        for _ in range(settings["steps"]):
+            step()
+        common.wait(device)
+        seconds = time.perf_counter() - began
+        return {"tokens/s": settings["steps"] * tokens / seconds, "warm": ready}
+
+    return measure
+
+
 def main():
     args = common.arguments(__doc__, batch=4, length=128)
     settings = dict(SETTINGS, batch=args.batch, length=args.length,
@@ -105,15 +146,18 @@ def main():
     for name, measured in found.items():
         dtype = SIDES[name]["dtype"]
         base = found.get(f"peft {'DoRA ' * SIDES[name]['dora']}{dtype}", measured)
-        apart = max(abs(a - b) for a, b in zip(measured[-1]["losses"], base[-1]["losses"]))
+        apart = max((abs(a - b) for a, b in zip(measured[-1].get("losses", ()),
+                                                base[-1].get("losses", ()))), default=None)
         speed = common.median(measured, "tokens/s")
+        least = found.get(f"floor {dtype}")
         rows.append({
             "side": name, "tokens/s": f"{speed:,.0f}",
             "of peft": f"{common.ratio(measured, base, 'tokens/s'):.2f}",
+            "of the floor": least and f"{common.ratio(measured, least, 'tokens/s'):.2f}",
             "peak MB": f"{measured[-1]['peak_bytes'] / 1e6:,.0f}",
             "of peft's": f"{measured[-1]['peak_bytes'] / base[-1]['peak_bytes']:.2f}",
             "of the machine's FLOP/s": f"{speed * 4 * size / limits[f'{dtype} FLOP/s']:.0%}",
-            "first steps, s": f"{measured[0]['warm']:.1f}", "losses apart": f"{apart:.1e}"})
+            "first steps, s": f"{measured[0]['warm']:.1f}", "losses apart": None if apart is None else f"{apart:.1e}"})
     del settings["ids"], settings["checkpoint"]
     common.keep("lora_step", args, settings, rows, limits)
 
