@@ -153,11 +153,12 @@ def main():
         rows.append({
             "side": name, "tokens/s": f"{speed:,.0f}",
             "of peft": f"{common.ratio(measured, base, 'tokens/s'):.2f}",
-            "of the floor": least and f"{common.ratio(measured, least, 'tokens/s'):.2f}",
+            "of the floor": f"{common.ratio(measured, least, 'tokens/s'):.2f}" if least else "",
             "peak MB": f"{measured[-1]['peak_bytes'] / 1e6:,.0f}",
             "of peft's": f"{measured[-1]['peak_bytes'] / base[-1]['peak_bytes']:.2f}",
             "of the machine's FLOP/s": f"{speed * 4 * size / limits[f'{dtype} FLOP/s']:.0%}",
-            "first steps, s": f"{measured[0]['warm']:.1f}", "losses apart": None if apart is None else f"{apart:.1e}"})
+            "first steps, s": f"{measured[0]['warm']:.1f}",
+            "losses apart": "" if apart is None else f"{apart:.1e}"})
     del settings["ids"], settings["checkpoint"]
     common.keep("lora_step", args, settings, rows, limits)
 
