@@ -39,7 +39,7 @@ Fine-tuning, wrapped in place with `minillm.NAME.wrap(model)`:
 
 Making it small, wrapped in place with `minillm.NAME.wrap(model)`:
 
-    quant              stores weights as integers of 2 to 8 bits, with a scale for each row or group
+    quant              stores weights as integers of 2 to 8 bits; a row, group or matrix shares a scale
                        Dettmers et al. 2022, arXiv 2208.07339
     quant.gptq         rounds column by column; the remaining columns compensate
                        Frantar et al. 2022, arXiv 2210.17323

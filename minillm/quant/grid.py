@@ -9,6 +9,8 @@
     scale      s, the distance of two levels            (n, groups)
     zero       z, the code of the number 0              (n, groups); None where symmetric
 
+With group="tensor" the whole matrix shares s and z, whose shape is then (1, 1).
+
 `fit` chooses scale and zero for a matrix, `round` gives the codes, and `dense` the
 matrix of the codes. A Format stores the codes. Quantization-aware training rounds with
 the same three functions. A solver such as GPTQ changes only the order of rounding.
@@ -34,9 +36,25 @@ import torch
 from minillm import options
 
 
+def check_group(group):
+    """`group`: a whole number of at least 2, None (a row) or "tensor"; ValueError for others."""
+    return group if group in (None, "tensor") else options.whole("group", group, 2)
+
+
+def size_of(group, m):
+    """How many neighbours in a row of m weights share a scale."""
+    return m if group in (None, "tensor") else group
+
+
 def in_groups(W, group):
-    """(n, m) -> (n, m / group, group); a group of None is the whole row."""
-    return W.unflatten(1, (-1, group or W.shape[1]))
+    """(n, m) -> (n, groups, m / groups)"""
+    return W.unflatten(1, (-1, size_of(group, W.shape[1])))
+
+
+def by_group(reduce, W, group):
+    """torch.amin or torch.amax of each group of W (n, m): (n, groups), of a tensor (1, 1)."""
+    found = reduce(in_groups(W, group), -1)
+    return reduce(found, 0, keepdim=True) if group == "tensor" else found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +62,13 @@ class Grid:
     """A grid of equal steps. ValueError for bits outside 2 to 8 and a group below 2."""
 
     bits: int = 8
-    group: int | None = None
+    group: int | str | None = None
     zero_point: bool = False
 
     def __post_init__(self):
         options.whole("bits", self.bits, 2, 8)
         options.flag("zero_point", self.zero_point)
-        if self.group is not None:
-            options.whole("group", self.group, 2)
+        check_group(self.group)
 
     @property
     def ends(self):
@@ -68,8 +85,8 @@ class Grid:
     def fit(self, W):
         """(scale, zero) for W (n, m): the finest grid that reaches every weight."""
         low, high = self.ends
-        W = self.groups(W)
-        least, most = W.amin(-1).clamp(max=0), W.amax(-1).clamp(min=0)  # (n, groups)
+        least = by_group(torch.amin, W, self.group).clamp(max=0)  # (n, groups)
+        most = by_group(torch.amax, W, self.group).clamp(min=0)
         if self.zero_point:
             scale = (most - least) / high
         else:
@@ -96,11 +113,10 @@ class Levels:
     """
 
     levels: tuple | torch.Tensor
-    group: int | None = None
+    group: int | str | None = None
 
     def __post_init__(self):
-        if self.group is not None:
-            options.whole("group", self.group, 2)
+        check_group(self.group)
         if not isinstance(self.levels, torch.Tensor):
             check_levels(self.levels)
 
@@ -119,7 +135,7 @@ class Levels:
 
     def fit(self, W):
         """(scale, None) for a matrix W (n, m): the largest magnitude of each group, (n, groups)."""
-        scale = self.groups(W).abs().amax(-1)
+        scale = by_group(torch.amax, W.abs(), self.group)
         return scale.where(scale > 0, 1.0), None  # a group of zeros stays one
 
     def round(self, W, scale, zero=None):
@@ -143,21 +159,43 @@ def check_levels(levels):
                          "of which the largest magnitude is 1")
 
 
-def pack(codes, bits):
-    """Codes from 0 to 2^bits - 1, (n, m), in bytes: (n, m * bits / 8) of uint8; bits: 2, 4 or 8.
+def planes(bits):
+    """The widths 8, 4, 2 and 1 that add up to `bits`, the widest first: 3 is 2 and 1."""
+    return [width for width in (8, 4, 2, 1) if bits & width]
 
-    Byte i holds the codes i, i + k, i + 2 k, ... (k bytes a row), the first in its
-    lowest bits. So one shift of all bytes gives a contiguous part of the row.
+
+def codes_a_byte(bits):
+    """The least number of codes that fill whole bytes: 2 of 4 bits, 8 of 3 bits (3 bytes)."""
+    return 8 // planes(bits)[-1]
+
+
+def pack(codes, bits):
+    """Codes from 0 to 2^bits - 1, (n, m), in bytes: (n, m * bits / 8) of uint8; bits: 1 to 8.
+
+    With 1, 2, 4 or 8 bits, byte i holds the codes i, i + k, i + 2 k, ... (k bytes a
+    row), the first in its lowest bits. So one shift of all bytes gives a contiguous part
+    of the row. Other widths are such planes one after the other. With 3 bits the first
+    m / 4 bytes of a row are the low 2 bits of its codes, and m / 8 are the high bits.
     """
-    parts = codes.to(torch.uint8).chunk(8 // bits, 1)  # each (n, k)
-    packed = torch.zeros_like(parts[0])
-    for i, part in enumerate(parts):
-        packed |= part << (bits * i)
-    return packed
+    codes, low, found = codes.to(torch.uint8), 0, []
+    for width in planes(bits):
+        parts = (codes >> low & 2**width - 1).chunk(8 // width, 1)  # each (n, k)
+        plane = torch.zeros_like(parts[0])
+        for i, part in enumerate(parts):
+            plane |= part << (width * i)
+        found.append(plane)
+        low += width
+    return torch.cat(found, 1)
 
 
 def unpack(packed, bits):
     """The inverse of `pack`: (n, k) of uint8 -> (n, k * 8 / bits)."""
     if bits == 8:
         return packed
-    return torch.cat([packed >> i & (2**bits - 1) for i in range(0, 8, bits)], 1)
+    codes, low = None, 0
+    sizes = [packed.shape[1] * width // bits for width in planes(bits)]
+    for width, plane in zip(planes(bits), packed.split(sizes, 1)):
+        parts = torch.cat([plane >> i & 2**width - 1 for i in range(0, 8, width)], 1)
+        codes = parts if codes is None else codes | parts << low
+        low += width
+    return codes

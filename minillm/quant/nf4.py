@@ -47,9 +47,8 @@ True
 
 import torch
 
-from minillm import options
 from minillm.quant.coded import Coded, check_rows
-from minillm.quant.grid import Levels, check_levels
+from minillm.quant.grid import Levels, check_group, check_levels
 from minillm.registry import Format
 from minillm.registry.attach import attach
 from minillm.registry.table import method, register
@@ -67,7 +66,7 @@ class Codebook(Coded, Format):
     width = 4  # bits that a code takes
 
     def __init__(self, site, group=64):
-        self.group = None if group is None else options.whole("group", group, 2)
+        self.group = check_group(group)
         check_rows(site, self.width, group)
         super().__init__(site)
 
