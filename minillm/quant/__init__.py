@@ -118,7 +118,7 @@ def wrap(model, targets=None, *, bits=8, group=None, zero_point=False):
 
 unwrap, merge, unmerge, save, load = verbs("quant", Integer)
 method("quant", wrap,
-       does="stores weights as integers of 2 to 8 bits; a row, group or matrix shares a scale",
+       does="stores weights as integers of 2 to 8 bits; a row or group shares a scale",
        paper="Dettmers et al. 2022, arXiv 2208.07339",
        small={"": {}, "int4": dict(bits=4, group=4), "zero": dict(bits=4, zero_point=True),
               "two": dict(bits=2, group=8), "int8 zero": dict(group=8, zero_point=True),

@@ -54,16 +54,33 @@ class Coded:
 
     def pack(self, W):
         W = (W.T if self.leaf.lookup else W).float()
-        scale, zero = self.grid.fit(W)
+        scale, zero = self.fit(W)
         if not torch.isfinite(scale).all():
             shape = ", ".join(map(str, W.shape))
             raise ValueError(f"a weight of a ({shape}) matrix is beyond float32, in which "
                              f"{self.kind} keeps its scales")
-        self.keep(self.grid.round(W, scale, zero), scale, zero)
+        self.keep_scales(scale)
+        self.keep_codes(self.grid.round(W, self.scales(), zero), zero)
+
+    def fit(self, W):
+        """(scale, zero) of W (n, m), as the grid has them."""
+        return self.grid.fit(W)
 
     def keep(self, q, scale, zero=None):
         """Store codes (n, m) and their scales and zeros (n, groups)."""
+        self.keep_scales(scale)
+        self.keep_codes(q, zero)
+
+    def keep_scales(self, scale):
+        """Store the scales (n, groups)."""
         self.scale = scale
+
+    def scales(self):
+        """The scales that are stored, in float32."""
+        return self.scale
+
+    def keep_codes(self, q, zero=None):
+        """Store codes (n, m) and their zeros (n, groups)."""
         plain = self.q.dtype == torch.int8
         self.q = q.to(torch.int8) if plain else pack(q - self.grid.ends[0], self.width)
         if zero is not None:
@@ -80,7 +97,7 @@ class Coded:
         """The weights (n, m) of the codes, in the rows that `pick` takes."""
         every = (lambda t: t) if self.group == "tensor" else pick  # all rows have the same
         zero = every(self.zero).float() if "zero" in self._buffers else None
-        return self.grid.dense(self.codes(pick), every(self.scale), zero)
+        return self.grid.dense(self.codes(pick), every(self.scales()), zero)
 
     def dense(self):
         W = self.rows().to(self.dtype)
@@ -94,10 +111,10 @@ class Coded:
 
     def half_steps(self):
         """How far a weight may be from its code, (n, groups, 1) or (n, groups, group)."""
-        return self.scale[..., None] / 2
+        return self.scales()[..., None] / 2
 
     def check(self, where):
-        if not (self.scale > 0).all():
+        if not (self.scales() > 0).all():
             raise ValueError(f"{where}: a scale is not a number above 0")
 
     def forward(self, x):
