@@ -47,6 +47,8 @@ Making it small, wrapped in place with `minillm.NAME.wrap(model)`:
                        Dettmers et al. 2023, arXiv 2305.14314
     quant.fp4          stores weights in 4 bits, as floats of 4 bits
                        Dettmers et al. 2023, arXiv 2305.14314
+    quant.fp8          stores weights as floats of 8 bits, with a scale for each row
+                       Micikevicius et al. 2022, arXiv 2209.05433
     quant.qat          trains with rounded weights, to store them rounded
                        Jacob et al. 2018, arXiv 1712.05877
     prune              zeroes the smallest weights
@@ -102,6 +104,7 @@ from minillm import quant
 import minillm.quant.gptq
 import minillm.quant.nf4
 import minillm.quant.fp4
+import minillm.quant.fp8
 import minillm.quant.qat
 from minillm import prune
 import minillm.prune.gradual

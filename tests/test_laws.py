@@ -123,8 +123,9 @@ def learn(model, key):
 
 
 def coarse(*names):
-    """Whether there is a rounding to 4 bits, of which small changes are lost, or flip a code."""
-    return any(name.split("/")[0] in ("nf4", "fp4", "qat") for name in names)
+    """Whether a rounding is so coarse (4 bits, or FP8's 3 of mantissa) that small changes are
+    lost, or flip a code."""
+    return any(name.split("/")[0] in ("nf4", "fp4", "fp8", "qat") for name in names)
 
 
 def attach(model, *names):

@@ -301,7 +301,7 @@ def test_laws_of_a_patch(kind):
 
 @pytest.mark.parametrize("other",
                          [name for name, cls in KINDS.items()
-                          if name not in ("qat", "freeze", "quant", "sparse", "codebook")])
+                          if name not in ("qat", "freeze", "quant", "sparse", "codebook", "fp8")])
 def test_beside_other_patches(other):
     """fold equals forward and gradients reach what learns, in both orders."""
     module, options = (

@@ -15,13 +15,13 @@ two, and the lowest exponent has 0 and one more number. Divided by the largest:
 
     12 l = 0, 0.0625, 2, 3, 4, 6, 8, 12, and the same below 0
 
-In the E2M1 of the Open Compute Project, which GPUs multiply, the second number is 1 and
-not 0.0625. Both zeros are one level here, so there are 15. bitsandbytes numbers the
-codes by sign, exponent and mantissa. Here they rise with the level, as in `nf4`.
+In the E2M1 of the Open Compute Project (MXFP4) the second number is 1 and not 0.0625.
+Both zeros are one level here, so there are 15. bitsandbytes numbers the codes by sign,
+exponent and mantissa. Here they rise with the level, as in `nf4`.
 
-Levels like these suit weights of which few are large. NF4's fit normally distributed
-weights better, and QLoRA uses them. The file is one of the kind `codebook`. Cost, and
-`double`, which quantizes the scales: as for `nf4`.
+On normally distributed weights its error is larger than that of NF4 and of int4. It is
+here for models that others stored so. Its kind is `codebook`, as NF4's. Cost, and
+`double`, which quantizes the scales too: as for `nf4`.
 
 >>> from torch import nn; import torch, minillm
 >>> fp4 = minillm.quant.fp4.wrap(nn.Sequential(nn.Linear(64, 8, bias=False)))[0]

@@ -19,6 +19,10 @@ the same three functions. A solver such as GPTQ changes only the order of roundi
 
     levels         w ~ s l[q]           q from 0 to the number of levels - 1
 
+and so has `Floats`, whose levels are the floats of 8 bits:
+
+    floats         w ~ s float8(q)      q from 0 to 255
+
 - 0 is always on the grid, because a pruned weight has to stay 0.
 - s is the least scale for which no weight is beyond the ends: max |w| / 127 with 8
   bits. The code -128 would gain 0.4% of range on one side, and then -q would not be a
@@ -148,6 +152,54 @@ class Levels:
     def dense(self, q, scale, zero=None):
         """The matrix (n, m) of the codes q (n, m), in the dtype of scale."""
         return (self.groups(self.on(scale)[q.long()]) * scale[..., None]).flatten(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Floats:
+    """A grid of 8-bit floats, whose bytes are the codes. exponent: 4 (E4M3) or 5 (E5M2) bits."""
+
+    exponent: int = 4
+    group: int | str | None = None
+
+    ends = (0, 255)
+
+    def __post_init__(self):
+        options.whole("exponent", self.exponent, 4, 5)
+        check_group(self.group)
+
+    @property
+    def dtype(self):
+        return torch.float8_e4m3fn if self.exponent == 4 else torch.float8_e5m2
+
+    def fit(self, W):
+        """(scale, None): the largest magnitude of each group, (n, groups), is the largest float."""
+        scale = by_group(torch.amax, W.abs(), self.group) / torch.finfo(self.dtype).max
+        return scale.where(scale > 0, 1.0), None  # a group of zeros stays one
+
+    def groups(self, W):
+        """(n, m) -> (n, groups, m / groups)"""
+        return in_groups(W, self.group)
+
+    def round(self, W, scale, zero=None):
+        """The codes (n, m) of W (n, m), in its dtype."""
+        most = torch.finfo(self.dtype).max  # beyond it a cast gives nan or infinity
+        q = (self.groups(W) / scale[..., None]).flatten(1).clamp(-most, most)
+        return q.to(self.dtype).view(torch.uint8).to(W.dtype)
+
+    def dense(self, q, scale, zero=None):
+        """The matrix (n, m) of the codes q (n, m), in the dtype of scale."""
+        return self.scaled(q.to(torch.uint8).view(self.dtype).to(scale.dtype), scale)
+
+    def scaled(self, numbers, scale):
+        """The matrix (n, m) of the floats (n, m)."""
+        return (self.groups(numbers) * scale[..., None]).flatten(1)
+
+    def half_steps(self, numbers, scale):
+        """Half of the wider gap beside each float (n, m), times its scale: (n, groups, group)."""
+        info, power = torch.finfo(self.dtype), torch.frexp(numbers).exponent - 1.0  # 1.5: 0; 4: 2
+        least = torch.where(numbers == 0, 0.0, torch.exp2(power))  # the least float with this power
+        gap = least.clamp(min=info.smallest_normal) * info.eps
+        return self.groups(gap) * scale[..., None] / 2
 
 
 def check_levels(levels):
