@@ -41,12 +41,16 @@ Fine-tuning, wrapped in place with `minillm.NAME.wrap(model)`:
 
 Making it small, wrapped in place with `minillm.NAME.wrap(model)`:
 
-    quant              stores weights as integers of 2 to 8 bits, with a scale for each row or group
+    quant              stores weights as integers of 2 to 8 bits; a row or group shares a scale
                        Dettmers et al. 2022, arXiv 2208.07339
     quant.gptq         rounds column by column; the remaining columns compensate
                        Frantar et al. 2022, arXiv 2210.17323
     quant.nf4          stores weights in 4 bits, as codes of 16 quantiles of a normal distribution
                        Dettmers et al. 2023, arXiv 2305.14314
+    quant.fp4          stores weights in 4 bits, as floats of 4 bits
+                       Dettmers et al. 2023, arXiv 2305.14314
+    quant.fp8          stores weights as floats of 8 bits, with a scale for each row
+                       Micikevicius et al. 2022, arXiv 2209.05433
     quant.qat          trains with rounded weights, to store them rounded
                        Jacob et al. 2018, arXiv 1712.05877
     prune              zeroes the smallest weights
@@ -104,6 +108,8 @@ import minillm.adapters.parallel
 from minillm import quant
 import minillm.quant.gptq
 import minillm.quant.nf4
+import minillm.quant.fp4
+import minillm.quant.fp8
 import minillm.quant.qat
 from minillm import prune
 import minillm.prune.gradual

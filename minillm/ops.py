@@ -62,9 +62,9 @@ def words_fit(x, q):
 def row_of_codes(x, q, width, zero=0):
     """x (C - zero)ᵀ for one row x (..., in) and the codes C (out, in) in q: (out,), in float32.
 
-    q (out, in * width / 8): int8, or uint8 packed as `quant.grid.pack` does. zero: a
-    number, or (out, 1) of int32. For code that torch.compile makes for a CPU; elsewhere
-    it is correct but slow.
+    q (out, in * width / 8): int8, or uint8 packed as `quant.grid.pack` does. width: 8,
+    4 or 2. zero: a number, or (out, 1) of int32. For code that torch.compile makes for a CPU;
+    elsewhere it is correct but slow.
 
     Four bytes are read as one word, and shifts take the codes out of it. Written as q *
     x, each step of the sum would read only as many bytes as fit a vector once they are

@@ -87,9 +87,8 @@ fig.tight_layout()
 #
 # ## Predict: the bytes
 #
-# A weight takes $b/8$ bytes, and a group of $g$ weights 4 bytes for its scale. (A code takes 2, 4
-# or 8 bits of storage: 3 bits are stored in 4.) So a weight costs $b / 8 + 4 / g$ bytes. A group
-# of None is the whole row.
+# A weight takes $b/8$ bytes, and a group of $g$ weights 4 bytes for its scale. (8 codes of 3 bits
+# share 3 bytes.) So a weight costs $b / 8 + 4 / g$ bytes. A group of None is the whole row.
 
 # %%
 settings = {
@@ -101,10 +100,9 @@ settings = {
 }
 table = {"float32": (total_bytes(original), whole)}
 for name, (bits, group) in settings.items():
-    width = next(w for w in (2, 4, 8) if bits <= w)
     groups = sum(site.shape[0] * (site.shape[1] // (group or site.shape[1]))
                  for site in inner(original))
-    predicted = REST + N * width // 8 + 4 * groups
+    predicted = REST + N * bits // 8 + 4 * groups
     model = minillm.quant.wrap(copy.deepcopy(original), bits=bits, group=group)
     table[name] = total_bytes(model), perplexity(model)
     print(f"{name:20} predicted {predicted:>9,} bytes, measured {table[name][0]:>9,}   "

@@ -13,7 +13,8 @@ from minillm.quant import gptq
 from minillm.quant.grid import Grid
 
 ROWS = torch.randint(24, (16, 12), generator=torch.Generator().manual_seed(3))
-GRIDS = [Grid(4), Grid(3, 4), Grid(4, None, True), Grid(2, 8, True), Grid(3, 12)]
+GRIDS = [Grid(4), Grid(3, 4), Grid(4, None, True), Grid(2, 8, True), Grid(3, 12),
+         Grid(3, "tensor", True)]
 
 
 def inputs(seed=0, n=200, m=24):
@@ -35,7 +36,9 @@ def by_hand(W, X, grid, damp, order=False):
     anew from the first W."""
     W, H = W.double(), X.double().T @ X.double()
     H = H + damp * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype)
-    column, size = dataclasses.replace(grid, group=None), grid.group or W.shape[1]
+    whole = grid.group in (None, "tensor")
+    column = grid if whole else dataclasses.replace(grid, group=None)
+    size = W.shape[1] if whole else grid.group
     places = sorted(range(len(H)),
                     key=lambda j: -(X.double() ** 2).sum(0)[j]) if order else list(range(len(H)))
     scale, zero = grid.fit(W)

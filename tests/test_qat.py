@@ -12,16 +12,18 @@ from torch import nn
 
 import minillm
 from minillm import ops
-from minillm.quant import Integer
+from minillm.quant import Integer, fp4
+from minillm.quant.codebook import Codebook
 from minillm.quant.grid import Grid, Levels
-from minillm.quant.nf4 import LEVELS, Codebook
+from minillm.quant.nf4 import LEVELS
 from minillm.quant.qat import FakeQuant
 from minillm.registry import CannotMerge, Format, KINDS, leaf, store, verbs, walk
 
 qat = minillm.quant.qat
 OPTIONS = [dict(bits=4), dict(bits=4, group=8), dict(bits=3, group=8, zero_point=True),
            dict(bits=2), dict(bits=8),
-           dict(bits=8, zero_point=True), dict(group=8, levels=LEVELS), dict(levels=LEVELS)]
+           dict(bits=8, zero_point=True), dict(group=8, levels=LEVELS), dict(levels=LEVELS),
+           dict(group=8, levels=fp4.LEVELS)]
 CHEAP = [dict(bits=3, group=8), dict(group=8, levels=LEVELS)]
 
 
@@ -209,7 +211,7 @@ def test_what_cannot_be_converted_is_refused_before_anything_changes():
 @pytest.mark.parametrize("options, message", [
     (dict(bits=1), "bits=1 is not"), (dict(group=4), "bits=4, group=4 at '0': a row has 6 weights"),
     (dict(bits=2), "bits=2, group=None at '0'"),
-    (dict(levels=(0.0, 1.0)), "bits=4, zero_point=False and 2 levels"),
+    (dict(levels=(*LEVELS, 2.0)), "bits=4, zero_point=False and 17 levels"),
     (dict(bits=3, levels=LEVELS), "bits=3, zero_point=False and 16 levels"),
     (dict(levels=LEVELS[::-1]), "rising numbers"),
 ])
@@ -299,7 +301,7 @@ def test_laws_of_a_patch(kind):
 
 @pytest.mark.parametrize("other",
                          [name for name, cls in KINDS.items()
-                          if name not in ("qat", "freeze", "quant", "sparse", "nf4")])
+                          if name not in ("qat", "freeze", "quant", "sparse", "codebook", "fp8")])
 def test_beside_other_patches(other):
     """fold equals forward and gradients reach what learns, in both orders."""
     module, options = (

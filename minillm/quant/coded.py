@@ -4,12 +4,12 @@
     lookup       only the rows that an embedding reads
     product      x Wᵀ; W is made for it, and again for its backward (see `ops`)
 
-A subclass has a `grid` (see `grid`), and `width`, the bits that a code takes in a byte.
+A subclass has a `grid` and a `group` (see `grid`), and `width`, the bits of a code.
 
     buffer       shape                                                dtype
     q            codes (n, m), packed to (n, m * width / 8)           uint8, or int8
-    scale        (n, groups)                                          float32, also after a cast
-    zero         (n, groups), where the grid has a zero point         uint8
+    scale        (n, groups), or (1, 1) for the whole tensor          float32, also after a cast
+    zero         as scale, where the grid has a zero point            uint8
 
 n counts the rows of the matrix: the output channels, or the tokens of an embedding. A
 group lies in one row.
@@ -19,20 +19,19 @@ import torch
 import torch.nn.functional as F
 
 from minillm import ops
-from minillm.quant.grid import pack, unpack
-
-
-def width_of(bits):
-    """The bits that a code takes in a byte: 2, 4 or 8."""
-    return next(width for width in (2, 4, 8) if width >= bits)
+from minillm.quant.grid import codes_a_byte, pack, size_of, unpack
 
 
 def check_rows(site, bits, group):
     """ValueError where the weights of a row fill no whole number of groups and of bytes."""
     m = site.shape[0 if site.leaf.lookup else 1]
-    if m % (group or 1) or m % (8 // width_of(bits)):
-        fits = m & -m  # the largest power of 2 that divides m
-        hint = f": group={fits} would fit" if group and 8 // width_of(bits) <= fits < group else ""
+    size, whole = size_of(group, m), codes_a_byte(bits)
+    if m % whole or m % size:
+        fits = [d for d in range(2, m + 1) if m % d == 0]
+        near = [d for d in fits if d < size][-1:] + [d for d in fits if d > size][:1]
+        hint = f": group={' or '.join(map(str, near))} would fit" if near else ""
+        if m % whole:
+            hint = f": no fewer than {whole} codes of {bits} bits fill whole bytes"
         raise ValueError(f"bits={bits}, group={group} at {site.name!r}: a row has {m} weights, "
                          f"which fill no whole number of groups and of bytes{hint}")
 
@@ -48,22 +47,40 @@ class Coded:
 
     def allocate(self, device, dtype=torch.uint8):
         n, m = self.shape[::-1] if self.leaf.lookup else self.shape
-        k, groups = m * self.width // 8, m // (self.group or m)
+        k, groups = m * self.width // 8, m // size_of(self.group, m)
         self.register_buffer("q", torch.zeros(n, k, dtype=dtype, device=device))
-        self.register_buffer("scale", torch.ones(n, groups, device=device))
+        shape = (1, 1) if self.group == "tensor" else (n, groups)
+        self.register_buffer("scale", torch.ones(shape, device=device))
 
     def pack(self, W):
         W = (W.T if self.leaf.lookup else W).float()
-        scale, zero = self.grid.fit(W)
+        scale, zero = self.fit(W)
         if not torch.isfinite(scale).all():
             shape = ", ".join(map(str, W.shape))
             raise ValueError(f"a weight of a ({shape}) matrix is beyond float32, in which "
                              f"{self.kind} keeps its scales")
-        self.keep(self.grid.round(W, scale, zero), scale, zero)
+        self.keep_scales(scale)
+        self.keep_codes(self.grid.round(W, self.scales(), zero), zero)
+
+    def fit(self, W):
+        """(scale, zero) of W (n, m), as the grid has them."""
+        return self.grid.fit(W)
 
     def keep(self, q, scale, zero=None):
         """Store codes (n, m) and their scales and zeros (n, groups)."""
+        self.keep_scales(scale)
+        self.keep_codes(q, zero)
+
+    def keep_scales(self, scale):
+        """Store the scales (n, groups)."""
         self.scale = scale
+
+    def scales(self):
+        """The scales that are stored, in float32."""
+        return self.scale
+
+    def keep_codes(self, q, zero=None):
+        """Store codes (n, m) and their zeros (n, groups)."""
         plain = self.q.dtype == torch.int8
         self.q = q.to(torch.int8) if plain else pack(q - self.grid.ends[0], self.width)
         if zero is not None:
@@ -78,8 +95,9 @@ class Coded:
 
     def rows(self, pick=lambda t: t):
         """The weights (n, m) of the codes, in the rows that `pick` takes."""
-        zero = pick(self.zero).float() if "zero" in self._buffers else None
-        return self.grid.dense(self.codes(pick), pick(self.scale), zero)
+        every = (lambda t: t) if self.group == "tensor" else pick  # all rows have the same
+        zero = every(self.zero).float() if "zero" in self._buffers else None
+        return self.grid.dense(self.codes(pick), every(self.scales()), zero)
 
     def dense(self):
         W = self.rows().to(self.dtype)
@@ -93,10 +111,10 @@ class Coded:
 
     def half_steps(self):
         """How far a weight may be from its code, (n, groups, 1) or (n, groups, group)."""
-        return self.scale[..., None] / 2
+        return self.scales()[..., None] / 2
 
     def check(self, where):
-        if not (self.scale > 0).all():
+        if not (self.scales() > 0).all():
             raise ValueError(f"{where}: a scale is not a number above 0")
 
     def forward(self, x):

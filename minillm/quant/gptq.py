@@ -51,7 +51,7 @@ import torch
 
 from minillm import calibrate, options
 from minillm.quant import Integer
-from minillm.quant.grid import Grid
+from minillm.quant.grid import Grid, size_of
 from minillm.registry import dense, hidden_linears, select
 from minillm.registry.attach import attach, check_formats
 from minillm.registry.table import method
@@ -117,8 +117,9 @@ def factor(H, damp, order, name):
 def solve(W, U, places, grid, order, block):
     """(q (out, in), scale, zero) as `Grid.round` and `Grid.fit` give them, for W (out, in)."""
     m, spots = W.shape[1], places.tolist()
-    size, column = grid.group or m, dataclasses.replace(grid, group=None)
-    block = max(block // size, 1) * size if grid.group else block  # a group ends where a block ends
+    size, whole = size_of(grid.group, m), grid.group in (None, "tensor")
+    column = grid if whole else dataclasses.replace(grid, group=None)
+    block = block if whole else max(block // size, 1) * size  # a group ends where a block ends
     scale, zero = grid.fit(W)  # (n, groups)
     W, codes = W[:, places], torch.empty_like(W)
     for start in range(0, m, block):

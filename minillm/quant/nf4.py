@@ -10,6 +10,7 @@
     scale     c_2                (out, in / group)                   float32, also after a cast
     levels    q_j                (16,)                               float32, also after a cast
     group     blocksize
+    double    `bnb_4bit_use_double_quant`: the scales are quantized too, see `codebook`
 
 The weights of a trained matrix are nearly normal, so most are near 0, and equal steps
 waste codes on the few large ones. NF4 gives each sixteenth of a normal distribution a
@@ -24,15 +25,16 @@ level of its own:
 where there are 15 parts, 1/32 where there are 16, and the mean of both here. LEVELS has
 the sixteen numbers as bitsandbytes publishes them.
 
-Cost: 4 bits a weight and 32 / 64 for the scale, 4.5 in all. A product makes the matrix
-in the model's float type, and the backward pass makes it again. LoRA over NF4 is QLoRA:
+Cost: 4 bits a weight and 32 / 64 for the scale, 4.5 in all. With double=True a scale
+takes 8 bits and a share of its block's step: 4 + 8 / 64 + 32 / (64 * 256) = 4.127. A
+product makes the matrix in the model's float type, and the backward pass makes it
+again. LoRA over NF4 is QLoRA:
 
     minillm.lora.wrap(minillm.quant.nf4.wrap(model))
 
 bitsandbytes counts its blocks through the whole matrix and puts two neighbours in a
 byte, the first in the high bits. Here a block ends with its row, and a byte holds the
-codes i and i + in / 2. The codes are the same. Not included: QLoRA's quantization of
-the scales to 8 bits (0.37 bits a weight less), and its paged optimizer.
+codes i and i + in / 2. The codes are the same. Not included: QLoRA's paged optimizer.
 
 >>> from torch import nn; import torch, minillm
 >>> model = nn.Sequential(nn.Linear(128, 8, bias=False))
@@ -43,16 +45,17 @@ the scales to 8 bits (0.37 bits a weight less), and its paged optimizer.
 >>> w = nf4.dense()[0, :64] / nf4.scale[0, 0]               # each is one of the levels
 >>> bool(torch.isclose(w[:, None], nf4.levels).any(1).all())
 True
+>>> for double in (False, True):                            # bits a weight
+...     model = nn.Sequential(nn.Linear(4096, 256, bias=False))
+...     nf4 = minillm.quant.nf4.wrap(model, double=double)[0]
+...     print(round(8 * sum(t.nbytes for t in nf4.buffers()) / (4096 * 256), 3))
+4.5
+4.127
 """
 
-import torch
-
-from minillm import options
-from minillm.quant.coded import Coded, check_rows
-from minillm.quant.grid import Levels, check_levels
-from minillm.registry import Format
+from minillm.quant.codebook import Codebook, fill
 from minillm.registry.attach import attach
-from minillm.registry.table import method, register
+from minillm.registry.table import method
 
 LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -61,56 +64,19 @@ LEVELS = (
     0.7229568362236023, 1.0)
 
 
-class Codebook(Coded, Format):
-    not_neutral = "rounding to 16 levels"
-    float32 = ("scale", "levels")
-    width = 4  # bits that a code takes
-
-    def __init__(self, site, group=64):
-        self.group = None if group is None else options.whole("group", group, 2)
-        check_rows(site, self.width, group)
-        super().__init__(site)
-
-    def allocate(self, device):
-        super().allocate(device)
-        self.register_buffer("levels", torch.zeros(16, device=device))
-
-    @property
-    def grid(self):
-        return Levels(self.levels, self.group)
-
-    def half_steps(self):
-        """Half of the wider gap beside each code's level, (n, groups, group)."""
-        gaps = self.levels.diff() / 2
-        wider = torch.maximum(torch.cat([gaps, gaps[-1:]]), torch.cat([gaps[:1], gaps]))  # (16,)
-        return self.grid.groups(wider[self.codes().long()]) * self.scale[..., None]
-
-    def check(self, where):
-        super().check(where)
-        try:
-            check_levels(self.levels.tolist())
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-
-
-def wrap(model, targets=None, *, group=64):
+def wrap(model, targets=None, *, group=64, double=False):
     """Store the leaves that `targets` names (see `registry.select`) as NF4; returns the model.
 
     By default every linear leaf but the output head and tied matrices. group: how many
-    neighbours in a row share a scale (None: the whole row). ValueError where the
-    weights of a row fill no whole number of groups and of bytes.
+    neighbours in a row share a scale (None: the whole row; "tensor": the matrix).
+    double: whether the scales are quantized to 8 bits. ValueError where the weights of
+    a row fill no whole number of groups and of bytes.
     """
-    return attach(Codebook, model, targets, fill=fill, group=group)
+    return attach(Codebook, model, targets, fill=lambda form, site: fill(form, site, LEVELS),
+                  group=group, double=double)
 
 
-def fill(form, site, levels=LEVELS):
-    """Give the Codebook its levels, and the codes of the site's weight."""
-    form.levels.copy_(torch.tensor(levels))
-    form.fill(site)
-
-
-register("nf4", Codebook, family="quant")
-method("nf4", wrap,
+method("nf4", wrap, kind="codebook",
        does="stores weights in 4 bits, as codes of 16 quantiles of a normal distribution",
        paper="Dettmers et al. 2023, arXiv 2305.14314",
-       small={"": dict(group=8), "row": dict(group=None)})
+       small={"": dict(group=8), "row": dict(group=None), "double": dict(group=8, double=True)})

@@ -36,9 +36,9 @@ import torch
 
 from minillm import ops
 from minillm.quant import Integer
+from minillm.quant.codebook import Codebook, fill
 from minillm.quant.coded import check_rows
 from minillm.quant.grid import Grid, Levels
-from minillm.quant.nf4 import Codebook, fill
 from minillm.registry import Patch, walk
 from minillm.registry.attach import attach, check_formats
 from minillm.registry.table import method, register
@@ -52,9 +52,9 @@ class FakeQuant(Patch):
     def __init__(self, site, bits=4, group=None, zero_point=False, levels=None):
         super().__init__()
         levels = None if levels is None else tuple(levels)
-        if levels is not None and (bits, zero_point, len(levels)) != (4, False, 16):
+        if levels is not None and ((bits, zero_point) != (4, False) or len(levels) > 16):
             raise ValueError(f"bits={bits}, zero_point={zero_point} and {len(levels)} levels: "
-                             "give 16 levels, with bits=4 and without a zero point")
+                             "give at most 16 levels, with bits=4 and without a zero point")
         self.grid = Grid(bits, group, zero_point) if levels is None else Levels(levels, group)
         check_rows(site, bits, group)
         self.bits, self.group, self.zero_point, self.levels = bits, group, zero_point, levels
@@ -109,8 +109,8 @@ class FakeQuant(Patch):
 def wrap(model, targets=None, *, name=None, bits=4, group=None, zero_point=False, levels=None):
     """Round the leaves that `targets` names in training; in place, returns the model.
 
-    targets, bits, group, zero_point: as in `quant.wrap`. levels: 16 numbers, such as
-    `quant.nf4.LEVELS` with group=64. ValueError for what the format cannot store.
+    targets, bits, group, zero_point: as in `quant.wrap`. levels: at most 16 numbers, such
+    as `quant.nf4.LEVELS` with group=64. ValueError for what the format cannot store.
     """
     return attach(FakeQuant, model, targets, name=name, bits=bits, group=group,
                   zero_point=zero_point, levels=levels)
