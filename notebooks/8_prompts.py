@@ -241,9 +241,10 @@ plt.show()
 # Every way is far below the model as it is, and none is near the guess: in so few steps no way
 # learns even the eight names for certain.
 #
-# No start is the best of the four. The seeds of one start are as far apart as the starts are, so
-# this run cannot put them in an order. The intervals do not show it, because they are those of the
-# test text alone. P-tuning is in the middle of them, with more than 15 times their parameters.
+# No start is the best of the four. In three of them the seeds are further apart than the means of
+# the starts are, so this run cannot put them in an order. The intervals do not show it, because
+# they are those of the test text alone. P-tuning's figures lie among those of the starts, with
+# more than 15 times their parameters.
 #
 # The first seed is the one that chose the rate, and in six of the seven ways it has the lowest
 # figure. With this seed alone each of these ways would look better than it is.
