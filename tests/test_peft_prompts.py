@@ -103,6 +103,31 @@ def test_gradients(kind, name, tmp_path):
 
 
 @pytest.mark.parity
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_the_network_of_p_tuning(kind):
+    theirs = learn_theirs(peft_model(build(kind), "PromptEncoderConfig", task_type="CAUSAL_LM",
+                                     num_virtual_tokens=4, encoder_hidden_size=6)).eval()
+    encoder = theirs.prompt_encoder["default"]
+    model = ptuning.wrap(build(kind), length=4, hidden=6)
+    patch, = (patch for layer in layers(model).values() for patch in layer.patches.values())
+    pairs = {"E": encoder.embedding.weight}
+    for i, linear in enumerate(encoder.mlp_head[::2], 1):
+        pairs |= {f"W{i}": linear.weight, f"b{i}": linear.bias}
+    own = dict(patch.named_parameters())
+    assert own.keys() == pairs.keys() and len(pairs) == len(list(encoder.parameters()))
+    for key, p in pairs.items():
+        own[key].data.copy_(p.data)
+    y, weight = ours_at(model), torch.randn(2, 6, 24)
+    expected = theirs(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits[:, -6:]
+    assert torch.allclose(patch.vectors(), encoder(torch.arange(4)), atol=1e-6)
+    assert torch.allclose(y, expected, atol=1e-5)
+    (y * weight).sum().backward(), (expected * weight).sum().backward()
+    for key, p in pairs.items():
+        assert torch.allclose(own[key].grad, p.grad, atol=1e-4), key
+        assert p.grad.abs().max() > 0.01, key
+
+
+@pytest.mark.parity
 @pytest.mark.parametrize("name", ["ptuning", "prefix"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_minillms_own_model_and_the_exported_one_share_files(family, name, tmp_path):
