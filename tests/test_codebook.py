@@ -1,9 +1,11 @@
 """FP4 against bitsandbytes, and the scales that are quantized too (double quantization)."""
 
 import copy
+import json
 import pickle
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from models import build, logits
@@ -249,3 +251,17 @@ def test_a_model_in_fp4_trains_an_adapter():
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < 0.9 * losses[0]
+
+
+def test_a_file_of_an_earlier_minillm(tmp_path):
+    """There the kind was called nf4, and a file named no `double`."""
+    torch.manual_seed(0)
+    model = minillm.quant.nf4.wrap(nn.Sequential(nn.Linear(128, 8)))
+    minillm.quant.save(model, tmp_path / "now")
+    tensors, metadata = store.read(tmp_path / "now")
+    metadata |= dict(kind="nf4", name="nf4", sites=json.dumps({"0": {"group": 64}}))
+    safetensors.torch.save_file(tensors, tmp_path / "then", metadata)
+    torch.manual_seed(0)
+    other = minillm.quant.load(nn.Sequential(nn.Linear(128, 8)), tmp_path / "then")
+    assert torch.equal(other[0].dense(), model[0].dense())
+    assert store.holds(tmp_path / "then") == ("quant", "codebook")

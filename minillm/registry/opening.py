@@ -19,6 +19,7 @@ from minillm.registry.sites import walk
 from minillm.registry.table import KINDS, formats_of, patches_of
 
 LEARNED, BUFFER, COMMON = "learned:", "buffer:", "common:"
+RENAMED = {"nf4": "codebook"}  # the kinds of an earlier minillm
 
 
 def kind_of(metadata, path):
@@ -46,17 +47,17 @@ def opened(path, family):
 def read(path):
     """(tensors, metadata) of a safetensors file. Nothing is unpickled.
 
-    ValueError for any other file. OSError, which names the path, for a directory or a missing
-    file.
+    ValueError for any other file. OSError, with the path, for a directory or a missing file.
     """
     if pathlib.Path(path).is_dir():
-        raise IsADirectoryError(
-            f"{path} is a directory; what a technique saved is a file, such as "
-            f"{pathlib.Path(path) / 'adapter.safetensors'}"
-        )
+        raise IsADirectoryError(f"{path} is a directory; what a technique saved is a file, such as "
+                                f"{pathlib.Path(path) / 'adapter.safetensors'}")
     try:
         with safetensors.safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+            metadata = file.metadata() or {}
+            if kind := RENAMED.get(metadata.get("kind")):
+                metadata |= dict(kind=kind, name=kind)  # a format has the name of its kind
+            return {key: file.get_tensor(key) for key in file.keys()}, metadata
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); "
                          "other formats are not opened") from error
