@@ -4,6 +4,7 @@
 import json
 import re
 import shutil
+import types
 
 import pytest
 from small_model import model, run  # noqa: F401
@@ -138,3 +139,16 @@ def test_a_larger_length_is_advised_where_it_helps(command, run, tmp_path):
     if command[0] == "train":
         shown = run("train", "--data", "qa.jsonl", "--length", 32, "--preview", 1)
         assert "a larger --length keeps " in shown and "length=" not in shown
+
+
+@pytest.mark.parametrize("given, task", [(None, "language"), ("package", "package")])
+def test_without_data_a_task_is_learnt(given, task, monkeypatch):
+    from minillm.cli import training
+
+    asked = []
+    monkeypatch.setattr(training.data, "task", lambda name, tokenizer, split, length: (
+        asked.append((name, split, length)) or types.SimpleNamespace(examples=[1, 2])))
+    args = types.SimpleNamespace(data=None, task=given, length=32, eval_data=None, eval_share=None,
+                                 pack=False)
+    assert training.read(args, None, None) == ([1, 2], None)
+    assert asked == [(task, "train", 32)]

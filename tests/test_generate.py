@@ -245,6 +245,7 @@ IDS = torch.tensor([[3, 1, 4], [0, 5, 9]])
         ([], {}, "at least one row"),
         ([1, 2, 3], {}, r"ids=\[1, 2, 3\] is no list of rows"),
         (["The", "a"], {}, r"ids=\['The', 'a'\] is no list of rows"),
+        ([[3, 1], "a"], {}, r"ids=\[\[3, 1\], 'a'\] is no list of rows"),
         ("The", {}, "ids='The' is no list of rows"),
         ([[1.5, 2]], {}, "the rows hold torch.float32: ids are whole numbers"),
         ([[]], {}, "nothing to continue: the prompt is empty"),

@@ -186,11 +186,14 @@ def neo():
         attention_types=[[["global"], 2]], intermediate_size=32))
 
 
-def test_what_has_no_place_in_a_file(tmp_path):
+def test_what_has_no_place_in_a_file(tmp_path, monkeypatch):
     for model, message in ((qwen3(), "this model normalises its keys"),
                            (neo(), "how GPTNeoForCausalLM rotates is not known")):
         with pytest.raises(ValueError, match=message):
             files.save(prefix.wrap(model, length=2), tmp_path / "a")
+    with monkeypatch.context() as patched, pytest.raises(ValueError, match="is not known here"):
+        patched.setattr(peft_prompts, "ROTATED", ())
+        files.save(prefix.wrap(build("hf_llama"), length=2), tmp_path / "a")
     with pytest.raises(ValueError, match="for all layers, and 'layers.0.self_attn.v_proj'"):
         files.save(prefix.wrap(build("llama"), ["k_proj"], length=2), tmp_path / "a")
     with pytest.raises(ValueError, match="'layers.0.mlp.up_proj' computes no keys or values"):

@@ -253,3 +253,12 @@ def test_models_that_cannot_lose_heads_say_why():
     tied.layers[1].mlp.up_proj.weight = tied.layers[0].mlp.up_proj.weight
     with pytest.raises(ValueError, match="shares its matrix.*minillm.untie"):
         neurons.remove(tied, share=0.5)
+
+
+@pytest.mark.parametrize("page", [heads, neurons])
+def test_calibration_has_the_callers_batches(page, monkeypatch):
+    given, stream = {}, page.calibrate.stream
+    monkeypatch.setattr(page.calibrate, "stream",
+                        lambda *args, **more: given.update(more) or stream(*args, **more))
+    page.remove(build("llama"), TEXTS.tolist(), share=0.5, batch_size=3, progress=False)
+    assert (given["batch_size"], given["progress"]) == (3, False)
