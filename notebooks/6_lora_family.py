@@ -25,8 +25,8 @@ torch.manual_seed(0)
 SHORT = bool(os.environ.get("MINILLM_SHORT"))
 
 original, tokenizer = minillm.load("tiny")
-leaves = {name: (module.out_features, module.in_features)
-          for name, module in original.layers.named_modules() if isinstance(module, torch.nn.Linear)}
+leaves = {name: (leaf.out_features, leaf.in_features)
+          for name, leaf in original.layers.named_modules() if isinstance(leaf, torch.nn.Linear)}
 print(f"{len(leaves)} matrices in the blocks, {sum(o * i for o, i in leaves.values()):,} weights")
 
 # %% [markdown]
@@ -43,7 +43,7 @@ print(f"{len(leaves)} matrices in the blocks, {sum(o * i for o, i in leaves.valu
 # | LoRA+ | $\frac{\alpha}{r} B A$ | $B$ learns at a higher rate than $A$ |
 # | PiSSA | $\frac{\alpha}{r} (B A - B_0 A_0)$ | $A_0$, $B_0$: the principal part of $W$ |
 # | LoftQ | the same | $A_0$, $B_0$: what the rounding of $W$ will lose |
-# | DoRA | $m\,V / \lVert V \rVert - W$, $V = W + \frac{\alpha}{r} B A$ | length and direction apart |
+# | DoRA | $m\,V / \lVert V \rVert - W$, $V = W + \frac{\alpha}{r} B A$ | length and direction |
 # | VeRA | $\Lambda_b B \Lambda_d A$ | one random pair for all leaves; vectors learn |
 # | LoHa | $\frac{\alpha}{r} (B_1 A_1) \odot (B_2 A_2)$ | the product of two LoRAs, entry by entry |
 # | LoKr | $\frac{\alpha}{r}\, C \otimes B_2 A_2$ | a Kronecker product |
@@ -105,8 +105,8 @@ for name, model in models.items():
 # ## Which changes can each one make?
 #
 # The rank of $\Delta$ says in how many directions a change may point. **Predict the rank of each
-# kind on a matrix of the MLP**, with random numbers in all that learns: $r$ for LoRA; for LoHa up to
-# $r^2$; for LoKr the product of the ranks of its two factors; for DoRA, which divides each row by
+# kind on a matrix of the MLP**, with random numbers in all that learns: $r$ for LoRA; for LoHa up
+# to $r^2$; for LoKr the product of the ranks of its two factors; for DoRA, which divides each row by
 # its length, the rank of $W$ itself.
 
 
@@ -282,9 +282,9 @@ for name, model in (("float32", original), ("NF4 and LoRA", qlora), ("NF4 and Lo
 #
 # Compare the spread of the nine with the distance from "no training": each of them learns most of
 # the task. Two ways end clearly below LoRA here, rsLoRA and PiSSA. Both make the change larger in
-# fewer steps, and 30 steps are few; whether they keep their lead is a question to a longer training.
-# DoRA's gain is below 1% of the perplexity, for a third more time a step. VeRA and LoKr have a tenth
-# of the parameters and are above LoRA.
+# fewer steps, and 30 steps are few. A longer training has to say whether they keep their lead.
+# DoRA's gain is below 1% of the perplexity, for a third more time a step. VeRA and LoKr have about
+# a tenth of the parameters and end above LoRA.
 #
 # The intervals are those of the test text, for one seed, and neighbouring rates differ by a factor
 # of 3.2. A finer grid or another seed may exchange neighbours in the table.
