@@ -106,8 +106,8 @@ for name, model in models.items():
 #
 # The rank of $\Delta$ says in how many directions a change may point. **Predict the rank of each
 # kind on a matrix of the MLP**, with random numbers in all that learns: $r$ for LoRA; for LoHa up
-# to $r^2$; for LoKr the product of the ranks of its two factors; for DoRA, which divides each row by
-# its length, the rank of $W$ itself.
+# to $r^2$; for LoKr the product of the ranks of its two factors; for DoRA, which divides each row
+# by its length, the rank of $W$ itself.
 
 
 # %%
