@@ -38,6 +38,8 @@ Fine-tuning, wrapped in place with `minillm.NAME.wrap(model)`:
                        Liu et al. 2022, arXiv 2205.05638
     adapters.parallel  puts a small network beside each MLP, with the MLP's input
                        He et al. 2022, arXiv 2110.04366
+    classify           puts a head of classes in the place of the head
+                       Howard & Ruder 2018, arXiv 1801.06146
 
 Making it small, wrapped in place with `minillm.NAME.wrap(model)`:
 
@@ -105,6 +107,7 @@ from minillm import adapters
 import minillm.adapters.compacter
 import minillm.adapters.ia3
 import minillm.adapters.parallel
+from minillm import classify
 from minillm import quant
 import minillm.quant.gptq
 import minillm.quant.nf4
@@ -127,7 +130,8 @@ from minillm.zoo import load
 
 __all__ = [
     "Cache", "CannotMerge", "Config", "Format", "Layer", "Patch", "Transformer", "adapters",
-    "augment", "compare", "compile", "data", "checkpoints", "distributed", "freeze", "layers",
-    "load", "load_all", "lora", "measure", "prepare", "prompts", "prune", "quant", "report",
-    "rows", "save", "save_all", "show", "sparse", "techniques", "train", "untie", "use", "zoo",
+    "augment", "classify", "compare", "compile", "data", "checkpoints", "distributed", "freeze",
+    "layers", "load", "load_all", "lora", "measure", "prepare", "prompts", "prune", "quant",
+    "report", "rows", "save", "save_all", "show", "sparse", "techniques", "train", "untie", "use",
+    "zoo",
 ]

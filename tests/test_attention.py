@@ -314,6 +314,12 @@ def test_a_ring_that_is_too_short_is_refused():
     model(ids[:, 4:5], mask[:, 4:5], cache)  # padding takes the column of token 0
     with pytest.raises(ValueError, match="padding between its tokens, and a cache of 4 columns"):
         model(ids[:, 5:6], mask[:, 5:6], cache)
+    both = torch.cat([torch.ones_like(mask), mask])  # one such row of two is enough
+    cache = Cache(model.config, 2, 4)
+    model(ids[:, :4].expand(2, -1), both[:, :4], cache)
+    model(ids[:, 4:5].expand(2, -1), both[:, 4:5], cache)
+    with pytest.raises(ValueError, match="padding between its tokens, and a cache of 4 columns"):
+        model(ids[:, 5:6].expand(2, -1), both[:, 5:6], cache)
 
 
 def test_generating_with_a_window_needs_no_more_memory_for_a_longer_text(monkeypatch):

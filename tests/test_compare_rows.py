@@ -74,6 +74,16 @@ def settings(model, **given):
     )
 
 
+def test_the_sweep_judges_by_fewer_windows_than_the_table(model, monkeypatch):
+    """A number of windows that is asked for counts, and the settings' where none is."""
+    given = settings(model, windows=5)
+    _, tokenizer = minillm.load(model)
+    bench = row.Bench("lora", given, row.parts(tokenizer, given))
+    assert [bench.quality(bench.model, "test", n)["perplexity"].n for n in (2, 3)] == [2, 3]
+    assert bench.quality(bench.model)["perplexity"].n == 5
+    assert bench.attempt(1e-3)["perplexity"].n == 2
+
+
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "own.jsonl"

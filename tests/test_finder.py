@@ -1,6 +1,7 @@
 """The range test: its rates, its smoothing, its end, and a model that stays as it was."""
 # flake8: noqa: F811  (fixtures)
 
+import inspect
 import math
 
 import pytest
@@ -296,3 +297,12 @@ def test_options_that_it_would_ignore(options, run):
 def test_too_few_steps(run):
     assert "--steps 5: --find-rate needs more than 5" in run("train", "--find-rate", "--steps", 5,
                                                              code=2)
+
+
+def test_what_is_not_given_is_as_in_train():
+    of_train = inspect.signature(minillm.train.train).parameters
+    of_find = inspect.signature(find_rate).parameters
+    shared = of_find.keys() & of_train.keys() - {"steps", "progress"}
+    assert {"clip", "betas", "weight_decay", "batch_size", "accumulate", "seed"} <= shared
+    for name in shared:
+        assert of_find[name].default == of_train[name].default, name

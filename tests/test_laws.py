@@ -53,7 +53,18 @@ def pairs(kind, law, each=3):
     is divided among the models, and `law` (0 to 5) says which third. Under `slow`: all of them
     on all models."""
     start = list(MODELS).index(kind) + 6 * (law % each)
-    return PAIRS if isinstance(kind, Whole) else PAIRS[start :: 6 * each]
+    chosen = PAIRS if isinstance(kind, Whole) else PAIRS[start :: 6 * each]
+    return [names for names in chosen if not clash(kind, names)]
+
+
+def clash(kind, names):
+    """Whether one of several takes the place of the head, which another wraps too: an error.
+
+    A plain model does not say which leaf is its head, so the defaults take it as any other leaf.
+    """
+    every = [KINDS[METHODS[name.split("/")[0]].kind] for name in names]
+    return (kind in NORMLESS and any(getattr(cls, "instead", False) for cls in every)
+            and any(getattr(cls, "touches", "") == "weight" for cls in every))
 
 
 def alone(kind):
@@ -541,7 +552,8 @@ def drawn(number):
     keys = draw.sample(sorted(OPTIONS), 14)
     model, names = build(kind), []
     for key in keys:
-        if len(names) < draw.randint(3, 5) and technique(key).name not in map(name_of, names):
+        if (len(names) < draw.randint(3, 5) and technique(key).name not in map(name_of, names)
+                and not clash(kind, [*names, key])):
             try:
                 learn(wrap(model, key), key)
             # two formats, a part of a weight beneath a mask: refused before any change

@@ -8,7 +8,6 @@ import sys
 
 from minillm import compare, data, train
 from minillm.cli import comparing, training, using
-from minillm.registry import METHODS
 
 
 class Parser(argparse.ArgumentParser):
@@ -191,7 +190,7 @@ def train_arguments(sub):
     what.add_argument("--preview", nargs="?", type=whole(1), const=3, metavar="N",
                       help="show N examples, learnt text in green; without --out, train nothing")
     how = sub.add_argument_group("how to learn it")
-    how.add_argument("--technique", default="lora", choices=["full", *METHODS],
+    how.add_argument("--technique", default="lora", choices=["full", *training.TECHNIQUES],
                      help="what to wrap the model with; full wraps nothing and trains all weights")
     how.add_argument("--option", action="append", default=[], metavar="KEY=VALUE",
                      help="an argument of the technique's wrap, such as r=16; repeatable")

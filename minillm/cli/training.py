@@ -16,6 +16,8 @@ from minillm.cli.using import (
 from minillm.cli.words import of_technique
 from minillm.cli.wrapping import wrap
 
+TECHNIQUES = [name for name, method in registry.METHODS.items() if method.tokens]
+
 
 def run(args):
     check(args)

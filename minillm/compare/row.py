@@ -19,7 +19,8 @@ from minillm.registry import METHODS, CannotMerge, techniques
 # "none" nothing.
 RATES, OF_TINY = (
     {"none": None, "full": full}
-    | {method.name: method.rates[model] for method in METHODS.values() if method.rates}
+    | {method.name: method.rates[model] for method in METHODS.values()
+       if method.rates and method.tokens}
     for model, full in (("smollm2", 1e-4), ("tiny", 4e-4))
 )
 BASIC = [name for name in RATES if name not in METHODS or METHODS[name].family == name]

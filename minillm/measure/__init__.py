@@ -10,13 +10,15 @@ examples and an interval.
     calibration  Guo et al. 2017, see `certainty`      0 to 1, the gap of confidence and accuracy
 
 A Score is a float that also carries n and its 95% interval (`intervals` says what the
-interval covers). `change` compares two models on the same examples, in pairs. Not
+interval covers). `change` compares two models on the same examples, in pairs, and
+`forgetting` one model with its past. Not
 included: overlapping windows. They give lower perplexities, and with a stride of 1/k
 of a window they cost k times as much.
 """
 
 from minillm.measure.answers import Answers, answers, generate_text, measures, room
 from minillm.measure.certainty import calibration_error, reliability, token_calibration_error
+from minillm.measure.forgetting import forgetting
 from minillm.measure.intervals import Score, difference, digits
 from minillm.measure.likelihood import choose, completions, logits, nll, perplexity
 from minillm.measure.positions import by_position
@@ -36,6 +38,7 @@ __all__ = [
     "difference",
     "digits",
     "f1",
+    "forgetting",
     "generate_text",
     "logits",
     "measures",

@@ -33,7 +33,7 @@ from minillm.measure.intervals import score
 from minillm.measure.likelihood import windows_of
 from minillm.measure.scores import metric, paired
 from minillm.model.generate import evaluating
-from minillm.registry import prepare
+from minillm.registry import instead, prepare
 
 
 def calibration_error(confidences, correct, bins=15):
@@ -60,6 +60,7 @@ def token_calibration_error(model, tokenizer, text, length=512, windows=None, bi
     the first token of each is not predicted. The model may be minillm's or Hugging Face's.
     """
     bins = options.whole("bins", bins)
+    instead.check_tokens(instead.replacing(model), "the calibration of the next tokens")
     rows = windows_of(tokenizer, text, length, windows)
     parts = [window(model, torch.tensor([row]), bins) for row in rows]
     return score("calibration error", parts, metric("calibration error"))

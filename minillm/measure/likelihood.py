@@ -8,7 +8,7 @@ from minillm.calling import logits, native
 from minillm.data import check_examples, collate
 from minillm.measure.intervals import score
 from minillm.measure.scores import listed, metric
-from minillm.registry import prepare
+from minillm.registry import instead, prepare
 from minillm.registry.names import by_rows
 from minillm.model.generate import evaluating, left_pad
 
@@ -30,6 +30,7 @@ def token_nll(model, ids, labels, mask=None):
 
     Label i + 1 is predicted at position i. p: the placeholders that soft prompts put before.
     """
+    instead.check_tokens(instead.replacing(model), "the likelihood of a text")
     with evaluating(model):
         device = next(model.parameters()).device
         ids, labels, mask = (

@@ -31,7 +31,7 @@ import torch
 
 from minillm.model.cache import Cache
 from minillm.model.loss import wide
-from minillm.registry import prepare, same_shape
+from minillm.registry import instead, prepare, same_shape
 
 
 @torch.no_grad()
@@ -50,6 +50,7 @@ def generate(model, ids, max_new_tokens=64, *, temperature=0.0, top_k=None, top_
     before anything is computed.
     """
     check_options(max_new_tokens, temperature, top_k, top_p, min_p)
+    instead.check_tokens(instead.replacing(model), "generate")
     device, dtype = model.norm.weight.device, model.norm.weight.dtype
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)

@@ -42,7 +42,7 @@ from minillm.model.generate import generate, left_pad, sample  # noqa: F401
 from minillm.model.loss import cross_entropy_sum, learnt, wide
 from minillm.model.rope import rope_table, rotate
 from minillm.ops import linear
-from minillm.registry import same_shape
+from minillm.registry import instead, same_shape
 from minillm.registry.names import again, by_rows
 
 
@@ -215,6 +215,7 @@ class Transformer(nn.Module):
         """
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction={reduction!r} is unknown; known: 'mean', 'sum'")
+        instead.check_tokens(instead.of(self.lm_head), "the loss of the next tokens")
         same_shape(ids, labels=labels)  # `hidden` checks the mask
         keep, y = learnt(labels, self.config.vocab_size)  # (b, t - 1), (n,)
         h = self.hidden(ids, mask)[:, :-1]  # (b, t - 1, width)

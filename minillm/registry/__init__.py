@@ -7,6 +7,7 @@
     sites        the places of a model's tree
     targets      which sites a technique wraps
     table        all kinds and methods
+    instead      what computes classes and not tokens
     batch        what techniques add to a batch
     learning     which of the model's own parameters learn
     names        which adapters take part

@@ -68,6 +68,7 @@ class Patch(Kind):
     start = False  # whether it takes a part out of the base when it comes: see `part`
     shares = ()  # the names of the tensors that all patches of one `wrap` share: see Common
     facts = None  # what its patches read of the present call, if they read anything: see Facts
+    instead = False  # whether it computes something else than the leaf, which it never calls
     random = False  # whether `forward` draws at random now, which `fold` cannot do
 
     before = frozenset()  # the names that the model had before it

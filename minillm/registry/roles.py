@@ -89,6 +89,15 @@ def embedding(model):
         site for site in sites if site.leaf and site.leaf.lookup)
 
 
+def head(model):
+    """The Site of the output head; of a model without blocks, its last linear leaf; or None."""
+    sites = walk(model)
+    inside = block_sites(model, sites) if block_lists(sites) else []
+    leaves = [site for site in sites if site.leaf and not site.leaf.lookup]
+    return (asked(model, "get_output_embeddings", sites) or last_leaf(sites, inside)
+            or (None if inside else first(reversed(leaves))))
+
+
 def blocks(model):
     """[Site] of the blocks, in order; ValueError if it is not clear which modules they are."""
     return block_sites(model, walk(model))

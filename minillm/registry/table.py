@@ -43,6 +43,11 @@ class Method:
         return KINDS[self.kind].family
 
     @property
+    def tokens(self):
+        """Whether the model still predicts tokens, as compare and the command line need it."""
+        return not getattr(KINDS[self.kind], "instead", False)
+
+    @property
     def path(self):
         """The module with `wrap`, as a user writes it: minillm.lora, minillm.lora.dora."""
         return self.wrap.__module__

@@ -173,7 +173,7 @@ class Run:
         o = options
         check_room(self.model, examples)
         check_room(self.model, options.held_out or (), "held-out example")
-        openings.check(o.loss, o.on_step, self.model, examples)
+        openings.check(o, self.model, examples)
         sets = groups(self.model, o.lr, o.weight_decay, o.rates)
         self.learning = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         for _, p in self.learning:

@@ -41,15 +41,20 @@ import torch
 from torch import nn
 
 from minillm import distributed
-from minillm.registry import fingerprint
+from minillm.registry import fingerprint, instead
 from minillm.train import identity, masters
 
 
-def check(loss, on_step, model, examples):
+def check(options, model, examples):
     """Call `loss.check(examples)` and `on_step.check(model)`, where they have it.
 
-    ValueError if the loss cannot take the examples, or `on_step` the model.
+    ValueError if the loss cannot take the examples, or `on_step` the model; and if the loss of the
+    next tokens is asked of a model that predicts none.
     """
+    loss, on_step = options.loss, options.on_step
+    if loss is None or options.held_out is not None:
+        what = "the held-out loss (see evaluate=)" if loss else "training without loss="
+        instead.check_tokens(instead.replacing(model), what)
     if hasattr(loss, "check"):
         loss.check(examples)
     if hasattr(on_step, "check"):
