@@ -49,7 +49,7 @@ def trained(way, lr, seed, original, tokenizer, part):
         for p in model.parameters():
             p.requires_grad_(True)
     rows = classify.examples(model, tokenizer, texts(part), part.references)
-    minillm.train.train(model, rows, steps=STEPS, lr=lr, warmup=0.1, seed=seed, batch_size=16,
+    minillm.train.train(model, rows, steps=STEPS, lr=lr, warmup=0.1, seed=seed, batch_size=8,
                         loss=classify.loss, pad=tokenizer.pad or 0, name=f"{way}, {lr:.1g}")
     return model
 

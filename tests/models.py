@@ -85,6 +85,8 @@ def build(name):
     return model.to(DEVICE)
 
 
+# the families whose models predict tokens
+TOKENS = [name for name in minillm.techniques() if minillm.registry.METHODS[name].tokens]
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])
 
 

@@ -19,6 +19,7 @@ RUN = {  # what its output has to say
     "tune_hugging_face.py gpt2": ["GPT2LMHeadModel", "0 modules of minillm are left"],
     "chat_smollm2.py": ["before: perplexity", "after 2 steps: perplexity"],
     "to_llama_cpp.py": ["pruned: 101,376 zeros", "q8_0.gguf, read again"],
+    "transfer.py": ["head alone", "what pretraining adds to the accuracy of all weights"],
     "own_technique.py": ["holds   in_a_file", "SSF"],
 }
 LAWS = """

@@ -87,7 +87,8 @@ def test_no_two_files_import_each_other():
         raise AssertionError(f"a circle: {' -> '.join(error.args[1])}") from None
 
 
-PAGES = ["freeze", "prompts", "lora", "adapters", "quant", "prune", "sparse"]
+PAGES = ["freeze", "prompts", "lora", "adapters", "quant", "prune", "sparse",
+         "classify"]
 
 
 def test_a_page_is_short():

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from models import build
+from models import TOKENS, build
 from small_model import logged, model, run  # noqa: F401
 from test_train import examples, losses, quiet
 
@@ -34,7 +34,7 @@ def learn(run, technique, *more, steps=4, **options):
 def test_what_learns_over_a_loaded_adapter_is_saved(first, run):
     """The two files together have the held-out loss that the training reported."""
     learn(run, first, "--out", "first.safetensors")
-    for second in minillm.techniques():
+    for second in TOKENS:
         if second == first or {first, second} == {"quant", "sparse"}:  # one format a leaf
             continue
         learn(run, second, "--adapter", "first.safetensors", "--eval-data", "a.txt",

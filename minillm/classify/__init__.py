@@ -22,7 +22,7 @@
 Only the head learns after `wrap`. Add `lora.wrap(model)`, in either order, or let all weights
 learn: `for p in model.parameters(): p.requires_grad_(True)`. `minillm.use(model)` switches the
 head off: the model predicts tokens again, so that what it forgot can be measured. While it is on,
-everything that needs tokens is an error.
+whatever in minillm needs tokens is an error; the `generate` of Hugging Face's own models is not.
 
 Cost: c d + c parameters. The product with the vocabulary, 21% of SmolLM2's multiplications, is
 saved. transformers has another class for it (LlamaForSequenceClassification): its `score` is W, it
