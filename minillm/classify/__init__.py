@@ -2,8 +2,8 @@
 
     p(class | text) = softmax(W h + b)        h: the hidden state of the text, after the last norm
                                 Radford et al. 2018, "Improving Language Understanding by
-                                Generative Pre-Training", section 3.2; pooling as in
-                                Howard & Ruder 2018, arXiv 1801.06146, section 3.3
+                                Generative Pre-Training", section 3.2; the mean over the
+                                text: Howard & Ruder 2018, arXiv 1801.06146, section 3.3
 
     code      paper    shape     at birth
     W         W_y      (c, d)    N(0, 0.02^2); c classes, d the width of the hidden states
@@ -26,8 +26,9 @@ whatever in minillm needs tokens is an error; the `generate` of Hugging Face's o
 
 Cost: c d + c parameters. The product with the vocabulary, 21% of SmolLM2's multiplications, is
 saved. transformers has another class for it (LlamaForSequenceClassification): its `score` is W, it
-has no b, it pools as "last", and it finds the last token by the id of the padding. The loss of the
-next tokens beside that of the classes (Radford's L3) is not included; nor are several texts a row.
+has no b, it pools as "last", and it finds the last token by the id of the padding. Not included: the
+loss of the next tokens beside that of the classes (Radford's L3); Howard and Ruder's hidden layer,
+and their pooling, which joins the last state, the maximum and the mean; several texts a row.
 
 >>> import torch, minillm
 >>> model = minillm.Transformer(minillm.Config(vocab_size=50, width=8, layers=1, heads=2))
