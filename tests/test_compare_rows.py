@@ -84,32 +84,6 @@ def test_the_sweep_judges_by_fewer_windows_than_the_table(model, monkeypatch):
     assert bench.attempt(1e-3)["perplexity"].n == 2
 
 
-def test_the_rates_of_lora_are_tried_at_once(model, monkeypatch):
-    """Each as if alone; one that diverges is None, and the others stay."""
-    given = settings(model, sweep_steps=4)
-    _, tokenizer = minillm.load(model)
-    bench = row.Bench("lora", given, row.parts(tokenizer, given))
-    rates = [3e-2, 1e-3, 1e-1]
-    alone = {lr: bench.attempt(lr)["perplexity"] for lr in rates}
-    copies = []
-    plain = row.copy.deepcopy
-    monkeypatch.setattr(row.copy, "deepcopy", lambda one: copies.append(one) or plain(one))
-    found = bench.attempts(rates, "perplexity")
-    assert found == pytest.approx(alone, rel=1e-4) and list(found) == rates
-    assert len({round(one, 3) for one in found.values()}) == 3 and copies == [bench.model]
-    found = bench.attempts([1e-3, 1e18], "perplexity")
-    assert found[1e-3] == pytest.approx(alone[1e-3], rel=1e-4) and found[1e18] is None
-    asked = []
-
-    def quality(lr):
-        asked.append(lr)
-        return lr
-
-    swept = row.sweep(0.002, quality, together=lambda rates: {lr: lr for lr in rates})
-    assert swept == row.sweep(0.002, lambda lr: lr)
-    assert len(asked) == 3 and max(asked) < 0.0006, "only those beyond the edge are tried alone"
-
-
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "own.jsonl"

@@ -37,8 +37,7 @@ from tqdm.auto import tqdm
 from minillm import data as texts
 from minillm import zoo
 from minillm.compare.picture import picture
-from minillm.compare.rates import BASIC, RATES, sweep, usual
-from minillm.compare.row import make_row, parts, score, scores
+from minillm.compare.row import BASIC, RATES, make_row, parts, score, scores, sweep, usual
 from minillm.compare.table import Table, failed, shown, text, tried, write
 
 __all__ = [
