@@ -104,8 +104,8 @@ def test_the_signatures():
 
 
 def test_the_constants():
-    told = dict(rates=compare.RATES, of_tiny=compare.row.OF_TINY, step=compare.row.STEP,
-                most=compare.row.MOST,
+    told = dict(rates=compare.RATES, of_tiny=compare.rates.OF_TINY, step=compare.rates.STEP,
+                most=compare.rates.MOST,
                 sizes=compare.SIZES, recipe=pretrain.RECIPE, compared=sorted(settings.COMPARED),
                 schedules=sorted(schedules.SCHEDULES), groups=minillm.prune.GROUPS,
                 attention=roles.ATTENTION, mlp=roles.MLP)

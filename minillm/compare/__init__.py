@@ -14,6 +14,8 @@ For each technique, in a process of its own:
   goes on while the best is at its edge. Each rate is tried for as many steps as the training
   takes, because a short training prefers another rate than a long one. Nine variants of
   LoRA, each tuned in this way, end within 2% of each other (arXiv 2602.04998).
+- The first three rates of LoRA are trained at once over one base (see `train.many`), and each
+  ends as if alone, within rounding. A row's memory and seconds are of its last training alone.
 - The effect of a technique is its change against the untuned model on the same held-out
   text: the mean over the seeds, with a 95% interval over text and seeds
   (see `measure.difference`). The effect of int8 and of pruning is the change against the
@@ -37,7 +39,8 @@ from tqdm.auto import tqdm
 from minillm import data as texts
 from minillm import zoo
 from minillm.compare.picture import picture
-from minillm.compare.row import BASIC, RATES, make_row, parts, score, scores, sweep, usual
+from minillm.compare.rates import BASIC, RATES, sweep, usual
+from minillm.compare.row import make_row, parts, score, scores
 from minillm.compare.table import Table, failed, shown, text, tried, write
 
 __all__ = [

@@ -10,27 +10,11 @@ import time
 import torch
 
 from minillm import data, measure, train, zoo
+from minillm.compare.rates import number, sweep, usual
 from minillm.measure import report
-from minillm.registry import METHODS, CannotMerge, techniques
+from minillm.registry import METHODS, CannotMerge, techniques, use
 
-# The usual learning rate of each technique, at which its sweep begins. For the base methods it is
-# near the best that `compare` has found, on SmolLM2 and on the tiny model, whose weights take
-# larger steps; for the others (bitfit, dora, ia3, ...) it is a guess. "full" trains everything,
-# "none" nothing.
-RATES, OF_TINY = (
-    {"none": None, "full": full}
-    | {method.name: method.rates[model] for method in METHODS.values()
-       if method.rates and method.tokens}
-    for model, full in (("smollm2", 1e-4), ("tiny", 4e-4))
-)
-BASIC = [name for name in RATES if name not in METHODS or METHODS[name].family == name]
-STEP = 10**0.5  # between neighbouring rates of a sweep
-MOST = 6  # the most rates that a sweep tries
-
-
-def usual(name, model):
-    """The usual learning rate of a technique on a model, named as `zoo.load` takes it."""
-    return (OF_TINY if str(model) == "tiny" else RATES).get(name)
+AT_ONCE = {"lora"}  # these leave the base as it is; pissa and loftq change it, each for itself
 
 
 def make_row(name, settings, splits):
@@ -50,6 +34,7 @@ def make_row(name, settings, splits):
             usual(name, settings["model"]),
             lambda lr: bench.attempt(lr)[main],
             measure.metric(main).better,
+            (lambda rates: bench.together(rates, main)) if name in AT_ONCE else None,
         )
     after, less = [], {"int8": [], "pruned": []}
     for model in bench.trained(row):
@@ -94,24 +79,52 @@ class Bench:
             METHODS[self.name].wrap(model)
         with report.Peak(model) as peak:
             began = time.perf_counter()
-            train.train(
-                model,
-                self.splits["train"].examples,
-                steps=steps,
-                lr=lr,
-                batch_size=self.settings["batch_size"],
-                warmup=max(1, steps // 10),
-                seed=seed,
-                pad=self.tokenizer.pad or 0,
-                progress=self.settings["progress"],
-                name=f"{self.name} at {lr:.2g}",
-            )
+            name = f"{self.name} at {lr:.2g}"
+            train.train(model, lr=lr, name=name, **self.how(steps, seed))
             seconds = time.perf_counter() - began
         return model, dict(peak_bytes=peak.bytes, seconds=seconds)
 
+    def how(self, steps, seed):
+        """The settings that a training has at every rate."""
+        return dict(
+            examples=self.splits["train"].examples,
+            steps=steps,
+            batch_size=self.settings["batch_size"],
+            warmup=max(1, steps // 10),
+            seed=seed,
+            pad=self.tokenizer.pad or 0,
+            progress=self.settings["progress"],
+        )
+
     def attempt(self, lr):
-        """The metrics after training at a rate, on half of the validation split's windows."""
+        """The metrics after training at a rate."""
         model, _ = self.fit(lr, self.settings["sweep_steps"], self.settings["seed"])
+        return self.validated(model)
+
+    def together(self, rates, metric):
+        """{rate: the metric after training at it, or None}: all at once, over one frozen base.
+
+        Each LoRA starts as `fit` starts it, because the seed is set anew before each wrap.
+        """
+        seed, model, lost = self.settings["seed"], copy.deepcopy(self.model), {}
+        names = {f"rate{i}": lr for i, lr in enumerate(rates)}
+        for name in names:
+            torch.manual_seed(seed)
+            METHODS[self.name].wrap(model, name=name)
+        runs = {name: dict(lr=lr) for name, lr in names.items()}
+        how = self.how(self.settings["sweep_steps"], seed)
+        try:
+            train.many(model, runs, name=f"{self.name} at {len(runs)} rates", **how)
+        except train.Diverged as error:  # the other runs are complete
+            lost = error.runs
+        return {
+            lr: None if name in lost
+            else number(lambda: self.validated(use(model, name))[metric])
+            for name, lr in names.items()
+        }
+
+    def validated(self, model):
+        """The metrics on half of the validation split's windows."""
         return self.quality(model, "validation", max(2, self.settings["windows"] // 2))
 
     def trained(self, row):
@@ -147,41 +160,6 @@ def changes(column, before, after):
         f"{column}_change": change.record(),
         f"{column}_seeds": [float(one) for one in after],
     }
-
-
-# --- the learning rate ----------------------------------------------------------------------------
-
-
-def sweep(usual, quality, better=-1):
-    """dict(rate: the best learning rate, sweep: {rate: quality(rate)}, at_edge: whether
-    the best is the smallest or the largest rate tried).
-
-    It tries three rates around the usual one, then one more at a time while the best is at
-    an edge, at most MOST. A tie goes to the smaller rate, which changes the model less. A
-    rate at which the loss is no longer a number gets None, and is worse than all others.
-    """
-    found, grid = {}, [usual / STEP, usual, usual * STEP]
-    while grid:
-        lr = grid.pop(0)
-        try:
-            found[lr] = float(quality(lr))
-        except ValueError as error:  # the loss or the logits are no longer numbers
-            if "nan" not in str(error) and "inf" not in str(error):
-                raise
-            found[lr] = None
-        best = min(found, key=lambda lr: (found[lr] is None, -better * (found[lr] or 0), lr))
-        if not grid and len(found) < MOST and best in (min(found), max(found)):
-            grid.append(best * STEP if best == max(found) else best / STEP)
-    if found[best] is None:
-        raise ValueError(
-            f"at every learning rate tried ({', '.join(f'{lr:.2g}' for lr in sorted(found))}) "
-            "the loss became nan or inf"
-        )
-    return dict(
-        rate=best,
-        sweep={f"{lr:.2g}": found[lr] for lr in sorted(found)},
-        at_edge=best in (min(found), max(found)),
-    )
 
 
 # --- making small ---------------------------------------------------------------------------------
