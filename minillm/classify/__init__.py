@@ -21,14 +21,15 @@
 
 Only the head learns after `wrap`. Add `lora.wrap(model)`, in either order, or let all weights
 learn: `for p in model.parameters(): p.requires_grad_(True)`. `minillm.use(model)` switches the
-head off: the model predicts tokens again, so that what it forgot can be measured. While it is on,
-whatever in minillm needs tokens is an error; the `generate` of Hugging Face's own models is not.
+head off: the model predicts tokens again, so that what it forgot can be measured. While it is
+on, whatever in minillm needs tokens is an error (Hugging Face's own `generate` is not).
 
 Cost: c d + c parameters. The product with the vocabulary, 21% of SmolLM2's multiplications, is
 saved. transformers has another class for it (LlamaForSequenceClassification): its `score` is W, it
-has no b, it pools as "last", and it finds the last token by the id of the padding. Not included: the
-loss of the next tokens beside that of the classes (Radford's L3); Howard and Ruder's hidden layer,
-and their pooling, which joins the last state, the maximum and the mean; several texts a row.
+has no b, it pools as "last", and it finds the last token by the id of the padding. Not included:
+the loss of the next tokens beside that of the classes (Radford's L3); Howard and Ruder's hidden
+layer, and their pooling, which joins the last state, the maximum and the mean; several texts a
+row.
 
 >>> import torch, minillm
 >>> model = minillm.Transformer(minillm.Config(vocab_size=50, width=8, layers=1, heads=2))
