@@ -23,7 +23,7 @@ def cells(path):
 
 
 def test_all_are_there():
-    assert sorted(int(path.stem.split("_")[0]) for path in TEXTS) == [1, 2, 3, 4, 5, 6, 7, 8, 10]
+    assert sorted(int(path.stem.split("_")[0]) for path in TEXTS) == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
 
 
 @every_notebook
