@@ -48,9 +48,10 @@ def test_train_then_eval_then_generate_with_what_was_learnt(run, model, tmp_path
 def test_what_each_technique_learns_is_saved(technique, run, model):
     """train, then eval of the file in another load: the loss is that of the trained model."""
     more = {"sparse": ["--option", "anyway=true"], "freeze": ["--option", "last=1"],
-            "nf4": ["--option", "group=32"], "fp4": ["--option", "group=32"], "bitfit": ["--option", "targets=.*norm"]}
+            "nf4": ["--option", "group=32"], "fp4": ["--option", "group=32"],
+            "loftq": ["--option", "into=quant"], "bitfit": ["--option", "targets=.*norm"]}
     more = more.get(technique, [])
-    rate = {"bitfit": 0.2, "vera": 0.2, "ia3": 0.6}.get(technique, 0.02)
+    rate = {"bitfit": 0.2, "norms": 0.2, "vera": 0.2, "ia3": 0.6}.get(technique, 0.02)
     out = "out" if technique == "full" else "out.safetensors"
     run("train", "--data", "a.txt", "--length", 64, "--technique", technique, *more, "--steps", 20,
         "--rate", rate, "--out", out)
