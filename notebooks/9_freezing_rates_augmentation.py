@@ -266,9 +266,9 @@ plt.show()
 
 # %% [markdown]
 # The range test suggested a rate somewhat below the best of the sweep, for the price of one
-# training. Warm-up-stable-decay has the largest mean rate, and ended lowest. The inverse square root
-# cannot be told from cosine: the interval of its change holds 0. Layer-wise decay did harm. At the
-# same peak rate it slows every block, and it would need a sweep of its own.
+# training. Warm-up-stable-decay has the largest mean rate, and ended lowest. The inverse square
+# root cannot be told from cosine: the interval of its change holds 0. Layer-wise decay did harm. At
+# the same peak rate it slows every block, and it would need a sweep of its own.
 #
 # ## Augmentation: what it does to one text
 #
@@ -368,9 +368,9 @@ plt.show()
 
 # %% [markdown]
 # Neither can be told from no effect: both intervals hold 0. With both, the loss of the training
-# texts stays higher, so the model learns its few examples less by heart. That did not become a gain
-# that three seeds could show. EDA's interval is wide, because it helped one seed much and the others
-# little. This says nothing about other tasks and models.
+# texts stays higher, so the model learns its few examples less by heart. That did not become a
+# gain that three seeds could show. EDA's interval is wide, because it helped one seed much and the
+# others little. This says nothing about other tasks and models.
 #
 # Exercises: 16 examples (is there more to gain?); `augment.drop` as a fourth way; a floor of a
 # tenth in the cosine; `freeze.wrap(model, embedding=True)`, which stops the embedding alone.
