@@ -1,6 +1,7 @@
 """A head of classes: its formula, its pooling, its training, transformers' class, the refusals."""
 
 import functools
+import math
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 import minillm
 from minillm import classify, data, measure
 from minillm.data import NOT_LEARNT, Example
+from minillm.measure.intervals import score
 
 HEADS = {"Linear": "head", "Conv1D": "head", "gpt2": "lm_head", "llama": "lm_head",
          "hf_gpt2": "lm_head", "hf_llama": "lm_head"}
@@ -76,6 +78,8 @@ def test_padding_is_never_pooled(kind, pool, side):
             else [True] * len(one) + [False] * len(f) for one, f in zip(texts, fill)]
     found = classify.logits(model, torch.tensor(ids), torch.tensor(mask))
     torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-5)
+    number = torch.tensor(mask).long()  # as the tokenizers of transformers give it
+    assert torch.equal(classify.logits(model, torch.tensor(ids), number), found)
 
 
 @pytest.mark.parity
@@ -205,6 +209,9 @@ def test_forgetting_compares_with_the_best():
               for given in ("aaaaabbbbb", "aaaaaaaabb", "aaaaaabbbb")]
     assert measure.forgetting(scores) == pytest.approx(-0.2)
     assert measure.forgetting(scores[:2]) == pytest.approx(0.3)
+    lost = [score("perplexity", [(nll, 10) for _ in range(6)], measure.metric("perplexity"))
+            for nll in (20.0, 10.0, 15.0)]  # of 10 tokens each; the second is the best
+    assert measure.forgetting(lost) == pytest.approx(math.e**0.5 - 1)
     with pytest.raises(ValueError, match="1 figures"):
         measure.forgetting(scores[:1])
 
@@ -217,6 +224,7 @@ def test_forgetting_compares_with_the_best():
     (lambda m: classify.wrap(m, classes=["a"]), "two different names"),
     (lambda m: classify.wrap(m, classes=["a", "a"]), "two different names"),
     (lambda m: classify.wrap(m, classes=["a", 2]), "two different names"),
+    (lambda m: classify.wrap(m, classes=[["a"], ["b"]]), "two different names"),
     (lambda m: classify.wrap(m, pool="max"), "pool='max' is unknown; known: 'last', 'mean'"),
     (lambda m: classify.wrap(m, ["q_proj"]), "names 3 leaves"),
     (lambda m: classify.wrap(m, ["lm_haed"]), "'lm_haed' matches no head.*'lm_head'"),
@@ -235,6 +243,8 @@ def test_forgetting_compares_with_the_best():
                                    loss=classify.loss), "has the class 2, and the head 2"),
     (lambda m: minillm.train.train(classify.wrap(m), [Example([1, 2, 3], [-100, 2, 3])], steps=1,
                                    lr=0.1, loss=classify.loss), "example 0 has to have one label"),
+    (lambda m: classify.mean_loss(classify.wrap(m), [Example([1, 2], [-100, -1])]),
+     "example 0 has to have one label"),
     (lambda m: classify.merge(classify.wrap(m)), "cannot be merged"),
     (lambda m: minillm.lora.wrap(classify.wrap(m), ["lm_head", "q_proj"])(IDS),
      "lora is around the head too"),
@@ -254,6 +264,11 @@ def test_wrong_texts(small, texts, labels, message):  # noqa: F811
     classify.wrap(model, classes=["no", "yes"])
     with pytest.raises(ValueError, match=message):
         classify.examples(model, tokenizer, texts, labels)
+    with pytest.raises(ValueError, match="length=1"):
+        classify.predict(model, tokenizer, ["a b"], length=1)
+    tokenizer.eos = None
+    with pytest.raises(ValueError, match="no end-of-text id"):
+        classify.predict(model, tokenizer, ["a b"])
 
 
 def test_some_rows_cannot_have_it():

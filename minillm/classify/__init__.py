@@ -14,8 +14,8 @@
 1. `wrap` puts W and b around the head of any model. They compute c numbers for each token,
    (b, t, d) -> (b, t, c), and the head itself is not called.
 2. `logits` pools: (b, t, c) -> (b, c). Padding is never pooled, on whichever side it is. The
-   mean of W h + b is W times the mean of h, plus b. So it makes no difference that the
-   pooling comes last.
+   placeholders of a soft prompt count as tokens. The mean of W h + b is W times the mean of h,
+   plus b. So it makes no difference that the pooling comes last.
 3. `examples` ends each text with the end-of-text id, whose place has the class as its label.
 4. `train(model, rows, loss=classify.loss)` learns it.
 
@@ -91,7 +91,7 @@ class Classifier(Patch):
 def named(classes):
     """The list of the classes: names as they are given, or 0 .. n - 1 for a number n."""
     if isinstance(classes, (list, tuple)):
-        if len(classes) < 2 or len(set(classes)) < len(classes) or {*map(type, classes)} != {str}:
+        if {*map(type, classes)} != {str} or len(classes) < 2 or len(set(classes)) < len(classes):
             raise ValueError(f"classes={classes!r}: a list of at least two different names")
         return list(classes)
     return list(range(options.whole("classes", classes, 2)))

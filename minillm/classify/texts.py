@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from minillm import calling, data
-from minillm.data.example import spans
+from minillm.data.example import check_length, spans
 from minillm.model.generate import evaluating
 from minillm.registry import prepare
 from minillm.registry.instead import replacing
@@ -22,11 +22,16 @@ def head_of(model):
 
 
 def logits(model, ids, mask=None):
-    """The logits (b, c) of the classes for texts ids (b, t); mask (b, t) is True at real tokens."""
+    """The logits (b, c) of the classes for texts ids (b, t).
+
+    mask (b, t) is True, or 1, at real tokens. ValueError for rows that hold several texts.
+    """
     patch = head_of(model)
     if mask is not None and mask.dtype != torch.bool:
-        raise ValueError("a class belongs to one text, and these rows hold several: give the "
-                         "examples unpacked")
+        if bool((mask > 1).any()):
+            raise ValueError("a class belongs to one text, and these rows hold several: give the "
+                             "examples unpacked")
+        mask = mask.bool()
     ids, _, mask = prepare(model, ids, None, mask)
     every = (model(ids, mask) if calling.native(model)
              else calling.logits(model, ids, mask, alone=False))
@@ -52,10 +57,10 @@ def loss(model, ids, labels, mask=None):
 
 
 def check(examples):
-    """ValueError unless each example has one label, at its last id."""
+    """ValueError unless each example has one label, a number from 0, at its last id."""
     for i, one in enumerate(examples):
-        if [k for k, label in enumerate(one.labels) if label != data.NOT_LEARNT] != [
-                len(one.labels) - 1]:
+        learnt = [k for k, label in enumerate(one.labels) if label != data.NOT_LEARNT]
+        if learnt != [len(one.labels) - 1] or one.labels[-1] < 0:
             raise ValueError(f"example {i} has to have one label, its class, at its last id: "
                              "minillm.classify.examples makes such examples")
 
@@ -80,7 +85,13 @@ def examples(model, tokenizer, texts, labels, length=256):
 
 
 def ended(tokenizer, text, length):
-    """The first ids of a text, and the end-of-text id; ValueError for an empty text."""
+    """The first ids of a text, and the end-of-text id: at most `length` ids.
+
+    ValueError for an empty text, a length below 2, and a tokenizer without an end-of-text id.
+    """
+    check_length(length)
+    if tokenizer.eos is None:
+        raise ValueError("this tokenizer has no end-of-text id (eos), where a text has its class")
     ids = spans(tokenizer, text)[0][: length - 1]
     if not ids:
         raise ValueError(f"the text {text!r} has no token, so it has no class")

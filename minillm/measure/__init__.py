@@ -11,9 +11,8 @@ examples and an interval.
 
 A Score is a float that also carries n and its 95% interval (`intervals` says what the
 interval covers). `change` compares two models on the same examples, in pairs, and
-`forgetting` one model with its past. Not
-included: overlapping windows. They give lower perplexities, and with a stride of 1/k
-of a window they cost k times as much.
+`forgetting` one model with its past. Not included: overlapping windows. They give lower
+perplexities, and with a stride of 1/k of a window they cost k times as much.
 """
 
 from minillm.measure.answers import Answers, answers, generate_text, measures, room
